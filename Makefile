@@ -1,0 +1,33 @@
+# make demo: from nothing to a trained network, its masks and pictures.   make test: every fast test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/python main.py --training --dataset phantom --name demo --overwrite
+	$(BIN)/python main.py --testing --name demo
+	@echo
+	@echo "masks:    $(CURDIR)/results/demo/masks"
+	@echo "pictures: $(CURDIR)/results/demo/panels (image, truth, prediction, image painted from the truth)"
+	@echo "curves:   $(BIN)/tensorboard --logdir checkpoints"
+
+test: $(VENV)/installed-tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) results data/cache .pytest_cache .ruff_cache
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@

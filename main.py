@@ -1,0 +1,581 @@
+"""Train and test semi-supervised segmentation networks: python main.py --training | --testing (--help lists all flags).
+
+A TOML is a command line written down: parser default (the paper's) < config/<dataset>.toml < --config < command line.
+"""
+
+import os
+import signal
+
+
+class Stop:
+    """What SIGINT, SIGTERM or SIGUSR1 asks for: an end, once the step is done and a checkpoint is saved."""
+
+    signum = 0
+    can_wait = False  # True while training, where leaving at once would lose steps
+
+    def __call__(self, signum: int, _frame) -> None:
+        if self.signum:  # the second one does not wait; what is on disk is whole
+            os._exit(128 + signum)
+        self.signum = signum
+        if not self.can_wait:
+            raise SystemExit(128 + signum)
+
+
+stop = Stop()
+if __name__ == "__main__":  # before the slow imports, so that a signal during them is heard
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, stop)
+
+import argparse
+import csv
+import difflib
+import io
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import data_utils
+import utils
+from arch.generators import MIN_SIZE
+from data_utils import DatasetSpec, Epoch, Split, Stored, read_toml
+from model import METHODS
+from utils import InputError, TrainingError
+
+# Settings that change the result: kept in a checkpoint, compared when a run goes on, fixed when it is tested.
+RESULT = ("method", "ratio", "seed", "size", "epochs", "decay_epoch", "batch_size", "lr", "betas", "init", "precision")
+RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
+RESULT += ("ngf", "ndf", "n_blocks", "dropout")
+MODES = ("training", "testing")
+NOT_IN_TOML = {*MODES, "config", "checkpoint", "overwrite"}
+
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as one error line."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a finite int or float from `low` (with `above`: over it) to `high`."""
+
+    def convert(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or not math.isfinite(value) or (above and value == low):
+            limit = f" and at most {high:g}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} must be {'over' if above else 'at least'} {low:g}{limit}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse puts it into "invalid int value"
+    return convert
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag with its default, the paper's (Section 3.3) where it has one."""
+    about = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser("main.py", description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=about)
+    share, weight, count = number(float, 0, 1, above=True), number(float, 0), number(int, 1)
+    size, beta, chance = number(int, MIN_SIZE), number(float, 0, 0.9999), number(float, 0, 0.99)
+    switch = argparse.BooleanOptionalAction
+
+    flag = parser.add_argument_group("what to do").add_argument
+    flag("--training", action="store_true", help="train, or go on with a run that was stopped")
+    flag("--testing", action="store_true", help="score a run's best.pt and write its masks and panels")
+
+    flag = parser.add_argument_group("experiment").add_argument
+    flag("--dataset", default="voc", help="a name in config/ or a .toml file")
+    flag("--method", default="cyclegan", choices=list(METHODS), help="cyclegan is Ours; supervised is Partial or Full")
+    flag("--ratio", type=share, default=0.2, help="share of the training images that are labeled")
+    flag("--seed", type=number(int, 0), default=0, help="of the split, the weights and the order")
+    flag("--config", metavar="FILE", help="a TOML with flags, read after the dataset's")
+    flag("--data-root", metavar="DIR", help="where the files lie; data/<dataset> if not given")
+    flag("--size", type=size, nargs=2, default=[200, 200], metavar=("H", "W"), help="of the networks' input")
+
+    flag = parser.add_argument_group("optimization").add_argument
+    flag("--epochs", type=count, default=400, help="passes over the longer list of images")
+    flag("--decay-epoch", type=number(int, 0), help="where the learning rate starts to fall; a quarter if not given")
+    flag("--batch-size", type=count, default=5, help="images of each kind in a step")
+    flag("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
+    flag("--betas", type=beta, nargs=2, default=[0.5, 0.999], metavar=("B1", "B2"), help="Adam's betas")
+    flag("--lambda1", type=weight, default=1.0, metavar="W", help="weight of L_gen^I in Eq. 8")
+    flag("--lambda2", type=weight, default=0.05, metavar="W", help="weight of L_cycle^S")
+    flag("--lambda3", type=weight, default=1.0, metavar="W", help="weight of L_cycle^I")
+    flag("--lambda4", type=weight, default=1.0, metavar="W", help="weight of L_disc^S")
+    flag("--lambda5", type=weight, default=1.0, metavar="W", help="weight of L_disc^I")
+    flag("--pool-size", type=number(int, 0), default=0, metavar="N", help="past fakes shown to the discriminators")
+    flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help="what D_S sees of G_IS(x')")
+    flag("--init", metavar="FILE", help="start from the networks of another run's checkpoint")
+
+    flag = parser.add_argument_group("networks").add_argument
+    flag("--ngf", type=count, default=64, help="width of the generators' first layer")
+    flag("--ndf", type=count, default=64, help="width of the discriminators' first layer")
+    flag("--n-blocks", type=number(int, 0), default=9, help="residual blocks of the generators")
+    flag("--dropout", type=chance, default=0.0, metavar="P", help="in the residual blocks")
+    flag("--disc-norm", default="batch", choices=["batch", "instance"], help="normalization in the discriminators")
+
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--device", help="cpu, cuda, cuda:1; cuda where there is one if not given")
+    flag("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of the generators; losses stay fp32")
+    flag("--compile", action=switch, default=False, help="torch.compile the networks")
+    flag("--channels-last", action=switch, default=False, help="store activations channels last")
+    flag("--deterministic", action=switch, default=False, help="kernels that repeat bit for bit")
+    flag("--workers", type=number(int, 0), default=2, metavar="N", help="processes that read images")
+
+    flag = parser.add_argument_group("files").add_argument
+    flag("--name", help="of the run's folder; <dataset>_<method>_<ratio>_s<seed> if not given")
+    flag("--checkpoints", default="checkpoints", metavar="DIR", help="a folder a run")
+    flag("--results", default="results", metavar="DIR", help="what --testing writes")
+    flag("--cache", default="data/cache", metavar="DIR", help="decoded and resized images")
+    flag("--checkpoint", metavar="FILE", help="test this file, not the most recent run's best.pt")
+    flag("--overwrite", action="store_true", help="delete the run's folder and start anew")
+    flag("--eval-every", type=count, default=1, metavar="N", help="epochs between evaluations")
+    flag("--save-every", type=weight, default=10.0, metavar="MIN", help="minutes between checkpoints")
+    flag("--log-every", type=count, default=20, metavar="N", help="steps between loss values")
+    return parser
+
+
+def toml_flags(path: Path, table: dict, method: str, parser: argparse.ArgumentParser, known: set[str]) -> list[str]:
+    """A TOML's top-level keys, and those of the method's own table, as a command line; InputError names the file."""
+    sections = {key: value for key, value in table.items() if isinstance(value, dict)}
+    keys = {key: value for key, value in table.items() if key not in sections}
+    for key in [*(sections.keys() - METHODS), *keys, *(key for section in sections.values() for key in section)]:
+        if key not in known:
+            close = difflib.get_close_matches(key, known | METHODS.keys(), 1)
+            raise InputError(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    flags = []
+    for key, value in (keys | sections.get(method, {})).items():
+        flag = "--" + key.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        else:
+            flags.append(f"{flag}={value}")
+    try:
+        parser.parse_args(flags)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return flags
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """Flags with the TOMLs' under them, resolved; `given` holds what the command line itself says."""
+    parser = build_parser()
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    given = {key: value for key, value in given.items() if value is not unset}
+    if sum(mode in given for mode in MODES) != 1:
+        raise InputError(f"give one of {', '.join(f'--{mode}' for mode in MODES)}")
+
+    flags = []
+    if "training" in given:  # a test takes everything from the checkpoint
+        config = {Path(given["config"]): read_toml(Path(given["config"]))} if "config" in given else {}
+        said = {key: value for table in (*config.values(), given) for key, value in table.items()}
+        if any(isinstance(table.get("dataset"), dict) for table in config.values()):
+            raise InputError(f"{given['config']}: describes a dataset; give it as --dataset")
+        described = data_utils.dataset_toml(str(said.get("dataset", defaults["dataset"])))
+        tables = {described: {key: value for key, value in read_toml(described).items() if key != "dataset"}, **config}
+        method = said.get("method", tables[described].get("method", defaults["method"]))
+        known = set(defaults) - NOT_IN_TOML
+        flags = [flag for path, table in tables.items() for flag in toml_flags(path, table, method, parser, known)]
+    args = parser.parse_args([*flags, *argv])
+    args.given = given
+    args.decay_epoch = args.epochs // 4 if args.decay_epoch is None else args.decay_epoch
+    args.data_root = args.data_root or f"data/{Path(args.dataset).stem}"
+    return args
+
+
+# Training
+
+
+class Run:
+    """A training run: its folder, its networks and how far it is.
+
+    A checkpoint holds networks, optimizers, schedulers, replay pools, random generators, counters and the running
+    sums of the losses; the order of the images follows from seed and epoch. So a run goes on as if never stopped.
+    """
+
+    def __init__(self, args: argparse.Namespace, spec: DatasetSpec, folder: Path, parts: Split, device: torch.device):
+        self.args, self.spec, self.folder, self.split_hash, self.device = args, spec, folder, parts.hash(), device
+        utils.seed_everything(args.seed, args.deterministic)
+        self.model = METHODS[args.method](spec, args)
+        self.model.to(device, memory_format=utils.memory_format(args.channels_last))
+        decay = utils.linear_decay(args.epochs, args.decay_epoch)
+        schedule = torch.optim.lr_scheduler.LambdaLR
+        self.schedulers = {key: schedule(optimizer, decay) for key, optimizer in self.model.optimizers.items()}
+        self.n_images = max(len(parts.labeled), len(parts.unlabeled))  # of an epoch
+        self.epoch = self.step = 0  # epochs done, steps done within the next one
+        self.best = {"miou": -1.0, "epoch": 0}
+        self.metrics: dict = {}  # of the last evaluation
+        self.sums: dict[str, Tensor] = {}  # of each loss since then
+        self.saved_at = time.monotonic()
+
+    @property
+    def global_step(self) -> int:
+        return self.epoch * math.ceil(self.n_images / self.args.batch_size) + self.step
+
+    def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
+        """`data` in order, as the networks take it."""
+        args = self.args
+        return data_utils.batches(data, args.batch_size, self.device, args.workers, args.channels_last)
+
+    def save(self, name: str) -> None:
+        """Write last.pt with all that going on needs, or best.pt with what testing needs."""
+        self.check_losses()
+        state = {
+            "config": {key: getattr(self.args, key) for key in RESULT},
+            "dataset": asdict(self.spec),
+            "data_root": self.args.data_root,
+            "split": self.split_hash,
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+        }
+        if name == "last.pt":
+            self.saved_at = time.monotonic()
+            state |= {
+                "optimizers": {key: optimizer.state_dict() for key, optimizer in self.model.optimizers.items()},
+                "schedulers": {key: scheduler.state_dict() for key, scheduler in self.schedulers.items()},
+                "pools": {key: pool.fakes for key, pool in getattr(self.model, "pools", {}).items()},
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "progress": {key: getattr(self, key) for key in ("epoch", "step", "best", "metrics", "sums")},
+            }
+        utils.save_checkpoint(self.folder / name, state)
+
+    def restore(self, state: dict) -> None:
+        """Go on where a last.pt was written."""
+        utils.load_weights(self.model, state["model"], self.folder / "last.pt")
+        for key, optimizer in self.model.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][key])
+            self.schedulers[key].load_state_dict(state["schedulers"][key])
+        for key, fakes in state["pools"].items():
+            self.model.pools[key].fakes = [fake.to(self.device) for fake in fakes]
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        vars(self).update(state["progress"])
+        self.sums = {key: value.to(self.device) for key, value in self.sums.items()}
+        log = self.folder / "metrics.jsonl"  # lines of epochs after the checkpoint will be written again
+        lines = log.read_text().splitlines() if log.is_file() else []
+        utils.write_atomically(log, "".join(f"{line}\n" for line in lines if json.loads(line)["epoch"] <= self.epoch))
+        print(f"resuming at epoch {self.epoch + 1}, step {self.step}")
+
+    def initialize(self, weights: dict[str, Tensor]) -> None:
+        """Take over the networks that another run's weights share with this method: at least G_IS."""
+        shared = [name for name, _ in self.model.named_children() if any(key.startswith(f"{name}.") for key in weights)]
+        for name in {"G_IS": None, **dict.fromkeys(shared)}:
+            network = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+            utils.load_weights(getattr(self.model, name), network, f"--init {self.args.init}: {name}")
+        print(f"starting from {', '.join(shared)} of {self.args.init}")
+
+    def mean_losses(self) -> dict[str, float]:
+        """Each loss's mean since the last evaluation. It waits for the device: not for every step."""
+        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        steps = self.sums.get("steps", 1)
+        return {name: value / float(steps) for name, value in zip(self.sums, sums, strict=True) if name != "steps"}
+
+    def check_losses(self) -> None:
+        """TrainingError where a loss has not been finite; what is on disk stays."""
+        means = self.mean_losses()
+        if not all(map(math.isfinite, means.values())):
+            terms = ", ".join(f"{name} {value:g}" for name, value in means.items())
+            last = self.folder / "last.pt"
+            kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was written yet"
+            where = f"epoch {self.epoch + 1}, step {self.step}"
+            raise TrainingError(f"{where}: a loss is not finite (means since the last evaluation: {terms}); {kept}")
+
+    def train(self, labeled: Stored, unlabeled: Stored, val: Stored) -> int:
+        """Train to the last epoch; returns 0, or 128 + n where signal n ended it."""
+        args, model = self.args, self.model
+        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step or None)
+        done = self.epoch * self.n_images + self.step * args.batch_size
+        bar = tqdm(total=args.epochs * self.n_images, initial=done, unit=" images", disable=None, dynamic_ncols=True)
+        model.train()
+        while self.epoch < args.epochs and not stop.signum:
+            started, first = time.monotonic(), self.step * args.batch_size
+            bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
+            epoch = Epoch(labeled, unlabeled, args.seed, self.epoch)
+            for x, y, *x_u in self.batches(Subset(epoch, range(first, self.n_images))):
+                losses = model.step(x, y, *x_u)
+                self.step += 1
+                counted = losses | {"steps": torch.ones((), device=self.device)}
+                self.sums = {name: self.sums.get(name, 0) + value for name, value in counted.items()}
+                bar.update(len(x))
+                if self.global_step % args.log_every == 0:
+                    self.log(losses, bar)
+                if stop.signum:
+                    break
+                if time.monotonic() - self.saved_at > 60 * args.save_every:
+                    self.save("last.pt")
+            if self.step * args.batch_size >= self.n_images:
+                speed = (self.n_images - first) / (time.monotonic() - started)
+                self.epoch, self.step = self.epoch + 1, 0
+                for scheduler in self.schedulers.values():
+                    scheduler.step()
+                if self.epoch % args.eval_every == 0 or self.epoch == args.epochs:
+                    line = self.evaluate(val)
+                    with tqdm.external_write_mode():
+                        print(f"epoch {self.epoch}/{args.epochs}, {speed:.1f} images/s: {line}", flush=True)
+                    self.save("last.pt")
+        bar.close()
+        self.writer.close()
+        if self.epoch == args.epochs:
+            return 0
+        self.save("last.pt")
+        print(
+            f"{signal.Signals(stop.signum).name}: saved {self.folder / 'last.pt'}; the same command goes on from there"
+        )
+        return 128 + stop.signum
+
+    def log(self, losses: dict[str, Tensor], bar: tqdm) -> None:
+        """This step's losses, on the bar and in TensorBoard."""
+        self.check_losses()
+        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+        for name, value in values.items():
+            self.writer.add_scalar(f"loss/{name}", value, self.global_step)
+        self.writer.add_scalar("lr", self.schedulers["G"].get_last_lr()[0], self.global_step)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+
+    def evaluate(self, val: Stored) -> str:
+        """Score the validation set, keep the best networks, write metrics.jsonl and TensorBoard; a line to print."""
+        self.check_losses()
+        losses, self.sums = self.mean_losses(), {}
+        counts = evaluate(self.model, self.batches(val), self.spec, self.device)
+        self.metrics = utils.segmentation_metrics(counts, self.spec)
+        miou = self.metrics["miou"] or 0.0
+        if miou > self.best["miou"]:
+            self.best = {"miou": miou, "epoch": self.epoch}
+            self.save("best.pt")
+        record = {"epoch": self.epoch, "step": self.global_step, **self.metrics, "losses": losses}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        means = {f"val/{key}": self.metrics[key] for key in ("miou", "miou_all", "miou_official", "pixel_accuracy")}
+        for tag, value in (means | {f"iou/{name}": iou for name, iou in self.metrics["iou"].items()}).items():
+            if value is not None:
+                self.writer.add_scalar(tag, value, self.global_step)
+        self.draw(val)
+        best = "the best so far" if self.best["epoch"] == self.epoch else f"best {self.best['miou']:.4f}"
+        return f"mIoU {miou:.4f} ({best}), " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+
+    @torch.inference_mode()
+    def draw(self, val: Stored) -> None:
+        """TensorBoard's grid: four fixed validation images of many classes, and what the networks make of them."""
+        variety = np.array([len(np.unique(val.cache.masks[row])) for row in val.rows])
+        rich = np.flatnonzero(variety == variety.max())
+        shown = Subset(val, rich[np.linspace(0, len(rich) - 1, min(4, len(rich))).astype(int)].tolist())
+        x, y = (torch.cat(column) for column in zip(*self.batches(shown), strict=True))
+        self.model.eval()
+        pictures = self.model.pictures(x, y)
+        self.model.train()
+        grid = utils.picture_grid(x, [y, *pictures.values()], self.spec.palette)
+        self.writer.add_image("x, y, " + ", ".join(pictures), grid.numpy(), self.global_step)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, batches: Iterable, spec: DatasetSpec, device: torch.device, visit=None) -> Tensor:
+    """The confusion matrix (K, K) of the model over batches (x, y); `visit(x, y, prediction)` sees each of them."""
+    matrix = utils.ConfusionMatrix(len(spec.classes), device)
+    model.eval()
+    for x, y in batches:
+        prediction = model.segment(x).argmax(1)
+        matrix.update(prediction, y)
+        if visit:
+            visit(x, y, prediction)
+    model.train()
+    return matrix.counts
+
+
+def previous_state(folder: Path, args: argparse.Namespace, spec: DatasetSpec) -> dict | None:
+    """The last.pt of a run with the same settings; None for a new run, InputError where settings differ."""
+    if args.overwrite or not (folder / "last.pt").is_file():
+        return None
+    state = utils.load_checkpoint(folder / "last.pt")
+    before = state["config"] | {f"[dataset] {key}": value for key, value in state["dataset"].items()}
+    now = {key: getattr(args, key) for key in RESULT}
+    now |= {f"[dataset] {key}": value for key, value in asdict(spec).items()}
+    if differ := [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]:
+        what = f"{folder}: a run with other settings stands there ({utils.first_ten(differ)})"
+        raise InputError(f"{what}; give --name for another folder, or --overwrite to start anew")
+    return state
+
+
+def make_run_folder(folder: Path, args: argparse.Namespace, spec: DatasetSpec, parts: Split) -> None:
+    """A new run's folder with its config.toml and split.json; --overwrite deletes the run that stood there."""
+    if folder.exists() and args.overwrite:
+        if any(folder.iterdir()) and not (folder / "config.toml").is_file():
+            raise InputError(f"--overwrite: {folder} holds no run; delete it by hand")
+        shutil.rmtree(folder)
+    utils.make_folder(folder, "--checkpoints")
+    flags = {key: value for key, value in vars(args).items() if key not in {*NOT_IN_TOML, "given", "name", "dataset"}}
+    note = f"# python main.py --training --dataset {folder / 'config.toml'} --name NAME repeats this run"
+    toml = f"{note}\n{utils.to_toml(flags)}\n[dataset]\n{utils.to_toml(asdict(spec))}"
+    utils.write_atomically(folder / "config.toml", toml)
+    utils.write_atomically(folder / "split.json", json.dumps({**parts.ids(), "hash": parts.hash()}, indent=1))
+
+
+def train(args: argparse.Namespace) -> int:
+    """--training: a new run, or the rest of one that was stopped."""
+    device = utils.pick_device(args.device, args.precision)
+    spec = data_utils.load_spec(args.dataset)
+    name = args.name or f"{spec.name}_{args.method}_{args.ratio:g}_s{args.seed}"
+    if Path(name).name != name or name.startswith("."):
+        raise InputError(f"--name {name}: expected the name of a folder in {args.checkpoints}, not a path")
+    folder = Path(args.checkpoints) / name
+    state = previous_state(folder, args, spec)
+    if state and state["epoch"] == args.epochs:
+        best = state["progress"]["best"]
+        print(f"{folder} is finished after {args.epochs} epochs: best mIoU {best['miou']:.4f} at epoch {best['epoch']}")
+        return 0
+
+    weights = utils.load_checkpoint(Path(args.init))["model"] if args.init and not state else None
+    samples = data_utils.index(spec, Path(args.data_root))
+    parts = data_utils.split(samples, args.ratio, args.seed, spec)
+    if args.method != "supervised" and not parts.unlabeled:
+        raise InputError(f"--ratio {args.ratio:g} leaves no unlabeled image for --method {args.method}")
+    if state and state["split"] != parts.hash():
+        raise InputError(f"{folder}: {args.data_root} holds other files than at its start; give --name or --overwrite")
+    found, expected = len({sample.group for sample in samples}), sum(spec.counts or ())
+    if expected not in (0, found):
+        print(f"{args.data_root}: {found} of {spec.name}'s {expected} images or exams: split in the same proportions")
+    sizes = f"{len(parts.labeled)} labeled, {len(parts.unlabeled)} unlabeled, {len(parts.val)} validation images"
+    print(f"{args.method} on {spec.name}: {sizes}, {args.size[0]}x{args.size[1]} pixels")
+    print(f"on {device} in {args.precision}; checkpoints and curves go to {folder}", flush=True)
+    utils.make_folder(Path(args.checkpoints), "--checkpoints")
+    cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
+    run = Run(args, spec, folder, parts, device)
+    if state:
+        run.restore(state)
+    else:
+        if weights:
+            run.initialize(weights)
+        make_run_folder(folder, args, spec, parts)
+    utils.write_manifest(folder, device, started=datetime.now(UTC).isoformat(timespec="seconds"))
+    if args.compile:
+        for network in run.model.children():
+            network.compile()
+    stop.can_wait = True
+    code = run.train(*(Stored(cache, [cache.rows[i] for i in ids]) for ids in parts.ids().values()))
+    stop.can_wait = False
+    if code == 0:
+        utils.write_manifest(folder, device, finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        best = f"best {run.best['miou']:.4f} at epoch {run.best['epoch']}"
+        print(
+            f"mIoU {run.metrics['miou'] or 0:.4f} after the last epoch, {best}; curves: tensorboard --logdir {folder}"
+        )
+        print(f"test it: python main.py --testing --checkpoint {folder / 'best.pt'}")
+    return code
+
+
+# Testing
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path:
+    """--checkpoint, or best.pt of the most recent run that --name, --dataset, --method, --ratio and --seed mean."""
+    if args.checkpoint:
+        return Path(args.checkpoint)
+    wanted = {key: args.given[key] for key in ("name", "method", "ratio", "seed") if key in args.given}
+    if "dataset" in args.given:
+        wanted["dataset"] = Path(args.dataset).stem
+    runs = {}
+    for config in Path(args.checkpoints).glob("*/config.toml"):
+        table = read_toml(config)
+        has = {**table, "dataset": table["dataset"]["name"], "name": config.parent.name}
+        files = [file for file in (config.with_name("last.pt"), config.with_name("best.pt")) if file.is_file()]
+        if config.with_name("best.pt") in files and all(has[key] == value for key, value in wanted.items()):
+            runs[config.with_name("best.pt")] = files[0].stat().st_mtime_ns
+    if not runs:
+        which = "".join(f" --{key} {value}" for key, value in wanted.items())
+        raise InputError(f"{args.checkpoints} holds no trained run{which}: python main.py --training{which} makes one")
+    return max(runs, key=runs.get)
+
+
+def test(args: argparse.Namespace) -> int:
+    """--testing: metrics.json, per_class.csv, masks and panels of a checkpoint's validation images."""
+    path = find_checkpoint(args)
+    state = utils.load_checkpoint(path)
+    spec = data_utils.make_spec(state["dataset"], str(path))
+    fixed = {**state["config"], "dataset": spec.name}
+    asked = {key: value for key, value in args.given.items() if key in fixed}
+    if "dataset" in asked:
+        asked["dataset"] = Path(args.dataset).stem
+    if differ := [f"--{k.replace('_', '-')} is {fixed[k]}, not {v}" for k, v in asked.items() if v != fixed[k]]:
+        raise InputError(f"{path}: {utils.first_ten(differ)}; a checkpoint fixes these")
+    args = argparse.Namespace(**{**vars(args), **state["config"]})
+    args.data_root = args.given.get("data_root", state["data_root"])
+    device = utils.pick_device(args.device, args.precision)
+    samples = data_utils.index(spec, Path(args.data_root))
+    parts = data_utils.split(samples, args.ratio, args.seed, spec)
+    if parts.hash() != state["split"]:
+        raise InputError(f"--data-root {args.data_root}: holds other files than {path} was trained with")
+    folder = Path(args.results) / path.resolve().parent.name
+    for sub in ("masks", "panels"):
+        utils.make_folder(folder / sub, "--results")
+    cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
+    model = METHODS[args.method](spec, args).to(device, memory_format=utils.memory_format(args.channels_last))
+    utils.load_weights(model, state["model"], path)
+
+    names = [sample.id for sample in parts.val]
+    waiting = iter(names)
+    bar = tqdm(total=len(names), desc=f"testing {folder.name}", unit=" images", disable=None)
+
+    def write(x: Tensor, y: Tensor, prediction: Tensor) -> None:
+        pictures = model.pictures(x, y)
+        columns = [y, prediction] + ([pictures["G_SI(y)"]] if "G_SI(y)" in pictures else [])
+        for i in range(len(x)):
+            name = next(waiting)
+            utils.save_mask(folder / "masks" / f"{name}.png", prediction[i], spec.palette)
+            panel = utils.picture_grid(x[i : i + 1], [column[i : i + 1] for column in columns], spec.palette)
+            save_image(panel, folder / "panels" / f"{name}.png")
+        bar.update(len(x))
+
+    val = Stored(cache, [cache.rows[name] for name in names])
+    images = data_utils.batches(val, args.batch_size, device, args.workers, args.channels_last)
+    counts = evaluate(model, images, spec, device, write)
+    bar.close()
+    metrics = utils.segmentation_metrics(counts, spec)
+    about = {"n_images": len(names), "split": state["split"], "epoch": state["epoch"], "checkpoint": str(path)}
+    about |= {"dataset": spec.name, "method": args.method, "ratio": args.ratio, "seed": args.seed}
+    utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))
+    table = io.StringIO()
+    rows = csv.writer(table, lineterminator="\n")
+    rows.writerow(["class", "iou", "dice", "scored"])
+    rows.writerows([c, metrics["iou"][c], metrics["dice"][c], k in spec.scored] for k, c in enumerate(spec.classes))
+    utils.write_atomically(folder / "per_class.csv", table.getvalue())
+    print(f"{path} after epoch {state['epoch']}, on {len(names)} validation images of {spec.name}, in per cent:")
+    print(utils.format_metrics(metrics))
+    print(f"metrics.json, per_class.csv, masks/ and panels/ (image, truth, prediction, G_SI(truth)) are in {folder}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed while running, 2 wrong flags, configuration or data, 128 + n after signal n."""
+    try:
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        return train(args) if args.training else test(args)
+    except (InputError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""The method: Eq. 1 to 9 as pure functions, and one class for each way of training a segmentation network.
+
+Symbols of the paper, with B images a batch, C channels, K classes, H x W pixels:
+
+    x        (B, C, H, W)  labeled images, each channel (v - mean) / (max - min), so within [-1, 1]
+    y        (B, H, W)     their masks: int64 class indices, IGNORE where a pixel does not count
+    x_u      (B, C, H, W)  unlabeled images, the paper's x'
+    logits   (B, K, H, W)  what G_IS returns; its softmax over K is the paper's G_IS(x)
+    G_IS     image to segmentation: the network that we want
+    G_SI     segmentation (one-hot masks or softmax maps) to image
+    D_S, D_I one judgement a pixel, (B, 1, H, W), of masks and of images: 1 is real, 0 is generated
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Adam
+
+from arch.discriminators import PixelDiscriminator
+from arch.generators import ResNetGenerator
+from utils import IGNORE, ReplayPool
+
+# Equations. Expectations and norms are means over images, pixels and channels, as in the released code.
+
+
+def gen_S(logits: Tensor, y: Tensor) -> Tensor:
+    """Eq. 1, 2: pixel-wise cross-entropy H(y, G_IS(x)), mean over the pixels that count; 0 where none does."""
+    total = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
+    return total / (y != IGNORE).sum().clamp(min=1)
+
+
+def gen_I(fake_x: Tensor, x: Tensor) -> Tensor:
+    """Eq. 3: squared error between G_SI(y) and x, over all pixels."""
+    return F.mse_loss(fake_x, x)
+
+
+def disc(real: Tensor, fake: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Eq. 4, 5, the discriminator's side: (D(real) - 1)^2 + D(fake)^2; `valid` (of real's shape) picks real pixels."""
+    error = (real - 1).square()
+    real_term = error.mean() if valid is None else (error * valid).sum() / valid.sum().clamp(min=1)
+    return real_term + fake.square().mean()
+
+
+def fool(fake: Tensor) -> Tensor:
+    """Eq. 4, 5, the generators' side: (D(fake) - 1)^2.
+
+    Eq. 8 subtracts the discriminators' loss, which read literally is -D(fake)^2. Least-squares GANs [19] and the
+    released code pull D(fake) to "real" instead; so do we.
+    """
+    return (fake - 1).square().mean()
+
+
+def cycle_I(rec_x: Tensor, x: Tensor) -> Tensor:
+    """Eq. 6: L1 distance between G_SI(G_IS(x')) and x'."""
+    return F.l1_loss(rec_x, x)
+
+
+def cycle_S(logits: Tensor, y: Tensor) -> Tensor:
+    """Eq. 7: pixel-wise cross-entropy H(y, G_IS(G_SI(y))), as Eq. 2."""
+    return gen_S(logits, y)
+
+
+def one_hot(y: Tensor, n_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Masks (B, H, W) to (B, K, H, W); IGNORE becomes the zero vector."""
+    return (y.unsqueeze(1) == torch.arange(n_classes, device=y.device).view(1, -1, 1, 1)).to(dtype)
+
+
+@contextmanager
+def frozen(*networks: nn.Module) -> Iterator[None]:
+    """Inside, these networks' parameters take no gradient (Eq. 9: they are "considered as fixed"); their inputs do."""
+    for network in networks:
+        network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.requires_grad_(True)
+
+
+# Methods. Each has optimizers, step(x, y, x_u), segment(x) and pictures(x, y).
+
+
+class Supervised(nn.Module):
+    """Full (every label) and Partial (some): G_IS trained by Eq. 1 alone."""
+
+    def __init__(self, spec, cfg):
+        super().__init__()
+        self.bf16 = cfg.precision == "bf16"
+        self.G_IS = ResNetGenerator(spec.channels, len(spec.classes), cfg.ngf, cfg.n_blocks, cfg.dropout)
+        self.optimizers = {"G": Adam(self.G_IS.parameters(), cfg.lr, tuple(cfg.betas))}
+
+    def segment(self, x: Tensor) -> Tensor:
+        """Logits (B, K, H, W)."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.G_IS(x).to(x.dtype)
+
+    def step(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
+        """One update; returns the loss by the paper's name, detached. Unlabeled images are not looked at."""
+        loss = gen_S(self.segment(x), y)
+        self.optimizers["G"].zero_grad()
+        loss.backward()
+        self.optimizers["G"].step()
+        return {"gen_S": loss.detach()}
+
+    def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What the networks make of labeled images, by name: masks (B, H, W)."""
+        return {"G_IS(x)": self.segment(x).argmax(1)}
+
+
+class CycleGAN(nn.Module):
+    """Ours: two generators and two discriminators trained alternately on Eq. 8. A weight of 0 takes its term out."""
+
+    def __init__(self, spec, cfg):
+        super().__init__()
+        self.n_classes = len(spec.classes)
+        self.bf16 = cfg.precision == "bf16"
+        self.hard_fakes = cfg.disc_input == "argmax"
+        self.weights = {
+            "gen_S": 1.0,
+            "gen_I": cfg.lambda1,
+            "cycle_S": cfg.lambda2,
+            "cycle_I": cfg.lambda3,
+            "disc_S": cfg.lambda4,
+            "disc_I": cfg.lambda5,
+        }
+        K, C = self.n_classes, spec.channels
+        self.G_IS = ResNetGenerator(C, K, cfg.ngf, cfg.n_blocks, cfg.dropout)
+        self.G_SI = ResNetGenerator(K, C, cfg.ngf, cfg.n_blocks, cfg.dropout, tanh=True)
+        self.D_S = PixelDiscriminator(K, cfg.ndf, cfg.disc_norm)
+        self.D_I = PixelDiscriminator(C, cfg.ndf, cfg.disc_norm)
+        generators = [*self.G_IS.parameters(), *self.G_SI.parameters()]
+        discriminators = [*self.D_S.parameters(), *self.D_I.parameters()]
+        self.optimizers = {
+            "G": Adam(generators, cfg.lr, tuple(cfg.betas)),
+            "D": Adam(discriminators, cfg.lr, tuple(cfg.betas)),
+        }
+        self.pools = {"y": ReplayPool(cfg.pool_size), "x": ReplayPool(cfg.pool_size)}
+
+    def segment(self, x: Tensor) -> Tensor:
+        """Logits (B, K, H, W)."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.G_IS(x).to(x.dtype)
+
+    def paint(self, y: Tensor) -> Tensor:
+        """G_SI: one-hot masks or softmax maps (B, K, H, W) to images (B, C, H, W)."""
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.G_SI(y).to(y.dtype)
+
+    def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The terms of Eq. 8 that have a weight, unweighted, and the fakes {"y": G_IS(x'), "x": G_SI(y)}.
+
+        The discriminators are fixed in here: a backward through the terms leaves no gradient in them. Each generator
+        runs once on both its inputs: instance norm works image by image, so the values are those of separate runs.
+        """
+        on = {name for name, weight in self.weights.items() if weight}
+        uses_x_u, uses_y = bool(on & {"cycle_I", "disc_S"}), bool(on & {"gen_I", "cycle_S", "disc_I"})
+        terms, fakes = {}, {}
+
+        logits = self.segment(torch.cat([x, x_u]) if uses_x_u else x)
+        terms["gen_S"] = gen_S(logits[: len(x)], y)
+        if uses_x_u:
+            fakes["y"] = logits[len(x) :].softmax(1)  # (B, K, H, W)
+
+        masks = [one_hot(y, self.n_classes, x.dtype)] if uses_y else []
+        masks += [fakes["y"]] if "cycle_I" in on else []
+        images = self.paint(torch.cat(masks)) if masks else None
+        if uses_y:
+            fakes["x"] = images[: len(y)]  # (B, C, H, W)
+        if "gen_I" in on:
+            terms["gen_I"] = gen_I(fakes["x"], x)
+        if "cycle_S" in on:
+            terms["cycle_S"] = cycle_S(self.segment(fakes["x"]), y)
+        if "cycle_I" in on:
+            terms["cycle_I"] = cycle_I(images[-len(x_u) :], x_u)
+
+        if uses_x_u and self.hard_fakes:  # the released code: an index map, which passes no gradient to G_IS
+            fakes["y"] = one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype)
+        with frozen(self.D_S, self.D_I):
+            if "disc_S" in on:
+                terms["disc_S"] = fool(self.D_S(fakes["y"]))
+            if "disc_I" in on:
+                terms["disc_I"] = fool(self.D_I(fakes["x"]))
+        return {name: terms[name] for name in self.weights if name in terms}, fakes
+
+    def discriminator_terms(self, y: Tensor, x_u: Tensor, fakes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Eq. 4 and 5 on the generators' fakes, detached. Real and fake go separately: batch norm would mix them."""
+        terms = {}
+        if self.weights["disc_S"]:
+            real = self.D_S(one_hot(y, self.n_classes, x_u.dtype))
+            fake = self.D_S(self.pools["y"](fakes["y"].detach()))
+            terms["D_S"] = disc(real, fake, valid=(y != IGNORE).unsqueeze(1))
+        if self.weights["disc_I"]:
+            terms["D_I"] = disc(self.D_I(x_u), self.D_I(self.pools["x"](fakes["x"].detach())))
+        return terms
+
+    def step(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:
+        """Eq. 9, one alternation: the generators on Eq. 8 with the discriminators fixed, then the discriminators.
+
+        Returns the unweighted terms by the paper's names and the discriminators' losses as D_S and D_I, detached.
+        """
+        terms, fakes = self.generator_terms(x, y, x_u)
+        total = sum(self.weights[name] * term for name, term in terms.items())  # Eq. 8
+        self.optimizers["G"].zero_grad()
+        total.backward()
+        self.optimizers["G"].step()
+
+        losses = self.discriminator_terms(y, x_u, fakes)
+        if losses:
+            self.optimizers["D"].zero_grad()
+            sum(losses.values()).backward()
+            self.optimizers["D"].step()
+        return {name: term.detach() for name, term in (terms | losses).items()}
+
+    def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What the networks make of labeled images, by name: masks (B, H, W) and images (B, C, H, W)."""
+        logits = self.segment(x)
+        fake_x = self.paint(one_hot(y, self.n_classes, x.dtype))
+        return {
+            "G_IS(x)": logits.argmax(1),
+            "G_SI(y)": fake_x,
+            "G_SI(G_IS(x))": self.paint(logits.softmax(1)),
+            "G_IS(G_SI(y))": self.segment(fake_x).argmax(1),
+        }
+
+
+METHODS = {"supervised": Supervised, "cyclegan": CycleGAN}

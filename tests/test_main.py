@@ -1,0 +1,347 @@
+"""The command line from end to end: flags and TOMLs, errors, runs that train, stop, go on and are tested."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+import utils
+from data_utils import load_spec
+
+MAIN = Path(main.__file__)
+TINY = "--dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 1 --workers 0 --device cpu".split()
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    """A folder of its own, with tiny.toml: 24 phantoms, 20 to train on, so 4 steps an epoch at the ratio 0.2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main.stop, "signum", 0)
+    phantom = (main.data_utils.CONFIG / "phantom.toml").read_text()
+    Path("tiny.toml").write_text("[dataset]" + phantom.split("[dataset]")[1].replace("[160, 40]", "[20, 4]"))
+
+
+def run(*flags: str) -> int:
+    return main.main(list(map(str, flags)))
+
+
+def error_of(capsys, *flags: str) -> str:
+    """The one error line of a command that must end with exit code 2."""
+    capsys.readouterr()
+    assert run(*flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+# Flags and TOMLs
+
+
+def test_defaults_are_the_papers():
+    args = main.parse_args(["--training", "--dataset", "voc"])
+    assert (args.epochs, args.decay_epoch, args.batch_size, args.lr, args.betas) == (400, 100, 5, 2e-4, [0.5, 0.999])
+    weights = [args.lambda1, args.lambda2, args.lambda3, args.lambda4, args.lambda5]
+    assert weights == [1, 0.05, 1, 1, 1]
+    assert (args.ngf, args.ndf, args.n_blocks, args.dropout, args.pool_size) == (64, 64, 9, 0, 0)
+    assert (args.disc_norm, args.disc_input, args.size, args.precision) == ("batch", "softmax", [200, 200], "fp32")
+    assert (args.method, args.ratio, args.seed, args.data_root) == ("cyclegan", 0.2, 0, "data/voc")
+    assert main.parse_args(["--training", "--dataset", "cityscapes"]).size == [128, 256]
+
+
+def test_toml_precedence_is_default_dataset_config_command_line(tmp_path):
+    described = tmp_path / "mine.toml"
+    described.write_text("epochs = 7\nngf = 3\nseed = 5\n" + Path("tiny.toml").read_text())
+    config = tmp_path / "config.toml"
+    config.write_text("ngf = 4\nseed = 6\nsize = [32, 48]\ncompile = true\n")
+    flags = ["--training", "--dataset", str(described), "--config", str(config), "--seed", "8"]
+    args = main.parse_args(flags)
+    assert (args.lr, args.epochs, args.ngf, args.seed, args.size, args.compile) == (2e-4, 7, 4, 8, [32, 48], True)
+    assert args.data_root == "data/mine"
+    assert main.parse_args([*flags, "--no-compile"]).compile is False
+
+
+def test_config_may_name_dataset_and_method():
+    Path("run.toml").write_text('dataset = "phantom"\nmethod = "supervised"\n[supervised]\nlr = 0.5\n')
+    args = main.parse_args(["--training", "--config", "run.toml"])
+    assert (args.dataset, args.method, args.lr) == ("phantom", "supervised", 0.5)
+
+
+def test_a_methods_table_holds_for_that_method_only():
+    Path("run.toml").write_text("lr = 0.3\n[supervised]\nlr = 0.5\n")
+    flags = ["--training", "--dataset", "phantom", "--config", "run.toml"]
+    assert main.parse_args([*flags, "--method", "supervised"]).lr == 0.5
+    assert main.parse_args([*flags, "--method", "cyclegan"]).lr == 0.3
+
+
+@pytest.mark.parametrize("path", sorted(main.data_utils.CONFIG.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_committed_toml_goes_through_the_entry_point(path):
+    args = main.parse_args(["--training", "--dataset", path.stem])
+    assert args.dataset == path.stem
+    assert load_spec(path.stem).name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("toml", "named"),
+    [
+        ("epocs = 3", "unknown key 'epocs'; did you mean 'epochs'?"),
+        ("[supervised]\nlrr = 1", "unknown key 'lrr'"),
+        ("[superwised]\nlr = 1", "unknown key 'superwised'; did you mean 'supervised'?"),
+        ("epochs = 'many'", "argument --epochs"),
+        ("size = [64]", "argument --size"),
+        ("method = 'cycle'", "argument --method"),
+        ("epochs = ", "not TOML"),
+        ("overwrite = true", "unknown key 'overwrite'"),
+        ("[dataset]\nlayout = 'voc'", "give it as --dataset"),
+    ],
+)
+def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
+    Path("wrong.toml").write_text(toml)
+    error = error_of(capsys, "--training", "--dataset", "phantom", "--config", "wrong.toml")
+    assert "wrong.toml" in error
+    assert named in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("", "--training"),
+        ("--training --testing", "--training"),
+        ("--training --dataset nothere", "--dataset nothere"),
+        ("--training --dataset phantom --epoch 3", "--epoch"),
+        ("--training --dataset phantom --ratio 0", "--ratio"),
+        ("--training --dataset phantom --ratio 1.5", "--ratio"),
+        ("--training --dataset phantom --ratio nan", "--ratio"),
+        ("--training --dataset phantom --ratio 0.001", "--ratio 0.001"),
+        ("--training --dataset phantom --ratio 1", "--ratio 1"),
+        ("--training --dataset phantom --size 15 64", "--size"),
+        ("--training --dataset phantom --batch-size 0", "--batch-size"),
+        ("--training --dataset phantom --lr -1", "--lr"),
+        ("--training --dataset phantom --device tpu9", "--device tpu9"),
+        ("--training --dataset phantom --name ../up", "--name ../up"),
+        ("--training --dataset phantom --config none.toml", "none.toml"),
+        ("--training --dataset phantom --checkpoints main.py/x", "--checkpoints"),
+        ("--training --dataset phantom --init none.pt", "none.pt"),
+        ("--training --dataset voc --data-root nowhere", "--data-root nowhere"),
+        ("--testing", "python main.py --training"),
+        ("--testing --checkpoint none.pt", "none.pt"),
+        ("--testing --checkpoint junk.pt", "junk.pt"),
+    ],
+)
+def test_a_wrong_command_is_one_error_line(capsys, flags, named):
+    Path("main.py").write_text("a file where a folder should be")
+    Path("junk.pt").write_bytes(b"junk" * 100)
+    assert named in error_of(capsys, *flags.split())
+
+
+# Runs
+
+
+@pytest.mark.parametrize("method", ["cyclegan", "supervised"])
+def test_a_run_trains_and_is_tested(capsys, method):
+    flags = [*TINY, "--method", method, "--ratio", "0.5"]
+    assert run("--training", *flags, "--epochs", "2", "--log-every", "1") == 0
+    folder = Path(f"checkpoints/tiny_{method}_0.5_s0")
+    assert {path.name for path in folder.iterdir()} > {
+        "last.pt", "best.pt", "config.toml", "split.json", "metrics.jsonl", "manifest.json",
+    }  # fmt: skip
+    assert any(path.name.startswith("events.out.tfevents") for path in folder.iterdir())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    terms = ["gen_S"]
+    if method == "cyclegan":
+        terms += ["gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I", "D_S", "D_I"]
+    assert list(lines[0]["losses"]) == terms
+    ids = json.loads((folder / "split.json").read_text())
+    assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == [10, 10, 4]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert {"torch", "device", "commit", "started", "finished", "command"} <= manifest.keys()
+
+    assert run("--testing", *flags) == 0
+    assert "mIoU" in capsys.readouterr().out
+    results = Path("results") / folder.name
+    metrics = json.loads((results / "metrics.json").read_text())
+    best = max(lines, key=lambda line: line["miou"])
+    assert metrics["miou"] == pytest.approx(best["miou"])
+    assert metrics["epoch"] == best["epoch"]
+    assert (metrics["n_images"], metrics["split"], metrics["dataset"]) == (4, ids["hash"], "tiny")
+    assert (metrics["method"], metrics["ratio"], metrics["seed"]) == (method, 0.5, 0)
+    assert metrics["checkpoint"] == str(folder / "best.pt")
+    assert {"miou_all", "miou_official", "pixel_accuracy", "iou", "dice"} <= metrics.keys()
+    rows = list(csv.DictReader((results / "per_class.csv").open()))
+    assert [row["class"] for row in rows] == list(load_spec("tiny.toml").classes)
+    assert {path.stem for path in (results / "masks").iterdir()} == set(ids["val"])
+    assert {path.stem for path in (results / "panels").iterdir()} == set(ids["val"])
+    mask = Image.open(results / "masks" / f"{ids['val'][0]}.png")
+    assert (mask.mode, mask.size) == ("P", (16, 16))
+    assert mask.getpalette()[:12] == [value for colour in load_spec("tiny.toml").palette for value in colour]
+    columns = 4 if method == "cyclegan" else 3
+    assert Image.open(results / "panels" / f"{ids['val'][0]}.png").size == (2 + columns * 18, 2 + 18)
+
+
+def test_written_masks_give_the_reported_miou():
+    assert run("--training", *TINY, "--method", "supervised", "--epochs", "9", "--lr", "0.01") == 0
+    assert run("--testing") == 0
+    folder = Path("results/tiny_supervised_0.2_s0")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    spec = load_spec("tiny.toml")
+    samples = {sample.id: sample for sample in main.data_utils.index(spec, Path("none"))}
+    inter, union = np.zeros(4), np.zeros(4)
+    for path in (folder / "masks").iterdir():
+        truth = main.data_utils.decode(samples[path.stem], spec, (16, 16))[1].numpy()
+        prediction = np.array(Image.open(path))
+        for k in range(4):
+            inter[k] += ((truth == k) & (prediction == k)).sum()
+            union[k] += ((truth == k) | (prediction == k)).sum()
+    assert metrics["miou"] == pytest.approx((inter / union)[union > 0].mean())
+
+
+def trained(name: str) -> dict:
+    state = utils.load_checkpoint(Path("checkpoints") / name / "last.pt")
+    return {key: value for key, value in state.items() if key not in ("data_root",)}
+
+
+def assert_same(a, b) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(capsys, monkeypatch):
+    flags = [*TINY, "--epochs", "2", "--dropout", "0.5", "--pool-size", "3", "--lr", "0.01"]
+    assert run("--training", *flags, "--name", "whole") == 0
+
+    steps = []
+    step = main.METHODS["cyclegan"].step
+
+    def counted_step(self, *batch):
+        steps.append(1)
+        if len(steps) in (2, 7):
+            main.stop.signum = signal.SIGTERM
+        return step(self, *batch)
+
+    monkeypatch.setattr(main.METHODS["cyclegan"], "step", counted_step)
+    assert run("--training", *flags, "--name", "cut") == 128 + signal.SIGTERM
+    assert "SIGTERM" in capsys.readouterr().out
+    main.stop.signum = 0
+    assert run("--training", *flags, "--name", "cut") == 128 + signal.SIGTERM
+    assert "resuming at epoch 1, step 2" in capsys.readouterr().out
+    main.stop.signum = 0
+    assert run("--training", *flags, "--name", "cut") == 0
+    assert "resuming at epoch 2, step 3" in capsys.readouterr().out
+    assert len(steps) == 8
+    assert_same(trained("whole"), trained("cut"))
+    logs = [Path("checkpoints", name, "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+def test_a_finished_run_changes_nothing_and_overwrite_starts_anew(capsys):
+    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "1"]
+    assert run(*flags) == 0
+    last = Path("checkpoints/tiny_supervised_0.2_s0/last.pt")
+    before = last.stat().st_mtime_ns
+    assert run(*flags, "--workers", "1", "--eval-every", "3") == 0
+    assert "is finished" in capsys.readouterr().out
+    assert last.stat().st_mtime_ns == before
+    assert run(*flags, "--overwrite") == 0
+    assert last.stat().st_mtime_ns > before
+
+
+def test_settings_that_differ_are_an_error_that_lists_them(capsys):
+    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "1"]
+    assert run(*flags) == 0
+    error = error_of(capsys, *flags, "--lr", "0.1", "--ngf", "3")
+    assert "lr was 0.0002, is 0.1" in error
+    assert "ngf was 2, is 3" in error
+
+
+def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
+    Path("checkpoints/precious").mkdir(parents=True)
+    Path("checkpoints/precious/thesis.txt").write_text("years of work")
+    assert "precious" in error_of(capsys, "--training", *TINY, "--name", "precious", "--overwrite")
+    assert Path("checkpoints/precious/thesis.txt").is_file()
+
+
+def test_testing_takes_the_most_recent_run_that_is_named(capsys):
+    for seed in (0, 1):
+        assert run("--training", *TINY, "--method", "supervised", "--epochs", "1", "--seed", seed) == 0
+    capsys.readouterr()
+    assert run("--testing") == 0
+    assert "tiny_supervised_0.2_s1" in capsys.readouterr().out
+    assert run("--testing", "--seed", "0") == 0
+    assert "tiny_supervised_0.2_s0" in capsys.readouterr().out
+    assert "--seed 2" in error_of(capsys, "--testing", "--seed", "2")
+    assert "--ngf is 2, not 3" in error_of(capsys, "--testing", "--ngf", "3")
+
+
+def test_a_runs_config_repeats_it():
+    assert run("--training", *TINY, "--epochs", "1", "--lr", "0.01") == 0
+    config = Path("checkpoints/tiny_cyclegan_0.2_s0/config.toml")
+    assert tomllib.loads(config.read_text())["dataset"]["name"] == "tiny"
+    assert run("--training", "--dataset", config, "--name", "again") == 0
+    assert_same(trained("tiny_cyclegan_0.2_s0")["model"], trained("again")["model"])
+
+
+def test_init_takes_over_the_shared_networks(capsys):
+    assert run("--training", *TINY, "--method", "supervised", "--epochs", "1", "--lr", "0.01") == 0
+    source = "checkpoints/tiny_supervised_0.2_s0/best.pt"
+    assert run("--training", *TINY, "--epochs", "1", "--init", source, "--lr", "1e-12", "--name", "more") == 0
+    assert "starting from G_IS" in capsys.readouterr().out
+    weights = utils.load_checkpoint(Path(source))["model"]
+    ours = trained("more")["model"]
+    assert all(torch.allclose(ours[key], weights[key], atol=1e-6) for key in weights)
+    assert "other networks" in error_of(capsys, "--training", *TINY, "--ngf", "3", "--init", source, "--name", "no")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(capsys, monkeypatch):
+    flags = ["--training", *TINY, "--method", "supervised", "--log-every", "1"]
+    step = main.METHODS["supervised"].step
+    calls = []
+
+    def failing_step(self, *batch):
+        calls.append(1)
+        return {name: loss * (float("nan") if len(calls) > 6 else 1) for name, loss in step(self, *batch).items()}
+
+    monkeypatch.setattr(main.METHODS["supervised"], "step", failing_step)
+    assert run(*flags, "--epochs", "3") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: epoch 2, step 3: a loss is not finite")
+    assert "gen_S nan" in error
+    assert utils.load_checkpoint(Path("checkpoints/tiny_supervised_0.2_s0/last.pt"))["epoch"] == 1
+
+
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on():
+    command = [sys.executable, MAIN, "--training", *TINY, "--workers", "1", "--epochs", "1000", "--log-every", "1"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the reading processes hear it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "SIGINT: saved checkpoints/tiny_cyclegan_0.2_s0/last.pt" in out
+    assert "Traceback" not in err
+    assert utils.load_checkpoint(Path("checkpoints/tiny_cyclegan_0.2_s0/last.pt"))["epoch"] >= 1

@@ -1,0 +1,288 @@
+"""What the method does not define: metrics, checkpoints, seeds, schedule, replay pool, colours, and the errors."""
+
+import io
+import json
+import os
+import pickle
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.utils import make_grid
+
+IGNORE = 255  # in every mask tensor: a pixel that neither trains nor counts (VOC's void)
+IGNORE_COLOUR = (224, 224, 192)  # as in VOC's own masks
+CHECKPOINT_FORMAT = 1
+
+
+class InputError(Exception):
+    """Wrong flags, configuration or data; main prints it as one `error: ...` line and exits with 2."""
+
+
+class TrainingError(Exception):
+    """A run that cannot go on; main prints it as one `error: ...` line and exits with 1."""
+
+
+def first_ten(items: Iterable[str]) -> str:
+    """'a; b; c', and after ten of them how many more there are."""
+    items = list(items)
+    return "; ".join(items[:10]) + (f"; and {len(items) - 10} more" if len(items) > 10 else "")
+
+
+# Metrics (Section 4.2)
+
+
+class ConfusionMatrix:
+    """Counts pixels by (truth, prediction) in an int64 K x K matrix that stays on the device."""
+
+    def __init__(self, n_classes: int, device: torch.device | str = "cpu"):
+        self.counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
+
+    def update(self, prediction: Tensor, truth: Tensor) -> None:
+        """Add a batch of class indices; pixels whose truth is IGNORE are left out."""
+        k = len(self.counts)
+        valid = truth != IGNORE
+        # K * K collects the ignored pixels, so that no boolean index has to wait for the device
+        index = torch.where(valid, truth * k + prediction, k * k).flatten()
+        self.counts += torch.bincount(index, minlength=k * k + 1)[:-1].view(k, k)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _iou(counts: Tensor) -> list[float | None]:
+    """TP / (TP + FP + FN) of each class; None for a class in neither truth nor prediction."""
+    tp = counts.diag()
+    union = counts.sum(0) + counts.sum(1) - tp
+    return [t / u if u else None for t, u in zip(tp.tolist(), union.tolist(), strict=True)]
+
+
+def segmentation_metrics(counts: Tensor, spec) -> dict:
+    """Every figure that is reported, from a K x K confusion matrix (rows truth, columns prediction).
+
+    `miou` is Section 4.2: TP / (TP + FP + FN), mean over `spec.scored`; pixels whose truth is `spec.void` are skipped,
+    a void predicted on a real class is a miss. `miou_all` takes all K classes, void as one like any other.
+    `miou_official` is the released code's: rows and columns of unscored classes are cut out first, so that
+    confusions with them cost nothing. A class in neither truth nor prediction is None and stays out of every mean.
+    """
+    counts = counts.cpu()
+    judged = counts.clone()
+    if spec.void is not None:
+        judged[spec.void] = 0
+    tp, support = judged.diag(), judged.sum(0) + judged.sum(1)
+    iou = _iou(judged)
+    dice = [2 * t / s if s else None for t, s in zip(tp.tolist(), support.tolist(), strict=True)]
+    if spec.void is not None:
+        iou[spec.void] = dice[spec.void] = None
+    total = judged.sum().item()
+    keep = torch.tensor(spec.scored)
+    return {
+        "miou": _mean(iou[k] for k in spec.scored),
+        "miou_all": _mean(_iou(counts)),
+        "miou_official": _mean(_iou(counts[keep][:, keep])),
+        "pixel_accuracy": tp.sum().item() / total if total else None,
+        "iou": dict(zip(spec.classes, iou, strict=True)),
+        "dice": dict(zip(spec.classes, dice, strict=True)),
+    }
+
+
+def format_metrics(metrics: dict) -> str:
+    """Every class's IoU and Dice, then the means, in per cent; a dash where a class does not occur."""
+
+    def per_cent(value: float | None) -> str:
+        return "      -" if value is None else f"{100 * value:7.2f}"
+
+    means = {"mIoU": "miou", "mIoU, every class": "miou_all", "mIoU, as released": "miou_official"}
+    means["pixel accuracy"] = "pixel_accuracy"
+    width = max(map(len, [*metrics["iou"], *means]))
+    lines = [f"{'class':{width}}    IoU   Dice"]
+    lines += [f"{name:{width}}{per_cent(v)}{per_cent(metrics['dice'][name])}" for name, v in metrics["iou"].items()]
+    return "\n".join([*lines, *(f"{title:{width}}{per_cent(metrics[key])}" for title, key in means.items())])
+
+
+# Training
+
+
+def linear_decay(epochs: int, decay_epoch: int) -> Callable[[int], float]:
+    """The learning rate's factor by epoch (Section 3.3): 1 until decay_epoch, then linearly to 0 at `epochs`."""
+
+    def factor(epoch: int) -> float:
+        return 1.0 if epoch < decay_epoch else max(0.0, (epochs - epoch) / max(1, epochs - decay_epoch))
+
+    return factor
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed torch on every device; `deterministic` also makes it choose kernels that repeat bit for bit."""
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pick_device(name: str | None, precision: str) -> torch.device:
+    """The device of that name, or the GPU where there is one; --precision tf32 lets its float32 products round."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return device
+
+
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """How activations lie in memory."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+class ReplayPool:
+    """The released code's buffer of past fakes: each new one is, with probability 1/2, swapped for a stored one.
+
+    A pool of size 0 (the paper) returns what it is given.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        self.fakes: list[Tensor] = []
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        if self.size == 0:
+            return batch
+        returned = []
+        for fake in batch:
+            if len(self.fakes) < self.size:
+                self.fakes.append(fake)
+            elif torch.rand(()) < 0.5:
+                slot = int(torch.randint(self.size, ()))
+                fake, self.fakes[slot] = self.fakes[slot], fake
+            returned.append(fake)
+        return torch.stack(returned)
+
+
+# Files
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write beside, flush to disk, rename: a reader finds the old file or the new one, whole."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint of tensors and plain values: nothing that needs pickle's code to load."""
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint onto the CPU; InputError where the file is none of this program's."""
+    if not path.is_file():
+        raise InputError(f"checkpoint {path}: no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise InputError(f"checkpoint {path}: not readable ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(f"checkpoint {path}: not a checkpoint of this program (format {CHECKPOINT_FORMAT})")
+    return state
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
+    """Put saved weights into a network; InputError that lists the differences where they do not fit."""
+    ours = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    theirs = {key: tuple(value.shape) for key, value in weights.items()}
+    if ours != theirs:
+        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        differences = [f"{key} is {theirs.get(key, 'missing')}, expected {ours.get(key, 'none')}" for key in keys]
+        raise InputError(f"{source}: other networks: {first_ten(differences)}")
+    network.load_state_dict(weights)
+
+
+def make_folder(path: Path, flag: str) -> None:
+    """Create a folder and check that it can be written; InputError names it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / ".writable", "")
+        (path / ".writable").unlink()
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from error
+
+
+def to_toml(table: dict) -> str:
+    """A flat table of strings, numbers, booleans and (nested) lists as TOML lines; None is left out."""
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in table.items() if v is not None)
+
+
+def write_manifest(folder: Path, device: torch.device, **more) -> None:
+    """Add to manifest.json: the command, its versions, device and commit, and what else is said."""
+    path = folder / "manifest.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a checkout, or no git
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    now = {"command": " ".join(sys.argv), "device": str(device), "gpu": gpu, "commit": commit}
+    now |= {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    now |= {"python": platform.python_version(), "platform": platform.platform()}
+    write_atomically(path, json.dumps({**before, **now, **more}, indent=1))
+
+
+# Colour
+
+
+def flat_palette(palette: tuple[tuple[int, int, int], ...]) -> list[int]:
+    """256 RGB triples in a row: the classes' colours, black, and IGNORE's colour last."""
+    colours = [*palette, *[(0, 0, 0)] * (255 - len(palette)), IGNORE_COLOUR]
+    return [value for colour in colours for value in colour]
+
+
+def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> None:
+    """Write an (H, W) mask as an indexed PNG: the pixel values are the class indices."""
+    image = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
+    image.putpalette(flat_palette(palette))
+    image.save(path)
+
+
+def colourize(mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """Masks (B, H, W) to colours (B, 3, H, W) in [0, 1]."""
+    table = torch.tensor(flat_palette(palette), device=mask.device).view(256, 3) / 255
+    return table[mask].permute(0, 3, 1, 2)
+
+
+def picture_grid(x: Tensor, columns: Iterable[Tensor], palette: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """A row for each image of x, a column for x and each of `columns`; (3, height, width) in [0, 1].
+
+    Columns are masks (B, H, W) or images (B, C, H, W) on x's scale: x was divided by its range, so that adding back
+    its minimum shows it from black to white.
+    """
+    darkest = x.amin((2, 3), keepdim=True)
+
+    def show(picture: Tensor) -> Tensor:
+        if picture.dim() == 3:
+            return colourize(picture, palette)
+        return (picture - darkest).clamp(0, 1).expand(-1, 3, -1, -1)
+
+    pictures = [show(picture).float().cpu() for picture in (x, *columns)]
+    return make_grid(torch.stack(pictures, 1).flatten(0, 1), nrow=len(pictures), padding=2, pad_value=1.0)
