@@ -442,6 +442,7 @@ def _fill_cache(home: Path, spec: DatasetSpec, samples: list[Sample], size: tupl
     decoded = DataLoader(
         Decoder(samples, spec, size), batch_size=None, num_workers=workers, worker_init_fn=_let_parent_decide
     )
+    read_volume.cache_clear()  # the files may have changed
     problems = []
     # written piece by piece, not through a memory map: a full disk is then an error, not a crash
     with open(home / "images.npy", "wb") as images, open(home / "masks.npy", "wb") as masks:

@@ -287,9 +287,10 @@ class Run:
 
     def mean_losses(self) -> dict[str, float]:
         """Each loss's mean since the last evaluation. It waits for the device: not for every step."""
-        sums = torch.stack(list(self.sums.values())).tolist() if self.sums else []
-        steps = self.sums.get("steps", 1)
-        return {name: value / float(steps) for name, value in zip(self.sums, sums, strict=True) if name != "steps"}
+        values = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        sums = dict(zip(self.sums, values, strict=True))
+        steps = sums.pop("steps", 1)
+        return {name: value / steps for name, value in sums.items()}
 
     def check_losses(self) -> None:
         """TrainingError where a loss has not been finite; what is on disk stays."""
@@ -339,9 +340,8 @@ class Run:
         if self.epoch == args.epochs:
             return 0
         self.save("last.pt")
-        print(
-            f"{signal.Signals(stop.signum).name}: saved {self.folder / 'last.pt'}; the same command goes on from there"
-        )
+        name = signal.Signals(stop.signum).name
+        print(f"{name}: saved {self.folder / 'last.pt'}; the same command goes on from there")
         return 128 + stop.signum
 
     def log(self, losses: dict[str, Tensor], bar: tqdm) -> None:
@@ -384,8 +384,8 @@ class Run:
         self.model.eval()
         pictures = self.model.pictures(x, y)
         self.model.train()
-        grid = utils.picture_grid(x, [y, *pictures.values()], self.spec.palette)
-        self.writer.add_image("x, y, " + ", ".join(pictures), grid.numpy(), self.global_step)
+        grid = utils.picture_grid(x, {"y": y, **pictures}, self.spec.palette)
+        self.writer.add_image("validation", grid.numpy(), self.global_step)
 
 
 @torch.inference_mode()
@@ -423,6 +423,7 @@ def make_run_folder(folder: Path, args: argparse.Namespace, spec: DatasetSpec, p
             raise InputError(f"--overwrite: {folder} holds no run; delete it by hand")
         shutil.rmtree(folder)
     utils.make_folder(folder, "--checkpoints")
+    (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first last.pt
     flags = {key: value for key, value in vars(args).items() if key not in {*NOT_IN_TOML, "given", "name", "dataset"}}
     note = f"# python main.py --training --dataset {folder / 'config.toml'} --name NAME repeats this run"
     toml = f"{note}\n{utils.to_toml(flags)}\n[dataset]\n{utils.to_toml(asdict(spec))}"
@@ -527,6 +528,8 @@ def test(args: argparse.Namespace) -> int:
     folder = Path(args.results) / path.resolve().parent.name
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
+        for old in (folder / sub).glob("*.png"):  # of an earlier test
+            old.unlink()
     cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
     model = METHODS[args.method](spec, args).to(device, memory_format=utils.memory_format(args.channels_last))
     utils.load_weights(model, state["model"], path)
@@ -536,12 +539,14 @@ def test(args: argparse.Namespace) -> int:
     bar = tqdm(total=len(names), desc=f"testing {folder.name}", unit=" images", disable=None)
 
     def write(x: Tensor, y: Tensor, prediction: Tensor) -> None:
-        pictures = model.pictures(x, y)
-        columns = [y, prediction] + ([pictures["G_SI(y)"]] if "G_SI(y)" in pictures else [])
+        columns = {"y": y, "G_IS(x)": prediction}
+        if hasattr(model, "paint"):
+            columns["G_SI(y)"] = model.paint(y)
         for i in range(len(x)):
             name = next(waiting)
             utils.save_mask(folder / "masks" / f"{name}.png", prediction[i], spec.palette)
-            panel = utils.picture_grid(x[i : i + 1], [column[i : i + 1] for column in columns], spec.palette)
+            row = {title: column[i : i + 1] for title, column in columns.items()}
+            panel = utils.picture_grid(x[i : i + 1], row, spec.palette)
             save_image(panel, folder / "panels" / f"{name}.png")
         bar.update(len(x))
 

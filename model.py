@@ -80,6 +80,12 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
             network.requires_grad_(True)
 
 
+def compute(network: nn.Module, x: Tensor, bf16: bool) -> Tensor:
+    """The network's output in x's dtype, with its products in bfloat16 where that is asked."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        return network(x).to(x.dtype)
+
+
 # Methods. Each has optimizers, step(x, y, x_u), segment(x) and pictures(x, y).
 
 
@@ -94,8 +100,7 @@ class Supervised(nn.Module):
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.G_IS(x).to(x.dtype)
+        return compute(self.G_IS, x, self.bf16)
 
     def step(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
         """One update; returns the loss by the paper's name, detached. Unlabeled images are not looked at."""
@@ -141,13 +146,13 @@ class CycleGAN(nn.Module):
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.G_IS(x).to(x.dtype)
+        return compute(self.G_IS, x, self.bf16)
 
     def paint(self, y: Tensor) -> Tensor:
-        """G_SI: one-hot masks or softmax maps (B, K, H, W) to images (B, C, H, W)."""
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.G_SI(y).to(y.dtype)
+        """G_SI: masks (B, H, W), one-hot masks or softmax maps (B, K, H, W) to images (B, C, H, W)."""
+        if y.dim() == 3:
+            y = one_hot(y, self.n_classes)
+        return compute(self.G_SI, y, self.bf16)
 
     def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The terms of Eq. 8 that have a weight, unweighted, and the fakes {"y": G_IS(x'), "x": G_SI(y)}.
@@ -217,7 +222,7 @@ class CycleGAN(nn.Module):
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """What the networks make of labeled images, by name: masks (B, H, W) and images (B, C, H, W)."""
         logits = self.segment(x)
-        fake_x = self.paint(one_hot(y, self.n_classes, x.dtype))
+        fake_x = self.paint(y)
         return {
             "G_IS(x)": logits.argmax(1),
             "G_SI(y)": fake_x,

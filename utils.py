@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pickle
 import platform
 import subprocess
 import sys
@@ -12,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 IGNORE = 255  # in every mask tensor: a pixel that neither trains nor counts (VOC's void)
@@ -200,8 +200,9 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(f"checkpoint {path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"checkpoint {path}: not readable ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the unpickler raises anything on hostile bytes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"checkpoint {path}: not readable ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"checkpoint {path}: not a checkpoint of this program (format {CHECKPOINT_FORMAT})")
     return state
@@ -271,8 +272,8 @@ def colourize(mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> Tensor
     return table[mask].permute(0, 3, 1, 2)
 
 
-def picture_grid(x: Tensor, columns: Iterable[Tensor], palette: tuple[tuple[int, int, int], ...]) -> Tensor:
-    """A row for each image of x, a column for x and each of `columns`; (3, height, width) in [0, 1].
+def picture_grid(x: Tensor, columns: dict[str, Tensor], palette: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """A row for each image of x, a titled column for x and each of `columns`; (3, height, width) in [0, 1].
 
     Columns are masks (B, H, W) or images (B, C, H, W) on x's scale: x was divided by its range, so that adding back
     its minimum shows it from black to white.
@@ -284,5 +285,11 @@ def picture_grid(x: Tensor, columns: Iterable[Tensor], palette: tuple[tuple[int,
             return colourize(picture, palette)
         return (picture - darkest).clamp(0, 1).expand(-1, 3, -1, -1)
 
-    pictures = [show(picture).float().cpu() for picture in (x, *columns)]
-    return make_grid(torch.stack(pictures, 1).flatten(0, 1), nrow=len(pictures), padding=2, pad_value=1.0)
+    pictures = [show(picture).float().cpu() for picture in (x, *columns.values())]
+    grid = make_grid(torch.stack(pictures, 1).flatten(0, 1), nrow=len(pictures), padding=2, pad_value=1.0)
+    width = x.shape[-1] + 2
+    font = ImageFont.load_default(min(20, max(8, width // 8)))
+    titles = Image.new("RGB", (grid.shape[-1], int(1.5 * font.size)), "white")
+    for i, title in enumerate(("x", *columns)):
+        ImageDraw.Draw(titles).text((2 + i * width, 0), title, "black", font)
+    return torch.cat([pil_to_tensor(titles) / 255, grid], 1)

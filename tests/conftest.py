@@ -1,0 +1,90 @@
+"""Miniature datasets in the genuine layouts of Section 4.1, drawn from fixed seeds; each factory returns its root."""
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from PIL import Image
+
+ACDC_AFFINE = np.array([[-1.4, 0.3, 0, 9], [0.2, 0, -9.8, -7], [0, -1.3, 0.5, 3], [0, 0, 0, 1]])  # axes turned, flipped
+
+
+def write_indexed(path: Path, values: np.ndarray) -> None:
+    """A palette PNG with VOC's first colours; 255 is drawn in VOC's void."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values.astype(np.uint8))
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128] + [0] * 750 + [224, 224, 192])
+    image.save(path)
+
+
+def write_volume(path: Path, volume: np.ndarray, affine: np.ndarray = ACDC_AFFINE) -> None:
+    """A compressed NIfTI file in the array's own type."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(volume, affine, dtype=volume.dtype), path)
+
+
+def make_voc(root: Path, n: int) -> Path:
+    """VOCdevkit/VOC2012 under root: n ids in train_aug.txt, one in val.txt; two shapes, all 21 classes and 255."""
+    home = root / "VOCdevkit" / "VOC2012"
+    ids = [f"2007_{number:06d}" for number in range(n + 1)]
+    for number, name in enumerate(ids):
+        rng = np.random.default_rng(number)
+        height, width = ((20, 28), (26, 18))[number % 2]
+        image, mask = rng.integers(0, 256, (height, width, 3), np.uint8), rng.integers(0, 21, (height, width))
+        mask[:, -2:] = 255
+        (home / "JPEGImages").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(home / "JPEGImages" / f"{name}.jpg")
+        write_indexed(home / "SegmentationClassAug" / f"{name}.png", mask)
+    lists = home / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train_aug.txt").write_text("".join(f"{name}\n" for name in ids[:n]))
+    (lists / "val.txt").write_text(f"{ids[n]}\n")
+    return root
+
+
+def make_cityscapes(root: Path, n_train: int, n_val: int) -> Path:
+    """leftImg8bit and gtFine under root: train in aachen, val in frankfurt, 34x16, every labelId from 0 to 33."""
+    for part, city, n in ("train", "aachen", n_train), ("val", "frankfurt", n_val):
+        images, masks = root / "leftImg8bit" / part / city, root / "gtFine" / part / city
+        images.mkdir(parents=True)
+        masks.mkdir(parents=True)
+        for number in range(n):
+            rng, name = np.random.default_rng(number), f"{city}_{number:06d}_000019"
+            image, mask = rng.integers(0, 256, (16, 34, 3), np.uint8), np.tile(np.arange(34, dtype=np.uint8), (16, 1))
+            Image.fromarray(image).save(images / f"{name}_leftImg8bit.png")
+            Image.fromarray(np.roll(mask, number, 1)).save(masks / f"{name}_gtFine_labelIds.png")
+            Image.fromarray(image).save(masks / f"{name}_gtFine_color.png")  # part of the layout, never read
+    return root
+
+
+def make_acdc(root: Path, n_exams: int, depth: int) -> Path:
+    """training/patientNNN under root: ED is frame 1, ES frame 12, `depth` slices of 18x14 with all four classes.
+
+    As in ACDC, file types differ between exams: int16 images with float32 masks, float32 images with uint8 masks.
+    """
+    for number in range(1, n_exams + 1):
+        exam, rng = root / "training" / f"patient{number:03d}", np.random.default_rng(number)
+        exam.mkdir(parents=True)
+        (exam / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: DCM\nHeight: 184.0\nNbFrame: 30\nWeight: 95.0\n")
+        image_type, mask_type = ((np.float32, np.uint8), (np.int16, np.float32))[number % 2]
+        for frame in 1, 12:
+            image, mask = rng.integers(0, 4032, (18, 14, depth)), rng.integers(0, 4, (18, 14, depth))
+            write_volume(exam / f"{exam.name}_frame{frame:02d}.nii.gz", image.astype(image_type))
+            write_volume(exam / f"{exam.name}_frame{frame:02d}_gt.nii.gz", mask.astype(mask_type))
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path) -> Path:
+    return make_voc(tmp_path / "voc", 4)
+
+
+@pytest.fixture
+def cityscapes(tmp_path) -> Path:
+    return make_cityscapes(tmp_path / "cityscapes", 4, 2)
+
+
+@pytest.fixture
+def acdc(tmp_path) -> Path:
+    return make_acdc(tmp_path / "acdc", 2, 3)

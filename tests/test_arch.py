@@ -1,0 +1,194 @@
+"""The networks of Section 3.3: their sizes, first weights and shapes, and both against the formula written out here."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from arch.discriminators import PixelDiscriminator
+from arch.generators import ResNetGenerator
+
+
+def tiny(n_blocks=1, **more):
+    torch.manual_seed(0)
+    return ResNetGenerator(3, 4, ngf=4, n_blocks=n_blocks, **more)
+
+
+def with_random_parameters(network):
+    """Large and none of them 0 or 1, so that each counts; float64."""
+    torch.manual_seed(0)
+    for parameter in network.double().parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return network
+
+
+def image(height=16, width=20, n=2):
+    return torch.randn(n, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def mirror(x, before, after_y, after_x):
+    """Reflection written as an index: -1 is pixel 1, and `size` is pixel size - 2; the border is not repeated."""
+
+    def index(size, after):
+        return [abs(i) if i < size else 2 * (size - 1) - i for i in range(-before, size + after)]
+
+    return x[..., index(x.shape[-2], after_y), :][..., index(x.shape[-1], after_x)]
+
+
+def normalize(x, over):
+    mean = x.mean(over, keepdim=True)
+    return (x - mean) / ((x - mean).square().mean(over, keepdim=True) + 1e-5).sqrt()
+
+
+def generator_by_hand(parameters, x, n_blocks):
+    """Section 3.3: reflection for 7x7 and residual convolutions, zeros for stride 2; instance norm everywhere."""
+    take = iter(parameters)
+
+    def conv(x, **how):
+        return F.conv2d(x, next(take), next(take), **how)
+
+    def norm(x):
+        return normalize(x, over=(2, 3))
+
+    x = norm(conv(mirror(x, 3, 3, 3))).relu()
+    for _ in range(2):
+        x = norm(conv(x, stride=2, padding=1)).relu()
+    for _ in range(n_blocks):
+        inner = norm(conv(mirror(x, 1, 1, 1))).relu()
+        x = x + norm(conv(mirror(inner, 1, 1, 1)))
+    for _ in range(2):
+        x = norm(F.conv_transpose2d(x, next(take), next(take), stride=2, padding=1, output_padding=1)).relu()
+    return conv(mirror(x, 3, 3, 3))
+
+
+def convolutions(network):
+    return [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+
+
+@pytest.mark.parametrize(
+    ("build", "count"),
+    [
+        (lambda: ResNetGenerator(3, 21), 11_434_645),
+        (lambda: ResNetGenerator(21, 3, tanh=True), 11_434_627),
+        (lambda: PixelDiscriminator(3), 8_832),
+        (lambda: PixelDiscriminator(21), 9_984),
+        (lambda: PixelDiscriminator(3, norm="instance"), 3 * 64 + 64 + 64 * 128 + 128 + 128 + 1),
+    ],
+    ids=["G_IS", "G_SI", "D_I", "D_S", "D_I, instance norm"],
+)
+def test_parameter_counts_at_the_papers_width(build, count):
+    assert sum(p.numel() for p in build().parameters()) == count
+
+
+@pytest.mark.parametrize("n_blocks", [0, 2])
+def test_generator_equals_section_3_3_written_out(n_blocks):
+    G, x = with_random_parameters(tiny(n_blocks)), image()
+    torch.testing.assert_close(G(x), generator_by_hand(G.parameters(), x, n_blocks), rtol=1e-9, atol=1e-9)
+
+
+def test_tanh_generator_is_tanh_of_the_logits_and_neither_holds_a_softmax():
+    logits, G_SI = tiny(), tiny(tanh=True)
+    with_random_parameters(logits)
+    G_SI.double().load_state_dict(logits.state_dict())
+    x = image()
+    assert logits(x).min() < -1  # a softmax's output is within [0, 1]
+    assert logits(x).max() > 1
+    torch.testing.assert_close(G_SI(x), logits(x).tanh())
+
+
+def test_instance_norm_has_no_parameters_and_no_memory():
+    G, x = tiny().double(), image()
+    assert {id(p) for p in G.parameters()} == {id(p) for conv in convolutions(G) for p in conv.parameters()}
+    assert list(G.buffers()) == []
+    torch.testing.assert_close(G(x), torch.cat([G(x[:1]), G(x[1:])]))  # image by image
+    torch.testing.assert_close(G.train()(x), G.eval()(x))
+
+
+@pytest.mark.parametrize("build", [ResNetGenerator, PixelDiscriminator])
+def test_first_weights_have_mean_0_and_deviation_002_and_biases_are_0(build):
+    torch.manual_seed(0)
+    network = build(8, 21, ngf=16, n_blocks=1) if build is ResNetGenerator else build(8, 64, norm="instance")
+    for conv in convolutions(network):
+        n = conv.weight.numel()
+        assert abs(conv.weight.mean()) < 5 * 0.02 / n**0.5  # five standard errors
+        assert abs(conv.weight.std() - 0.02) < 5 * 0.02 / (2 * n) ** 0.5
+        assert conv.bias.eq(0).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 19), (18, 31), (21, 16)])
+def test_generator_keeps_any_size_from_16(height, width):
+    assert tiny()(image(height, width).float()).shape == (2, 4, height, width)
+
+
+@pytest.mark.parametrize(("height", "width", "below", "right"), [(16, 20, 0, 0), (17, 20, 3, 0), (18, 23, 2, 1)])
+def test_only_what_4_does_not_divide_is_padded_by_reflection_right_and_below(height, width, below, right):
+    G, x = with_random_parameters(tiny()), image(height, width)
+    expected = generator_by_hand(G.parameters(), mirror(x, 0, below, right), 1)[..., :height, :width]
+    torch.testing.assert_close(G(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(15, 16), (16, 15), (3, 200)])
+def test_generator_refuses_under_16_pixels_and_names_the_size(size):
+    with pytest.raises(ValueError, match=f"{size[0]}x{size[1]}"):
+        tiny()(image(*size).float())
+
+
+def test_dropout_exists_only_where_asked_for_once_a_residual_block():
+    def rates(G):
+        return [m.p for m in G.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
+
+    assert rates(tiny(n_blocks=3)) == []
+    assert rates(tiny(n_blocks=3, dropout=0.25)) == [0.25] * 3
+    G, x = tiny(dropout=0.5), image().float()
+    assert not torch.equal(G(x), G(x))
+    G.eval()
+    assert torch.equal(G(x), G(x))
+
+
+@pytest.mark.parametrize("network", [tiny(n_blocks=2), PixelDiscriminator(3, 4)], ids=["generator", "discriminator"])
+def test_parameters_are_registered_in_the_order_of_data_flow(network):
+    used = []
+    for module in network.modules():
+        module.register_forward_pre_hook(lambda module, _: used.extend(module.parameters(recurse=False)))
+    network(image().float())
+    assert list(map(id, used)) == list(map(id, network.parameters()))
+
+
+@pytest.mark.parametrize(("norm", "over"), [("batch", (0, 2, 3)), ("instance", (2, 3))])
+def test_discriminator_equals_section_3_3_written_out(norm, over):
+    D, x = with_random_parameters(PixelDiscriminator(3, 4, norm)), image(5, 7)
+    if norm == "batch":  # no bias before the norm nor in the last convolution
+        w1, b1, w2, gain, shift, w3 = D.parameters()
+        b2 = b3 = x.new_zeros(1)
+    else:
+        w1, b1, w2, b2, w3, b3 = D.parameters()
+        gain, shift = x.new_ones(1), x.new_zeros(1)
+
+    def pixel_wise(w, x, b):
+        return torch.einsum("oi,bihw->bohw", w[:, :, 0, 0], x) + b.view(1, -1, 1, 1)
+
+    def leaky(x):
+        return torch.where(x > 0, x, 0.2 * x)
+
+    hidden = leaky(pixel_wise(w1, x, b1))
+    hidden = normalize(pixel_wise(w2, hidden, b2), over) * gain.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    torch.testing.assert_close(D(x), pixel_wise(w3, leaky(hidden), b3))
+
+
+def test_discriminator_judges_each_pixel_by_itself_at_the_inputs_size():
+    D, x = with_random_parameters(PixelDiscriminator(3, 4)).eval(), image(17, 19)
+    changed = x.clone()
+    changed[1, :, 3, 5] += 1
+    assert D(x).shape == (2, 1, 17, 19)
+    assert (D(x) != D(changed)).nonzero().tolist() == [[1, 0, 3, 5]]
+
+
+def test_discriminator_refuses_an_unknown_norm_by_name():
+    with pytest.raises(ValueError, match="'layer'"):
+        PixelDiscriminator(3, norm="layer")
+
+
+@pytest.mark.parametrize("network", [tiny(), tiny(tanh=True), PixelDiscriminator(3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_networks_answer_in_the_type_of_their_input(network, dtype):
+    assert network.to(dtype)(image(17, 18).to(dtype)).dtype == dtype

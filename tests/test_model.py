@@ -1,0 +1,446 @@
+"""Eq. 1 to 9 against numbers worked by hand, and which network each term's gradient reaches."""
+
+import copy
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import data_utils
+import main
+import model
+from arch.discriminators import PixelDiscriminator
+from arch.generators import ResNetGenerator
+from model import METHODS, frozen
+from utils import IGNORE
+
+SPEC = data_utils.load_spec("phantom")  # 1 channel, 4 classes
+NETWORKS = ("G_IS", "G_SI", "D_S", "D_I")
+TERMS = ("gen_S", "gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I")
+ODD = {"gen_S": 1.0, "gen_I": 0.7, "cycle_S": 0.03, "cycle_I": 1.9, "disc_S": 0.45, "disc_I": 2.3}
+ODD_FLAGS = [f"--lambda{i}={ODD[name]}" for i, name in enumerate(TERMS[1:], start=1)]
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+LN2 = math.log(2)
+
+
+def build(method, *flags):
+    """Tiny networks in float64, always from the same seed; voc.toml leaves the parser's defaults, the paper's."""
+    tiny = ["--training", "--dataset", "voc", "--ngf", "4", "--ndf", "4", "--n-blocks", "1"]
+    torch.manual_seed(0)
+    return METHODS[method](SPEC, main.parse_args([*tiny, *flags])).double()
+
+
+def batch():
+    """x, y, x_u of two images; a quarter of the first mask is ignored."""
+    random = torch.Generator().manual_seed(1)
+    x, x_u = 2 * torch.rand(2, 2, 1, 16, 20, dtype=torch.float64, generator=random) - 1
+    y = torch.randint(4, (2, 16, 20), generator=random)
+    y[0, :4] = IGNORE
+    return x, y, x_u
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def parameters(ours, *names):
+    return [p for name in names for p in getattr(ours, name).parameters()]
+
+
+def hot(y):
+    return torch.stack([(y == k).double() for k in range(4)], 1)
+
+
+def cross_entropy(logits, y):
+    counts = y != IGNORE
+    return -logits.log_softmax(1).movedim(1, -1)[counts].gather(1, y[counts].unsqueeze(1)).mean()
+
+
+def terms_by_hand(ours, x, y, x_u):
+    """The six terms, with every network called for one set of images at a time."""
+    return {
+        "gen_S": cross_entropy(ours.G_IS(x), y),
+        "gen_I": ((ours.G_SI(hot(y)) - x) ** 2).mean(),
+        "cycle_S": cross_entropy(ours.G_IS(ours.G_SI(hot(y))), y),
+        "cycle_I": (ours.G_SI(ours.G_IS(x_u).softmax(1)) - x_u).abs().mean(),
+        "disc_S": ((ours.D_S(ours.G_IS(x_u).softmax(1)) - 1) ** 2).mean(),
+        "disc_I": ((ours.D_I(ours.G_SI(hot(y))) - 1) ** 2).mean(),
+    }
+
+
+def discriminator_terms_by_hand(ours, y, x_u):
+    real_y, fake_y = ours.D_S(hot(y))[:, 0], ours.D_S(ours.G_IS(x_u).softmax(1).detach())
+    real_x, fake_x = ours.D_I(x_u), ours.D_I(ours.G_SI(hot(y)).detach())
+    return {
+        "D_S": ((real_y[y != IGNORE] - 1) ** 2).mean() + (fake_y**2).mean(),
+        "D_I": ((real_x - 1) ** 2).mean() + (fake_x**2).mean(),
+    }
+
+
+def count_images(ours):
+    """How many images each network has been given, from now on."""
+    counts = dict.fromkeys(NETWORKS, 0)
+
+    def hook(name):
+        def add(_, inputs):
+            counts[name] += len(inputs[0])
+
+        return add
+
+    for name in NETWORKS:
+        getattr(ours, name).register_forward_pre_hook(hook(name))
+    return counts
+
+
+# Equations
+
+
+@pytest.mark.parametrize("loss", [model.gen_S, model.cycle_S])
+def test_cross_entropy_is_the_mean_over_the_pixels_that_count(loss):
+    even, odd = [0.0, 0.0], [math.log(3), 0.0]  # probabilities (1/2, 1/2) and (3/4, 1/4)
+    logits = tensor([even, odd], [odd, odd]).movedim(-1, 1).unsqueeze(2)  # (2, 2, 1, 2)
+    y = torch.tensor([[[0, 1]], [[IGNORE, 1]]])
+    assert loss(logits, y).item() == pytest.approx((1 + 2 + 2) / 3 * LN2)  # not the mean of the images' 1.5 and 2
+    assert loss(logits[:1], y[:1]).item() == pytest.approx(1.5 * LN2)
+
+
+@pytest.mark.parametrize("loss", [model.gen_S, model.cycle_S])
+def test_cross_entropy_of_ignored_pixels_alone_is_0_with_a_finite_gradient(loss):
+    logits = torch.randn(2, 4, 3, 3, requires_grad=True)
+    value = loss(logits, torch.full((2, 3, 3), IGNORE))
+    value.backward()
+    assert value.item() == 0
+    assert logits.grad.eq(0).all()
+
+
+def test_gen_I_is_the_mean_squared_error():
+    assert model.gen_I(tensor(1, 2, 3, -1), tensor(0, 2, 1, 1)).item() == (1 + 0 + 4 + 4) / 4
+
+
+def test_cycle_I_is_the_mean_absolute_error():
+    assert model.cycle_I(tensor(1, 2, 3, -1), tensor(0, 2, 1, 1)).item() == (1 + 0 + 2 + 2) / 4
+
+
+def test_disc_pulls_real_to_1_and_fake_to_0():
+    assert model.disc(real=tensor(1, 0.5), fake=tensor(0, 2, 1, 1)).item() == (0 + 0.25) / 2 + (0 + 4 + 1 + 1) / 4
+
+
+def test_disc_takes_the_real_mean_over_valid_pixels():
+    real, fake = tensor(-1, 0.5, 3, 9), tensor(0, 2, 1, 1)
+    assert model.disc(real, fake, valid=torch.tensor([True, True, True, False])).item() == (4 + 0.25 + 4) / 3 + 1.5
+    assert model.disc(real, fake, valid=torch.zeros(4, dtype=torch.bool)).item() == 1.5
+
+
+def test_fool_pulls_fake_to_1():
+    assert model.fool(tensor(0, 3, 1, 1)).item() == (1 + 4) / 4
+
+
+def test_one_hot_of_an_ignored_pixel_is_the_zero_vector():
+    vectors = model.one_hot(torch.tensor([[[0, 2, IGNORE]]]), 3, torch.float64)
+    assert vectors.dtype == torch.float64
+    assert vectors[0, :, 0].T.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+
+
+# Eq. 8 and 9
+
+
+def test_terms_and_gradients_equal_those_of_one_network_call_for_each_set_of_images():
+    ours, data = build("cyclegan", *ODD_FLAGS), batch()
+    weights, theirs = parameters(ours, "G_IS", "G_SI"), terms_by_hand(ours, *data)
+    terms, _ = ours.generator_terms(*data)
+    torch.testing.assert_close(terms, theirs, **CLOSE)
+    for name in TERMS:
+        grads = torch.autograd.grad(terms[name], weights, retain_graph=True, materialize_grads=True)
+        expected = torch.autograd.grad(theirs[name], weights, retain_graph=True, materialize_grads=True)
+        torch.testing.assert_close(grads, expected, **CLOSE)
+
+
+def test_step_descends_eq_8_with_its_weights_and_then_eq_4_and_5_without():
+    ours, (x, y, x_u) = build("cyclegan", *ODD_FLAGS), batch()
+    assert ours.weights == ODD
+    for key, optimizer in ours.optimizers.items():  # plain descent shows the gradient as it is
+        ours.optimizers[key] = torch.optim.SGD(optimizer.param_groups[0]["params"], lr=0.1)
+    generators, discriminators = parameters(ours, "G_IS", "G_SI"), parameters(ours, "D_S", "D_I")
+    for _ in range(2):  # the second shows that no gradient of the first is left
+        total = sum(ODD[name] * term for name, term in terms_by_hand(ours, x, y, x_u).items())
+        judged = sum(discriminator_terms_by_hand(ours, y, x_u).values())
+        grads = [*torch.autograd.grad(total, generators), *torch.autograd.grad(judged, discriminators)]
+        before = [p.detach().clone() for p in (*generators, *discriminators)]
+        ours.step(x, y, x_u)
+        after = [p.detach() for p in (*generators, *discriminators)]
+        torch.testing.assert_close(after, [p - 0.1 * g for p, g in zip(before, grads, strict=True)], **CLOSE)
+
+
+def test_discriminators_judge_the_fakes_from_before_the_generators_update():
+    ours, (x, y, x_u) = build("cyclegan", "--lr", "0.01"), batch()
+    expected = discriminator_terms_by_hand(ours, y, x_u)
+    losses = ours.step(x, y, x_u)
+    torch.testing.assert_close({name: losses[name] for name in ("D_S", "D_I")}, expected, **CLOSE)
+
+
+def test_real_and_fake_go_through_batch_norm_separately():
+    ours, (x, y, x_u) = build("cyclegan"), batch()
+    _, fakes = ours.generator_terms(x, y, x_u)
+    sizes = []
+    for D in (ours.D_S, ours.D_I):
+        D.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    ours.discriminator_terms(y, x_u, fakes)
+    assert sizes == [2, 2, 2, 2]
+
+
+def test_step_names_its_terms_and_detaches_them():
+    losses = build("cyclegan").step(*batch())
+    assert list(losses) == [*TERMS, "D_S", "D_I"]
+    assert not any(loss.requires_grad for loss in losses.values())
+
+
+def test_fakes_are_the_softmax_map_and_the_painted_mask():
+    ours, (x, y, x_u) = build("cyclegan"), batch()
+    _, fakes = ours.generator_terms(x, y, x_u)
+    torch.testing.assert_close(fakes, {"y": ours.G_IS(x_u).softmax(1), "x": ours.G_SI(hot(y))}, **CLOSE)
+
+
+def test_discriminators_are_given_what_the_pools_return():
+    ours, (x, y, x_u) = build("cyclegan"), batch()
+    past_y, past_x = hot(y.flip(0)), x.flip(0)
+    ours.pools = {"y": lambda fakes: past_y, "x": lambda fakes: past_x}
+    losses = ours.step(x, y, x_u)
+    ours = build("cyclegan")
+    real = ours.D_S(hot(y))[:, 0][y != IGNORE]
+    torch.testing.assert_close(losses["D_S"], ((real - 1) ** 2).mean() + (ours.D_S(past_y) ** 2).mean(), **CLOSE)
+    torch.testing.assert_close(losses["D_I"], model.disc(ours.D_I(x_u), ours.D_I(past_x)), **CLOSE)
+
+
+def test_each_discriminator_has_its_own_pool_and_the_paper_has_none():
+    for flags, size in ((), 0), (("--pool-size", "3"), 3):
+        pools = build("cyclegan", *flags).pools
+        assert (pools["y"].size, pools["x"].size) == (size, size)
+        assert pools["y"] is not pools["x"]
+
+
+# Ignored pixels
+
+
+def test_ignored_pixels_are_left_out_of_cross_entropies_and_of_the_real_term_of_D_S_but_not_of_gen_I():
+    ours, (x, y, x_u) = build("cyclegan"), batch()
+    y[:] = IGNORE
+    losses, ours = ours.step(x, y, x_u), build("cyclegan")
+    blank = ours.G_SI(torch.zeros(2, 4, 16, 20, dtype=torch.float64))
+    assert losses["gen_S"] == losses["cycle_S"] == 0
+    torch.testing.assert_close(losses["D_S"], (ours.D_S(ours.G_IS(x_u).softmax(1)) ** 2).mean(), **CLOSE)
+    torch.testing.assert_close(losses["gen_I"], ((blank - x) ** 2).mean(), **CLOSE)
+
+
+# Gradients
+
+
+def reached(ours, name):
+    """The generators to which the gradient of one of their terms comes; the discriminators hold none after it."""
+    ours.zero_grad(set_to_none=True)
+    term = ours.generator_terms(*batch())[0][name]
+    if term.requires_grad:
+        term.backward()
+    assert all(p.grad is None for p in parameters(ours, "D_S", "D_I"))
+    grads = {network: [p.grad for p in parameters(ours, network) if p.grad is not None] for network in NETWORKS}
+    return {network for network in NETWORKS if any(grad.abs().max() > 1e-9 for grad in grads[network])}
+
+
+def test_label_adversarial_gradient_reaches_G_IS():
+    assert reached(build("cyclegan"), "disc_S") == {"G_IS"}
+
+
+def test_image_adversarial_gradient_reaches_G_SI():
+    assert reached(build("cyclegan"), "disc_I") == {"G_SI"}
+
+
+@pytest.mark.parametrize("name", ["cycle_S", "cycle_I"])
+def test_cycles_reach_both_generators(name):
+    assert reached(build("cyclegan"), name) == {"G_IS", "G_SI"}
+
+
+def test_supervised_terms_reach_their_own_generator_alone():
+    assert reached(build("cyclegan"), "gen_S") == {"G_IS"}
+    assert reached(build("cyclegan"), "gen_I") == {"G_SI"}
+
+
+def test_argmax_gives_D_S_index_maps_and_G_IS_no_gradient_from_it():
+    ours, data = build("cyclegan", "--disc-input", "argmax"), batch()
+    assert reached(ours, "disc_S") == set()
+    assert reached(ours, "cycle_I") == {"G_IS", "G_SI"}  # which reads the softmax map still
+    terms, fakes = ours.generator_terms(*data)
+    assert torch.equal(fakes["y"], hot(ours.G_IS(data[2]).argmax(1)))
+    torch.testing.assert_close(terms["cycle_I"], terms_by_hand(ours, *data)["cycle_I"], **CLOSE)
+    torch.testing.assert_close(terms["disc_S"], ((ours.D_S(fakes["y"]) - 1) ** 2).mean(), **CLOSE)
+
+
+def test_generators_backward_leaves_nothing_in_the_discriminators():
+    ours = build("cyclegan")
+    terms, _ = ours.generator_terms(*batch())
+    sum(terms.values()).backward()
+    assert all(p.grad is None for p in parameters(ours, "D_S", "D_I"))
+    assert all(p.requires_grad for p in ours.parameters())
+
+
+def test_discriminators_update_leaves_nothing_in_the_generators():
+    ours, (x, y, x_u) = build("cyclegan"), batch()
+    _, fakes = ours.generator_terms(x, y, x_u)
+    sum(ours.discriminator_terms(y, x_u, fakes).values()).backward()
+    assert all(p.grad is None for p in parameters(ours, "G_IS", "G_SI"))
+    assert all(p.grad is not None for p in parameters(ours, "D_S", "D_I"))
+
+
+def test_frozen_lets_gradients_through_to_the_input_and_ends_even_after_an_error():
+    network, x = nn.Conv2d(1, 1, 1), torch.ones(1, 1, 2, 2, requires_grad=True)
+    with frozen(network):
+        network(x).sum().backward()
+    assert x.grad is not None
+    assert network.weight.grad is None
+    with pytest.raises(KeyError), frozen(network):
+        raise KeyError
+    assert network.weight.requires_grad
+    assert network.bias.requires_grad
+
+
+# A weight of 0
+
+
+@functools.cache
+def losses_of_every_term():
+    return build("cyclegan").step(*batch())
+
+
+@pytest.mark.parametrize("off", [off for n in range(6) for off in itertools.combinations(TERMS[1:], n)], ids="-".join)
+def test_a_weight_of_0_drops_the_term_and_its_networks_and_nothing_else(off):
+    every = losses_of_every_term()
+    ours = build("cyclegan", *(f"--lambda{TERMS.index(name)}=0" for name in off))
+    counts, losses = count_images(ours), ours.step(*batch())
+    on = set(TERMS).difference(off)
+    assert counts == {  # two images for each reading of x, x_u, y or a fake
+        "G_IS": 2 + 2 * bool(on & {"cycle_I", "disc_S"}) + 2 * ("cycle_S" in on),
+        "G_SI": 2 * bool(on & {"gen_I", "cycle_S", "disc_I"}) + 2 * ("cycle_I" in on),
+        "D_S": 6 * ("disc_S" in on),  # judging for the generators; then real and fake
+        "D_I": 6 * ("disc_I" in on),
+    }
+    names = [name for name in every if name.replace("D_", "disc_") in on]
+    torch.testing.assert_close(losses, {name: every[name] for name in names}, **CLOSE)
+
+
+# Methods
+
+
+def test_supervised_steps_are_adam_on_eq_1():
+    ours, (x, y, x_u) = build("supervised"), batch()
+    twin = copy.deepcopy(ours.G_IS)
+    weights = list(twin.parameters())
+    m, v = ([torch.zeros_like(p) for p in weights] for _ in range(2))
+    for t in (1, 2, 3):
+        loss = cross_entropy(twin(x), y)
+        grads = torch.autograd.grad(loss, weights)
+        m = [0.5 * a + 0.5 * g for a, g in zip(m, grads, strict=True)]
+        v = [0.999 * a + 0.001 * g**2 for a, g in zip(v, grads, strict=True)]
+        with torch.no_grad():
+            for p, a, b in zip(weights, m, v, strict=True):
+                p -= 2e-4 * (a / (1 - 0.5**t)) / ((b / (1 - 0.999**t)).sqrt() + 1e-8)
+        losses = ours.step(x, y, x_u)
+        assert list(losses) == ["gen_S"]
+        torch.testing.assert_close(losses["gen_S"], loss.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(list(ours.G_IS.parameters()), weights, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["supervised", "cyclegan"])
+def test_optimizers_are_the_papers_adam_each_on_its_own_networks(method):
+    ours = build(method)
+    networks = {"G": ["G_IS"]} if method == "supervised" else {"G": ["G_IS", "G_SI"], "D": ["D_S", "D_I"]}
+    assert ours.optimizers.keys() == networks.keys()
+    for key, optimizer in ours.optimizers.items():
+        assert type(optimizer) is torch.optim.Adam
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.5, 0.999), 0)
+        assert list(map(id, group["params"])) == list(map(id, parameters(ours, *networks[key])))
+
+
+def test_the_flags_set_learning_rate_and_betas_of_every_optimizer():
+    for method in ("supervised", "cyclegan"):
+        for optimizer in build(method, "--lr", "0.003", "--betas", "0.9", "0.99").optimizers.values():
+            assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]) == (0.003, (0.9, 0.99))
+
+
+def test_default_weights_are_the_papers():
+    weights = {"gen_S": 1.0, "gen_I": 1.0, "cycle_S": 0.05, "cycle_I": 1.0, "disc_S": 1.0, "disc_I": 1.0}
+    assert build("cyclegan").weights == weights
+
+
+def test_one_seed_gives_both_methods_the_same_first_G_IS():
+    ours, partial = build("cyclegan").G_IS.state_dict(), build("supervised").G_IS.state_dict()
+    torch.testing.assert_close(ours, partial, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "generator", "discriminator"),
+    [
+        ("", (4, 1, 0.0), (4, "batch")),  # no drop-out and batch norm: the paper's
+        ("--ngf 5 --n-blocks 2 --dropout 0.25 --ndf 6 --disc-norm instance", (5, 2, 0.25), (6, "instance")),
+    ],
+)
+def test_the_flags_shape_the_networks(flags, generator, discriminator):
+    ours, partial = build("cyclegan", *flags.split()), build("supervised", *flags.split())
+    G_IS, G_SI = ResNetGenerator(1, 4, *generator), ResNetGenerator(4, 1, *generator, tanh=True)
+    D_S, D_I = PixelDiscriminator(4, *discriminator), PixelDiscriminator(1, *discriminator)
+    assert list(map(repr, ours.children())) == list(map(repr, (G_IS, G_SI, D_S, D_I)))
+    assert list(map(repr, partial.children())) == [repr(G_IS)]
+
+
+def test_networks_have_the_channels_of_their_data_and_only_G_SI_a_tanh():
+    ours, (x, y, _) = build("cyclegan"), batch()
+    for p in ours.parameters():
+        p.data *= 50
+    logits, images = ours.segment(x), ours.paint(hot(y))
+    assert (logits.shape, images.shape) == ((2, 4, 16, 20), (2, 1, 16, 20))
+    assert logits.abs().max() > 1
+    assert 0.5 < images.abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_terms_come_in_the_type_of_the_images(dtype):
+    x, y, x_u = batch()
+    losses = build("cyclegan").to(dtype).step(x.to(dtype), y, x_u.to(dtype))
+    assert {loss.dtype for loss in losses.values()} == {dtype}
+
+
+def test_bf16_runs_the_generators_in_bf16_with_losses_in_fp32_close_to_those_of_fp32():
+    x, y, x_u = (data.float() if data.is_floating_point() else data for data in batch())
+    losses = {}
+    for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
+        partial, ours = (build(method, "--precision", precision).float() for method in ("supervised", "cyclegan"))
+        seen = {"G": set(), "D": set()}
+        for kind, networks in ("G", (partial.G_IS, ours.G_IS, ours.G_SI)), ("D", (ours.D_S, ours.D_I)):
+            for network in networks:
+                network.register_forward_hook(lambda _, __, output, types=seen[kind]: types.add(output.dtype))
+        losses[precision] = [partial.step(x, y)["gen_S"], *ours.step(x, y, x_u).values()]
+        assert seen == {"G": {dtype}, "D": {torch.float32}}
+    torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.02, atol=0)  # which checks float32 too
+
+
+@pytest.mark.parametrize("method", ["supervised", "cyclegan"])
+def test_two_images_are_overfitted_within_forty_steps(method):
+    ours, (x, _, x_u) = build(method, "--lr", "0.003"), batch()
+    y = (x[:, 0] > 0).long() + 2 * (x[:, 0] > 0.5).long()
+    first, *_, last = (ours.step(x, y, x_u)["gen_S"].item() for _ in range(40))
+    assert last < first / 2
+
+
+def test_pictures_show_masks_and_images_of_every_network():
+    ours, (x, y, _) = build("cyclegan").float(), batch()
+    x, vectors = x.float(), hot(y).float()
+    expected = {
+        "G_IS(x)": ours.G_IS(x).argmax(1),
+        "G_SI(y)": ours.G_SI(vectors),
+        "G_SI(G_IS(x))": ours.G_SI(ours.G_IS(x).softmax(1)),
+        "G_IS(G_SI(y))": ours.G_IS(ours.G_SI(vectors)).argmax(1),
+    }
+    torch.testing.assert_close(ours.pictures(x, y), expected)
+    partial = build("supervised").float()
+    assert torch.equal(partial.pictures(x, y)["G_IS(x)"], partial.G_IS(x).argmax(1))

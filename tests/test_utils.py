@@ -1,0 +1,424 @@
+"""Metrics against hand counts and torchmetrics; schedule, replay pool, files and colours against known answers."""
+
+import os
+import pickle
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_jaccard_index
+
+import utils
+from utils import IGNORE, ConfusionMatrix, InputError, ReplayPool, linear_decay, segmentation_metrics
+
+PALETTE = ((0, 0, 0), (70, 130, 180), (240, 200, 80), (200, 60, 60))
+
+
+def toy_spec(n_classes: int, scored=None, void: int | None = None) -> SimpleNamespace:
+    """What the metrics read of a DatasetSpec; the classes are called a, b, c, ..."""
+    return SimpleNamespace(classes=tuple("abcdefgh"[:n_classes]), scored=tuple(scored or range(n_classes)), void=void)
+
+
+def counted(n_classes: int, truth, prediction) -> torch.Tensor:
+    matrix = ConfusionMatrix(n_classes)
+    matrix.update(torch.tensor(prediction), torch.tensor(truth))
+    return matrix.counts
+
+
+# Metrics
+
+
+def test_confusion_matrix_has_truth_in_rows_and_leaves_ignored_pixels_out():
+    counts = counted(3, truth=[[[0, 0, 1], [2, IGNORE, IGNORE]]], prediction=[[[0, 1, 1], [0, 0, 2]]])
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_confusion_matrix_accumulates():
+    rng, matrix = torch.Generator().manual_seed(0), ConfusionMatrix(4)
+    truth, prediction = (torch.randint(4, (6, 5, 7), generator=rng) for _ in range(2))
+    for part in slice(0, 1), slice(1, 4), slice(4, 6):
+        matrix.update(prediction[part], truth[part])
+    assert matrix.counts.sum() == truth.numel()
+    assert torch.equal(matrix.counts, counted(4, truth.tolist(), prediction.tolist()))
+
+
+def test_metrics_agree_with_torchmetrics_on_masks_with_ignored_pixels():
+    rng = torch.Generator().manual_seed(0)
+    truth, prediction = (torch.randint(5, (3, 20, 30), generator=rng) for _ in range(2))
+    truth[torch.rand(truth.shape, generator=rng) < 0.3] = IGNORE
+    found = segmentation_metrics(counted(5, truth.tolist(), prediction.tolist()), toy_spec(5))
+    of_classes = {"num_classes": 5, "average": "none", "ignore_index": IGNORE}
+    expected_iou = multiclass_jaccard_index(prediction, truth, **of_classes)
+    torch.testing.assert_close(torch.tensor([*found["iou"].values()]), expected_iou)
+    torch.testing.assert_close(
+        torch.tensor([*found["dice"].values()]), multiclass_f1_score(prediction, truth, **of_classes)
+    )
+    accuracy = multiclass_accuracy(prediction, truth, num_classes=5, average="micro", ignore_index=IGNORE)
+    assert found["pixel_accuracy"] == pytest.approx(accuracy.item())
+    assert found["miou"] == found["miou_all"] == found["miou_official"] == pytest.approx(expected_iou.mean().item())
+
+
+def test_metrics_by_hand_where_truth_is_void_or_ignored():
+    # judged: a as a, b as a; the pixels whose truth is void (c) or ignored are predicted b
+    counts = counted(3, truth=[[0, 1], [2, IGNORE]], prediction=[[0, 0], [1, 1]])
+    found = segmentation_metrics(counts, toy_spec(3, scored=[0, 1], void=2))
+    assert found["iou"] == {"a": 1 / 2, "b": 0, "c": None}
+    assert found["dice"] == {"a": 2 / 3, "b": 0, "c": None}
+    assert (found["miou"], found["pixel_accuracy"]) == (1 / 4, 1 / 2)
+    assert found["miou_all"] == pytest.approx(1 / 6)  # the void pixel counts: b and c are 0 / 2 and 0 / 1
+
+
+def test_void_predicted_on_a_real_class_is_a_miss():
+    counts = counted(3, truth=[[0, 0], [1, 1]], prediction=[[0, 2], [1, 1]])
+    found = segmentation_metrics(counts, toy_spec(3, scored=[0, 1], void=2))
+    assert found["iou"] == {"a": 1 / 2, "b": 1, "c": None}
+    assert found["dice"]["a"] == 2 / 3
+    assert (found["miou"], found["pixel_accuracy"], found["miou_official"]) == (3 / 4, 3 / 4, 1)
+
+
+def test_metrics_do_not_change_the_counts():
+    counts = counted(3, truth=[0, 1, 2, 2], prediction=[0, 1, 2, 1])
+    before = counts.clone()
+    segmentation_metrics(counts, toy_spec(3, scored=[0, 1], void=2))
+    assert torch.equal(counts, before)
+
+
+def test_official_miou_does_not_see_foreground_missed_as_background():
+    # background a is not scored; of b's ten pixels one is found, nine are called background
+    counts = counted(2, truth=[0] * 10 + [1] * 10, prediction=[0] * 19 + [1])
+    found = segmentation_metrics(counts, toy_spec(2, scored=[1]))
+    assert found["miou_official"] == 1
+    assert found["miou"] == 1 / 10
+    assert found["miou_all"] == pytest.approx((10 / 19 + 1 / 10) / 2)
+
+
+def test_miou_is_the_mean_of_the_scored_classes_alone():
+    counts = torch.diag(torch.tensor([5, 5, 5]))
+    counts[0, 1] = 5  # a: 5 / 10, b: 5 / 10, c: 1
+    assert segmentation_metrics(counts, toy_spec(3, scored=[1, 2]))["miou"] == 3 / 4
+
+
+def test_absent_class_is_none_and_out_of_every_mean():
+    counts = counted(4, truth=[0, 0, 1, 1], prediction=[0, 0, 1, 2])
+    found = segmentation_metrics(counts, toy_spec(4))
+    assert found["iou"] == {"a": 1, "b": 1 / 2, "c": 0, "d": None}  # c was predicted: 0, not None
+    assert found["dice"] == {"a": 1, "b": 2 / 3, "c": 0, "d": None}
+    assert found["miou"] == found["miou_all"] == found["miou_official"] == 1 / 2
+
+
+def test_nothing_counted_gives_none_everywhere():
+    found = segmentation_metrics(torch.zeros(2, 2, dtype=torch.int64), toy_spec(2))
+    assert {found[key] for key in ("miou", "miou_all", "miou_official", "pixel_accuracy")} == {None}
+    assert {*found["iou"].values(), *found["dice"].values()} == {None}
+
+
+def test_printed_table_is_in_per_cent_with_a_dash_for_none():
+    found = segmentation_metrics(counted(4, truth=[0, 0, 1, 1], prediction=[0, 0, 1, 2]), toy_spec(4))
+    rows = [line.rsplit(None, 2) for line in utils.format_metrics(found).splitlines()]
+    assert ["b", "50.00", "66.67"] in rows
+    assert ["d", "-", "-"] in rows
+    assert utils.format_metrics(found).count("50.00") == 4  # b and the three means
+    assert utils.format_metrics(found).splitlines()[-1].split()[-1] == "75.00"  # pixel accuracy
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("epochs", "decay_epoch", "epoch", "factor"),
+    [
+        (400, 100, 0, 1),
+        (400, 100, 100, 1),
+        (400, 100, 101, 299 / 300),
+        (400, 100, 250, 1 / 2),
+        (400, 100, 399, 1 / 300),
+        (400, 100, 400, 0),
+        (4, 0, 0, 1),
+        (4, 0, 1, 3 / 4),
+        (4, 4, 3, 1),
+        (4, 4, 4, 0),
+        (4, 4, 5, 0),
+    ],
+)
+def test_learning_rate_is_constant_then_falls_linearly_to_zero(epochs, decay_epoch, epoch, factor):
+    assert linear_decay(epochs, decay_epoch)(epoch) == pytest.approx(factor)
+
+
+def test_same_seed_gives_the_same_numbers():
+    drawn = []
+    for seed in 1, 1, 2:
+        utils.seed_everything(seed)
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_empty_replay_pool_is_the_identity():
+    batch = torch.rand(3, 1, 2, 2)
+    assert ReplayPool(0)(batch) is batch
+
+
+def test_replay_pool_fills_before_it_swaps():
+    pool, batch = ReplayPool(40), torch.arange(40.0).view(40, 1, 1, 1)
+    assert torch.equal(pool(batch), batch)
+    assert torch.equal(torch.stack(pool.fakes), batch)
+
+
+def test_replay_pool_swaps_about_half_for_stored_ones_and_loses_none():
+    torch.manual_seed(0)
+    pool, given = ReplayPool(10), torch.arange(2010.0)
+    returned = torch.cat([pool(batch) for batch in given.view(-1, 5, 1, 1, 1)]).flatten()
+    late, swapped = returned[10:], returned[10:] != given[10:]
+    assert 0.45 < swapped.float().mean() < 0.55
+    assert (late[swapped] < given[10:][swapped]).all()  # a stored one is an earlier one
+    assert len({int(fake) for fake in pool.fakes}) == 10
+    everything = torch.cat(
+        [late, torch.stack(pool.fakes).flatten()]
+    )  # only the ten that filled the pool came out twice
+    assert torch.equal(everything.sort().values, given)
+
+
+def test_wrong_device_is_named():
+    for name in "nonsense", "cuda:99":
+        with pytest.raises(InputError, match=f"--device {name}"):
+            utils.pick_device(name, "fp32")
+
+
+def test_default_device_is_the_gpu_where_there_is_one():
+    assert utils.pick_device(None, "fp32").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert utils.pick_device("cpu", "fp32").type == "cpu"
+
+
+def test_tf32_is_a_choice():
+    utils.pick_device("cpu", "tf32")
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
+    utils.pick_device("cpu", "fp32")
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+
+
+# Files
+
+
+def test_write_creates_and_replaces(tmp_path):
+    path = tmp_path / "a.txt"
+    for content, expected in ("Süd", "Süd".encode()), (b"\0\n", b"\0\n"), ("", b""):
+        utils.write_atomically(path, content)
+        assert path.read_bytes() == expected
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch, step):
+    path = tmp_path / "last.pt"
+    utils.save_checkpoint(path, {"epoch": 1})
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space"):
+        utils.save_checkpoint(path, {"epoch": 2})
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    steps = []
+    for name in "fsync", "replace":
+        step = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, step=step: (steps.append(name), step(*args)))
+    utils.write_atomically(tmp_path / "a", b"x")
+    assert steps == ["fsync", "replace"]
+
+
+def test_checkpoint_gives_back_tensors_and_plain_values(tmp_path):
+    optimizer = torch.optim.Adam([torch.ones(2, requires_grad=True)])
+    optimizer.param_groups[0]["params"][0].sum().backward()
+    optimizer.step()
+    state = {
+        "epoch": 3,
+        "miou": 0.5,
+        "nothing": None,
+        "args": {"size": [8, 8], "name": "é", "compile": False},
+        "optimizer": optimizer.state_dict(),
+        "weights": {"half": torch.rand(2).half(), "long": torch.tensor(2**40), "float": torch.rand(3, 4)},
+    }
+    utils.save_checkpoint(tmp_path / "a.pt", state)
+    loaded = utils.load_checkpoint(tmp_path / "a.pt")
+    assert {key: loaded[key] for key in ("epoch", "miou", "nothing", "args")} == {
+        key: state[key] for key in ("epoch", "miou", "nothing", "args")
+    }
+    for key, value in state["weights"].items():
+        assert loaded["weights"][key].dtype == value.dtype
+        assert torch.equal(loaded["weights"][key], value)
+    assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["epoch"] == 3
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["SEG_TEST_MARK"],)
+
+
+@pytest.mark.parametrize(
+    "kind", ["gone", "folder", "empty", "text", "bytes", "cut", "other dict", "list", "code", "pickle"]
+)
+def test_file_that_is_no_checkpoint_is_named_and_never_run(tmp_path, monkeypatch, kind):
+    path, mark = tmp_path / "best.pt", tmp_path / "mark"
+    monkeypatch.setenv("SEG_TEST_MARK", str(mark))
+    write = {
+        "gone": lambda: None,
+        "folder": path.mkdir,
+        "empty": lambda: path.write_bytes(b""),
+        "text": lambda: path.write_text("epoch = 3\n"),
+        "bytes": lambda: path.write_bytes(bytes(range(256)) * 40),
+        "cut": lambda: (torch.save(torch.rand(99), path), path.write_bytes(path.read_bytes()[:700])),
+        "other dict": lambda: torch.save({"state_dict": {}}, path),
+        "list": lambda: torch.save([torch.rand(2)], path),
+        "code": lambda: torch.save({"format": 1, "x": Code()}, path),
+        "pickle": lambda: path.write_bytes(pickle.dumps({"format": 1, "x": Code()})),
+    }
+    write[kind]()
+    with pytest.raises(InputError) as caught:
+        utils.load_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not mark.exists()
+
+
+def test_weights_are_loaded_where_they_fit():
+    source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+    utils.load_weights(target, source.state_dict(), "a.pt")
+    assert torch.equal(target.weight, source.weight)
+    assert torch.equal(target.bias, source.bias)
+
+
+def test_weights_that_do_not_fit_are_named_and_change_nothing():
+    network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = network[0].weight.clone()
+    weights = nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 1, bias=False), nn.Linear(1, 1)).state_dict()
+    with pytest.raises(InputError) as caught:
+        utils.load_weights(network, weights, Path("runs/a.pt"))
+    message = str(caught.value)
+    assert message.startswith("runs/a.pt: ")
+    assert all(key in message for key in ("1.weight", "(1, 4)", "(1, 3)", "1.bias", "2.weight", "2.bias"))
+    assert "0.weight" not in message
+    assert torch.equal(network[0].weight, before)
+
+
+@pytest.mark.parametrize("change", ["more", "fewer", "wider"])
+def test_each_difference_in_the_weights_is_an_error(change):
+    weights = nn.Linear(2, 3).state_dict()
+    if change == "more":
+        weights["scale"] = torch.ones(1)
+    elif change == "fewer":
+        del weights["bias"]
+    else:
+        weights["weight"] = torch.ones(3, 3)
+    named = {"more": "scale", "fewer": "bias", "wider": "weight"}[change]
+    with pytest.raises(InputError, match=f"a.pt: .*{named}"):
+        utils.load_weights(nn.Linear(2, 3), weights, "a.pt")
+
+
+def test_folder_is_made_with_its_parents_and_left_empty(tmp_path):
+    utils.make_folder(tmp_path / "a" / "b", "--results")
+    assert [*(tmp_path / "a" / "b").iterdir()] == []
+
+
+def test_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
+    (tmp_path / "a").write_text("in the way")
+    for path in tmp_path / "a", tmp_path / "a" / "b":
+        with pytest.raises(InputError, match="--results") as caught:
+            utils.make_folder(path, "--results")
+        assert str(path) in str(caught.value)
+
+
+def test_toml_reads_back_as_it_was_written():
+    table = {
+        "text": 'say "no" \\ to C:\\new\ttabs\nand lines',
+        "unicode": "cœur ♥ 𝄞",
+        "empty": "",
+        "yes": True,
+        "no": False,
+        "whole": -3,
+        "small": 2e-05,
+        "large": 1e22,
+        "nested": [[1, 2], [], ["a", "b"]],
+        "tuple": (0.5, 0.999),
+        "mixed": [True, False],
+    }
+    read = tomllib.loads(utils.to_toml({**table, "nothing": None}))
+    assert read == {**table, "tuple": [0.5, 0.999]}
+    assert read["yes"] is True
+    assert read["no"] is False
+
+
+# Colour
+
+
+def test_saved_mask_keeps_its_indices_and_shows_the_palette(tmp_path):
+    mask = torch.tensor([[0, 1, 2], [3, IGNORE, 1]])
+    utils.save_mask(tmp_path / "m.png", mask, PALETTE)
+    with Image.open(tmp_path / "m.png") as image:
+        assert image.mode == "P"
+        assert image.size == (3, 2)
+        assert np.array(image).tolist() == mask.tolist()
+        colours = np.array(image.convert("RGB")).tolist()
+    assert colours == [
+        [list(PALETTE[0]), list(PALETTE[1]), list(PALETTE[2])],
+        [list(PALETTE[3]), [224, 224, 192], list(PALETTE[1])],
+    ]
+
+
+def test_colourize_gives_each_pixel_its_classes_colour():
+    colours = utils.colourize(torch.tensor([[[0, 1], [2, IGNORE]]] * 2), PALETTE)
+    assert colours.shape == (2, 3, 2, 2)
+    expected = torch.tensor([[0, 0, 0], [70, 130, 180], [240, 200, 80], [224, 224, 192]]) / 255
+    torch.testing.assert_close(colours[1].flatten(1).T, expected)
+
+
+def test_picture_grid_has_a_row_an_image_and_a_column_a_picture():
+    # two grey 4x6 images, their masks, and a reconstruction; make_grid puts 2 white pixels around each
+    x = torch.stack([torch.full((1, 4, 6), -0.25), torch.zeros(1, 4, 6)])
+    x[0, 0, 3, 5] = 0.75
+    mask = torch.zeros(2, 4, 6, dtype=torch.int64)
+    mask[1, 0, 0] = 2
+    grid = utils.picture_grid(x, {"y": mask, "rec": x + 0.5}, PALETTE)
+    assert (grid.shape[0], grid.shape[2]) == (3, 3 * (6 + 2) + 2)
+    grid = grid[:, -(2 * (4 + 2) + 2) :]  # below the titles
+    assert grid[:, 2 + 3, 2 + 5].tolist() == [1, 1, 1]  # the image's brightest pixel
+    assert grid[:, 2, 2].tolist() == [0, 0, 0]  # and its darkest
+    assert grid[:, 8, 2].tolist() == [0, 0, 0]  # the second image's, by its own scale
+    torch.testing.assert_close(grid[:, 8, 10], torch.tensor([240, 200, 80]) / 255)  # second row, second column
+    assert grid[:, 8, 11].tolist() == [0, 0, 0]
+    assert grid[:, 2, 18].tolist() == [0.5, 0.5, 0.5]  # -0.25 + 0.5, on the image's scale
+    assert grid[:, 5, 23].tolist() == [1, 1, 1]  # 1.25: clamped
+    assert grid[:, 0].min() == 1
+
+
+def test_each_column_of_a_picture_grid_has_its_title():
+    x = torch.zeros(1, 1, 50, 90)
+    titles = utils.picture_grid(x, {"y": x, "": x, "rec": x}, PALETTE)[:, : -(50 + 4)]
+    dark = [bool((titles[:, :, left : left + 92] < 0.5).any()) for left in range(0, 4 * 92, 92)]
+    assert dark == [True, True, False, True]
+
+
+def test_picture_grid_shows_colour():
+    x = torch.zeros(1, 3, 2, 2)
+    x[0, 1, 0, 1], x[0, 2, 0, 1] = 0.5, 1
+    grid = utils.picture_grid(x, {"same": x}, PALETTE)[:, -(2 + 4) :]
+    assert grid[:, 2, 3].tolist() == [0, 0.5, 1]
+
+
+def test_first_ten_names_ten_and_counts_the_rest():
+    names = [f"f{i:02d}" for i in range(12)]
+    assert utils.first_ten(names[:1]) == "f00"
+    assert utils.first_ten(names[:10]) == "f00; f01; f02; f03; f04; f05; f06; f07; f08; f09"
+    assert utils.first_ten(names[:11]) == "; ".join(names[:10]) + "; and 1 more"
+    assert utils.first_ten(iter(names)).endswith("f09; and 2 more")
