@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong as one error line."""
 
     def error(self, message: str):
-        raise InputError(message)
+        raise InputError(message + ("; --help lists the flags" if message.startswith("unrecognized") else ""))
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], float]:

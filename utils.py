@@ -201,10 +201,9 @@ def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on hostile bytes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"checkpoint {path}: not readable ({reason})") from error
+        raise InputError(f"checkpoint {path}: cannot be read as one ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"checkpoint {path}: not a checkpoint of this program (format {CHECKPOINT_FORMAT})")
+        raise InputError(f"checkpoint {path}: not one of this program's, format {CHECKPOINT_FORMAT}")
     return state
 
 
