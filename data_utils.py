@@ -8,9 +8,9 @@ to the networks' range on the device. Masks hold class indices, IGNORE where a p
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import signal
+import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -33,6 +33,7 @@ import utils
 from utils import IGNORE, InputError, first_ten
 
 CONFIG = Path(__file__).parent / "config"
+PARTS = ["train", "val", "test"]
 
 # Descriptions
 
@@ -128,23 +129,35 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
     names = spec.classes if isinstance(spec.classes, tuple) else ()
     k = len(names)
     colours = spec.palette if isinstance(spec.palette, tuple) else ()
-    ids = (range(k) if spec.label_ids is None else spec.label_ids), spec.void_ids
+    ids = (tuple(range(k - bool(spec.void_ids))) if spec.label_ids is None else spec.label_ids), spec.void_ids
     legal = {
-        "layout": (spec.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
+        "name": (type(spec.name) is str and Path(spec.name).name == spec.name, "a name without slashes"),
+        "layout": (spec.layout in list(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
         "classes": (2 <= k < IGNORE and all(type(c) is str for c in names) and len({*names}) == k, "2 to 254 names"),
         "palette": (len(colours) == k and all(ints(c, 0, 256) and len(c) == 3 for c in colours), f"{k} RGB triples"),
-        "scored": (ints(spec.scored, 0, k) and spec.scored != (), f"class indices from 0 to {k - 1}"),
-        "channels": (spec.channels in (1, 3), "1 or 3"),
+        "scored": (
+            ints(spec.scored, 0, k) and 0 < len(spec.scored) == len({*spec.scored}),
+            f"indices from 0 to {k - 1}",
+        ),
+        "channels": (ints((spec.channels,), 1, 4) and spec.channels != 2, "1 or 3"),
         "ignore": (ints((spec.ignore,), 0, 256), "a value from 0 to 255"),
         "void": (spec.void is None or ints((spec.void,), 0, k), f"a class index from 0 to {k - 1}"),
-        "label_ids": (spec.label_ids is None or (ints(ids[0], 0, 256) and len(ids[0]) <= k), "a value a class"),
-        "void_ids": (ints(ids[1], 0, 256) and (ids[1] == () or spec.void is not None), "values, where void is given"),
-        "pool": (isinstance(spec.pool, tuple) and spec.pool != (), "a list of parts, such as ['train']"),
+        "label_ids": (ints(ids[0], 0, 256) and len({*ids[0]}) == len(ids[0]) == k - bool(ids[1]), "a value a class"),
+        "void_ids": (
+            ints(ids[1], 0, 256) and not (ids[1] and spec.void != k - 1),
+            "values, where void is the last class",
+        ),
+        "pool": (
+            isinstance(spec.pool, tuple) and spec.pool != () and all(p in PARTS for p in spec.pool),
+            f"some of {PARTS}",
+        ),
         "counts": (spec.counts is None or (ints(spec.counts, 1, 2**31) and len(spec.counts) == 2), "two counts"),
     }
     for key, (holds, expected) in legal.items():
         if not holds:
-            raise InputError(f"{source}: [dataset] {key} is {table[key]!r}; expected {expected}")
+            raise InputError(f"{source}: [dataset] {key} is {table.get(key)!r}; expected {expected}")
+    if {*ids[0]} & {*ids[1]} or spec.ignore in {*ids[0], *ids[1]} or spec.void in spec.scored:
+        raise InputError(f"{source}: [dataset] a value means two things: see label_ids, void_ids, ignore, void, scored")
     return spec
 
 
@@ -164,7 +177,8 @@ def index_voc(spec: DatasetSpec, root: Path) -> list[Sample]:
             if part in spec.pool:
                 raise InputError(f"{path}: no such file; it lists the ids to train on, one a line")
             continue
-        ids = path.read_text().split()
+        with naming(path):
+            ids = path.read_text(encoding="utf-8-sig").split()
         if not ids and part in spec.pool:
             raise InputError(f"{path}: lists no image")
         images, masks = home / "JPEGImages", home / "SegmentationClassAug"
@@ -199,7 +213,7 @@ def index_acdc(spec: DatasetSpec, root: Path) -> list[Sample]:
                 name = f"{exam.name}_frame{frame:02d}"
                 image, mask = exam / f"{name}.nii.gz", exam / f"{name}_gt.nii.gz"
                 try:
-                    depth = nibabel.load(image).shape[2]
+                    depth = max(1, nibabel.load(image).shape[2])
                 except Exception:  # whatever a broken file raises: decoding it tells what is wrong
                     depth = 1
                 samples += [
@@ -263,7 +277,7 @@ def split(samples: list[Sample], ratio: float, seed: int, spec: DatasetSpec) -> 
     """
     samples = sorted((s for s in samples if s.part is None or s.part in spec.pool), key=lambda s: s.id)
     n_train, n_val = spec.counts or (85, 15)
-    groups = sorted({s.group for s in samples})
+    groups = sorted({s.group for s in samples if s.mask is not None})
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(groups))
     held_out = max(1, round(len(groups) * n_val / (n_train + n_val)))
@@ -316,20 +330,22 @@ def read_mask(path: Path) -> np.ndarray:
 def read_volume(path: Path) -> np.ndarray:
     """A NIfTI volume (X, Y, Z) as it is stored; neighbouring samples are slices of the same one."""
     volume = np.asanyarray(nibabel.load(path).dataobj)
-    if volume.ndim != 3:
-        raise InputError(f"{path}: shape {volume.shape}: expected a volume (X, Y, Z)")
+    if volume.ndim != 3 or volume.dtype.kind not in "uif":
+        raise InputError(f"{path}: shape {volume.shape} of {volume.dtype}: expected a volume (X, Y, Z) of numbers")
     return volume
 
 
 def read_slice(source: Slice) -> np.ndarray:
-    """One slice of a volume as rows and columns, (Y, X) in the file's own type; values must be finite."""
+    """One slice of a volume as rows and columns, (Y, X) in the file's own type."""
     with naming(source.path):
         volume = read_volume(source.path)
         if source.z >= volume.shape[2]:
-            raise InputError(f"{source.path}: has {volume.shape[2]} slices, its image more")
+            raise InputError(f"{source.path}: has {volume.shape[2]} slices; slice {source.z} is missing")
         pixels = volume[:, :, source.z].T
-        if not np.isfinite(pixels).all():
-            raise InputError(f"{source.path}: slice {source.z} holds values that are not finite")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(pixels.astype(np.float32))
+        if not finite.all():
+            raise InputError(f"{source.path}: slice {source.z} holds values that are no finite float32")
         return pixels
 
 
@@ -343,6 +359,8 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
     elif isinstance(sample.image, Slice):
         image = read_slice(sample.image).astype(np.float32)
         values = None if sample.mask is None else read_slice(sample.mask)
+        if values is not None and read_volume(sample.mask.path).shape[2] != read_volume(sample.image.path).shape[2]:
+            raise InputError(f"{sample.mask.path}: has another number of slices than its image")
     else:
         image = read_image(sample.image, spec.channels)
         values = None if sample.mask is None else read_mask(sample.mask)
@@ -412,7 +430,7 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
 
     files = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
     labels = spec.channels, spec.ignore, spec.lookup().tolist()
-    code = [inspect.getsource(f) for f in (decode, draw_phantom, read_image, read_mask, read_slice)]
+    code = [inspect.getsource(f) for f in (decode, draw_phantom, read_image, read_mask, read_slice, read_volume)]
     return hashlib.sha256(json.dumps([files, labels, list(size), code]).encode()).hexdigest()[:16]
 
 
@@ -424,23 +442,29 @@ def open_cache(
     Raises InputError that names every file that cannot be used (the first ten, then the count).
     """
     home = folder / f"{spec.name}_{size[0]}x{size[1]}_{cache_key(spec, samples, size)}"
-    if not home.is_dir():
-        beside = folder / f".{home.name}.{os.getpid()}"
-        beside.mkdir(parents=True, exist_ok=True)
+    try:
+        images, masks = (np.load(home / file, mmap_mode="r") for file in ("images.npy", "masks.npy"))
+    except (OSError, ValueError, EOFError):  # not there yet, or damaged
+        utils.make_folder(folder, "--cache")
+        beside = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=folder))
         try:
             _fill_cache(beside, spec, samples, size, workers)
-            if not home.is_dir():  # else another run was faster
-                beside.rename(home)
+            shutil.rmtree(home, ignore_errors=True)
+            beside.rename(home)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    rows = {sample.id: row for row, sample in enumerate(samples)}
-    return Cache(np.load(home / "images.npy", mmap_mode="r"), np.load(home / "masks.npy", mmap_mode="r"), rows)
+        images, masks = (np.load(home / file, mmap_mode="r") for file in ("images.npy", "masks.npy"))
+    return Cache(images, masks, {sample.id: row for row, sample in enumerate(samples)})
 
 
 def _fill_cache(home: Path, spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], workers: int) -> None:
     dtype = np.float32 if any(isinstance(s.image, Slice) for s in samples) else np.uint8
     decoded = DataLoader(
-        Decoder(samples, spec, size), batch_size=None, num_workers=workers, worker_init_fn=_let_parent_decide
+        Decoder(samples, spec, size),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_let_parent_decide,
+        generator=torch.Generator(),
     )
     read_volume.cache_clear()  # the files may have changed
     problems = []

@@ -49,7 +49,7 @@ class ConfusionMatrix:
         k = len(self.counts)
         valid = truth != IGNORE
         # K * K collects the ignored pixels, so that no boolean index has to wait for the device
-        index = torch.where(valid, truth * k + prediction, k * k).flatten()
+        index = torch.where(valid, truth.long() * k + prediction, k * k).flatten()
         self.counts += torch.bincount(index, minlength=k * k + 1)[:-1].view(k, k)
 
 
@@ -135,7 +135,7 @@ def pick_device(name: str | None, precision: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -268,7 +268,7 @@ def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...
 def colourize(mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> Tensor:
     """Masks (B, H, W) to colours (B, 3, H, W) in [0, 1]."""
     table = torch.tensor(flat_palette(palette), device=mask.device).view(256, 3) / 255
-    return table[mask].permute(0, 3, 1, 2)
+    return table[mask.long()].permute(0, 3, 1, 2)
 
 
 def picture_grid(x: Tensor, columns: dict[str, Tensor], palette: tuple[tuple[int, int, int], ...]) -> Tensor:

@@ -873,3 +873,65 @@ def test_real_cityscapes_decodes():
         mask = decode(sample, spec, (128, 256))[1]
         assert mask.max() <= 19
         assert len(mask.unique()) > 5
+
+
+def test_a_mask_of_more_slices_than_its_image_is_named(acdc):
+    sample = index(load_spec("acdc"), acdc)[0]
+    write_volume(sample.mask.path, np.zeros((18, 14, 5), np.uint8))
+    with pytest.raises(InputError, match=f"{sample.mask.path.name}: has another number of slices"):
+        decode(sample, load_spec("acdc"), (18, 14))
+
+
+def test_a_volume_without_slices_is_named(acdc):
+    image = index(load_spec("acdc"), acdc)[0].image.path
+    write_volume(image, np.zeros((18, 14, 0), np.int16))
+    samples = index(load_spec("acdc"), acdc)
+    assert samples[0].image == Slice(image, 0)
+    with pytest.raises(InputError, match="frame01.nii.gz: shape"):
+        decode(samples[0], load_spec("acdc"), (18, 14))
+
+
+def test_values_beyond_float32_are_named(acdc):
+    sample = index(load_spec("acdc"), acdc)[0]
+    write_volume(sample.image.path, np.full((18, 14, 3), 1e300))
+    with pytest.raises(InputError, match="no finite float32"):
+        decode(sample, load_spec("acdc"), (18, 14))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty"])
+def test_a_damaged_cache_is_filled_again(voc, tmp_path, damage):
+    images = voc_cache(voc, tmp_path / "cache")[0].images.copy()
+    (file,) = (tmp_path / "cache").glob("*/images.npy")
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 300 if damage == "cut" else 0])
+    assert (voc_cache(voc, tmp_path / "cache")[0].images == images).all()
+
+
+def test_images_without_a_mask_are_never_validated_on():
+    samples = [Sample(f"{i:03d}", f"{i:03d}", i, i if i % 2 else None) for i in range(100)]
+    parts = data_utils.split(samples, 1.0, 0, load_spec("phantom"))
+    assert len(parts.val) == 10
+    assert all(sample.mask is not None for sample in parts.val)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scored": [1, 1]},
+        {"void": 2, "scored": [1, 2]},
+        {"label_ids": [1]},
+        {"label_ids": [7, 7, 8]},
+        {"ignore": 0},
+        {"channels": True},
+        {"pool": ["trian"]},
+        {"name": "a/b"},
+        {"layout": {"a": 1}},
+    ],
+)
+def test_a_description_that_contradicts_itself_is_an_error(changes):
+    table = {"name": "mine", "layout": "voc", "classes": ["a", "b", "c"], "palette": [[0, 0, 0]] * 3, "scored": [1, 2]}
+    data_utils.make_spec(table, "mine.toml")
+    with pytest.raises(InputError, match=r"mine\.toml"):
+        data_utils.make_spec(table | changes, "mine.toml")
