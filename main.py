@@ -378,7 +378,7 @@ class Run:
     def draw(self, val: Stored) -> None:
         """TensorBoard's grid: four fixed validation images of many classes, and what the networks make of them."""
         variety = np.array([len(np.unique(val.cache.masks[row])) for row in val.rows])
-        rich = np.flatnonzero(variety == variety.max())
+        rich = np.flatnonzero(variety >= np.sort(variety)[-4:][0])
         shown = Subset(val, rich[np.linspace(0, len(rich) - 1, min(4, len(rich))).astype(int)].tolist())
         x, y = (torch.cat(column) for column in zip(*self.batches(shown), strict=True))
         self.model.eval()
@@ -497,9 +497,9 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
     runs = {}
     for config in Path(args.checkpoints).glob("*/config.toml"):
         table = read_toml(config)
-        has = {**table, "dataset": table["dataset"]["name"], "name": config.parent.name}
+        has = {**table, "dataset": table.get("dataset", {}).get("name"), "name": config.parent.name}
         files = [file for file in (config.with_name("last.pt"), config.with_name("best.pt")) if file.is_file()]
-        if config.with_name("best.pt") in files and all(has[key] == value for key, value in wanted.items()):
+        if config.with_name("best.pt") in files and all(has.get(key) == value for key, value in wanted.items()):
             runs[config.with_name("best.pt")] = files[0].stat().st_mtime_ns
     if not runs:
         which = "".join(f" --{key} {value}" for key, value in wanted.items())

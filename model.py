@@ -151,7 +151,7 @@ class CycleGAN(nn.Module):
     def paint(self, y: Tensor) -> Tensor:
         """G_SI: masks (B, H, W), one-hot masks or softmax maps (B, K, H, W) to images (B, C, H, W)."""
         if y.dim() == 3:
-            y = one_hot(y, self.n_classes)
+            y = one_hot(y, self.n_classes, next(self.parameters()).dtype)
         return compute(self.G_SI, y, self.bf16)
 
     def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

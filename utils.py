@@ -163,10 +163,10 @@ class ReplayPool:
         returned = []
         for fake in batch:
             if len(self.fakes) < self.size:
-                self.fakes.append(fake)
+                self.fakes.append(fake.clone())  # alone: a view would keep its whole batch
             elif torch.rand(()) < 0.5:
                 slot = int(torch.randint(self.size, ()))
-                fake, self.fakes[slot] = self.fakes[slot], fake
+                fake, self.fakes[slot] = self.fakes[slot], fake.clone()
             returned.append(fake)
         return torch.stack(returned)
 
