@@ -8,9 +8,9 @@ to the networks' range on the device. Masks hold class indices, IGNORE where a p
 import hashlib
 import inspect
 import json
+import os
 import shutil
 import signal
-import tempfile
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -129,7 +129,9 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
     names = spec.classes if isinstance(spec.classes, tuple) else ()
     k = len(names)
     colours = spec.palette if isinstance(spec.palette, tuple) else ()
-    ids = (tuple(range(k - bool(spec.void_ids))) if spec.label_ids is None else spec.label_ids), spec.void_ids
+    ids, void_ids = spec.label_ids, spec.void_ids
+    if ids is None:
+        ids = tuple(range(k - bool(void_ids)))
     legal = {
         "name": (type(spec.name) is str and Path(spec.name).name == spec.name, "a name without slashes"),
         "layout": (spec.layout in list(LAYOUTS), f"one of {', '.join(LAYOUTS)}"),
@@ -142,9 +144,9 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
         "channels": (ints((spec.channels,), 1, 4) and spec.channels != 2, "1 or 3"),
         "ignore": (ints((spec.ignore,), 0, 256), "a value from 0 to 255"),
         "void": (spec.void is None or ints((spec.void,), 0, k), f"a class index from 0 to {k - 1}"),
-        "label_ids": (ints(ids[0], 0, 256) and len({*ids[0]}) == len(ids[0]) == k - bool(ids[1]), "a value a class"),
+        "label_ids": (ints(ids, 0, 256) and len({*ids}) == len(ids) == k - bool(void_ids), "a value a class"),
         "void_ids": (
-            ints(ids[1], 0, 256) and not (ids[1] and spec.void != k - 1),
+            ints(void_ids, 0, 256) and not (void_ids and spec.void != k - 1),
             "values, where void is the last class",
         ),
         "pool": (
@@ -156,7 +158,7 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
     for key, (holds, expected) in legal.items():
         if not holds:
             raise InputError(f"{source}: [dataset] {key} is {table.get(key)!r}; expected {expected}")
-    if {*ids[0]} & {*ids[1]} or spec.ignore in {*ids[0], *ids[1]} or spec.void in spec.scored:
+    if {*ids} & {*void_ids} or spec.ignore in {*ids, *void_ids} or spec.void in spec.scored:
         raise InputError(f"{source}: [dataset] a value means two things: see label_ids, void_ids, ignore, void, scored")
     return spec
 
@@ -442,19 +444,28 @@ def open_cache(
     Raises InputError that names every file that cannot be used (the first ten, then the count).
     """
     home = folder / f"{spec.name}_{size[0]}x{size[1]}_{cache_key(spec, samples, size)}"
-    try:
-        images, masks = (np.load(home / file, mmap_mode="r") for file in ("images.npy", "masks.npy"))
-    except (OSError, ValueError, EOFError):  # not there yet, or damaged
+    arrays = _map_cache(home)
+    if arrays is None:
         utils.make_folder(folder, "--cache")
-        beside = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=folder))
+        beside = folder / f".{home.name}.{os.getpid()}"
+        beside.mkdir(exist_ok=True)
         try:
             _fill_cache(beside, spec, samples, size, workers)
-            shutil.rmtree(home, ignore_errors=True)
-            beside.rename(home)
+            if _map_cache(home) is None:  # else another run was faster
+                shutil.rmtree(home, ignore_errors=True)
+                beside.rename(home)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        images, masks = (np.load(home / file, mmap_mode="r") for file in ("images.npy", "masks.npy"))
-    return Cache(images, masks, {sample.id: row for row, sample in enumerate(samples)})
+        arrays = _map_cache(home)
+    return Cache(*arrays, {sample.id: row for row, sample in enumerate(samples)})
+
+
+def _map_cache(home: Path) -> list[np.ndarray] | None:
+    """Images and masks, memory-mapped; None where they are not there, or damaged."""
+    try:
+        return [np.load(home / file, mmap_mode="r") for file in ("images.npy", "masks.npy")]
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def _fill_cache(home: Path, spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], workers: int) -> None:

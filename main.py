@@ -292,8 +292,8 @@ class Run:
         steps = sums.pop("steps", 1)
         return {name: value / steps for name, value in sums.items()}
 
-    def check_losses(self) -> None:
-        """TrainingError where a loss has not been finite; what is on disk stays."""
+    def check_losses(self) -> dict[str, float]:
+        """The mean losses; TrainingError where one has not been finite, and what is on disk stays."""
         means = self.mean_losses()
         if not all(map(math.isfinite, means.values())):
             terms = ", ".join(f"{name} {value:g}" for name, value in means.items())
@@ -301,6 +301,7 @@ class Run:
             kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was written yet"
             where = f"epoch {self.epoch + 1}, step {self.step}"
             raise TrainingError(f"{where}: a loss is not finite (means since the last evaluation: {terms}); {kept}")
+        return means
 
     def train(self, labeled: Stored, unlabeled: Stored, val: Stored) -> int:
         """Train to the last epoch; returns 0, or 128 + n where signal n ended it."""
@@ -355,8 +356,7 @@ class Run:
 
     def evaluate(self, val: Stored) -> str:
         """Score the validation set, keep the best networks, write metrics.jsonl and TensorBoard; a line to print."""
-        self.check_losses()
-        losses, self.sums = self.mean_losses(), {}
+        losses, self.sums = self.check_losses(), {}
         counts = evaluate(self.model, self.batches(val), self.spec, self.device)
         self.metrics = utils.segmentation_metrics(counts, self.spec)
         miou = self.metrics["miou"] or 0.0

@@ -22,7 +22,7 @@ from torch import Tensor
 import main
 import utils
 from data_utils import DatasetSpec, load_spec
-from model import METHODS, CycleGAN, cycle_I, cycle_S, fool, frozen, gen_I, gen_S, one_hot
+from model import METHODS, CycleGAN, cycle_I, cycle_S, fool, frozen, gen_I, gen_S
 
 
 class PlainCycleGAN(CycleGAN):
@@ -31,7 +31,7 @@ class PlainCycleGAN(CycleGAN):
     six_calls = True
 
     def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        fake_x = self.paint(one_hot(y, self.n_classes, x.dtype))
+        fake_x = self.paint(y)
         fake_y = self.segment(x_u).softmax(1)
         logits = self.segment(x)
         rec_x_u = self.paint(fake_y)
@@ -78,16 +78,19 @@ def benchmark(argv: list[str]) -> None:
     args = main.parse_args(["--training", *rest])
     device = utils.pick_device(args.device, args.precision)
     spec = load_spec(args.dataset)
-    steps = {}
+    steps = []
     for method in [METHODS[args.method]] + [PlainCycleGAN] * bool(ours.plain):
         utils.seed_everything(args.seed)
-        model = method(spec, args).to(device)
+        model = method(spec, args).to(device, memory_format=utils.memory_format(args.channels_last))
+        if args.compile:
+            for network in model.children():
+                network.compile()
         model.six_calls = ours.plain == 6
-        steps[method] = model.step
+        steps.append(model.step)
     times: list[list[float]] = []
     for _ in range(ours.warmup + ours.rounds):
         batch = random_batch(args, spec, device)
-        times.append([seconds(step, batch, device) for step in steps.values()])
+        times.append([seconds(step, batch, device) for step in steps])
     times = times[ours.warmup :]
     setting = f"{spec.name} {args.size[0]}x{args.size[1]}, ngf {args.ngf}, batch {args.batch_size}, {args.precision}"
     print(f"{args.method}, {setting}, on {device} with {torch.get_num_threads()} threads, torch {torch.__version__}")
