@@ -34,6 +34,7 @@ from utils import IGNORE, InputError, first_ten
 
 CONFIG = Path(__file__).parent / "config"
 PARTS = ["train", "val", "test"]
+SPLITS = ["paper", "standard", "image"]
 
 # Descriptions
 
@@ -54,6 +55,8 @@ class DatasetSpec:
     void_ids: tuple[int, ...] = ()  # values in the mask files that become the void class
     pool: tuple[str, ...] = ("train",)  # parts of the layout that the paper's split divides
     counts: tuple[int, int] | None = None  # groups to train on, to validate; without it 85 % and 15 %
+    standard: tuple[str, str] | None = None  # the parts that other papers train on and validate on
+    standard_counts: tuple[int, int] | None = None  # their groups
 
     def lookup(self) -> np.ndarray:
         """(256,) int16: the class of each value of a mask file, IGNORE, or -1 where the value is not legal."""
@@ -153,8 +156,15 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
             isinstance(spec.pool, tuple) and spec.pool != () and all(p in PARTS for p in spec.pool),
             f"some of {PARTS}",
         ),
-        "counts": (spec.counts is None or (ints(spec.counts, 1, 2**31) and len(spec.counts) == 2), "two counts"),
+        "standard": (
+            spec.standard is None
+            or (isinstance(spec.standard, tuple) and len({*spec.standard} & {*PARTS}) == len(spec.standard) == 2),
+            f"two of {PARTS}",
+        ),
     }
+    for key in "counts", "standard_counts":
+        counts = getattr(spec, key)
+        legal[key] = counts is None or (ints(counts, 1, 2**31) and len(counts) == 2), "two counts"
     for key, (holds, expected) in legal.items():
         if not holds:
             raise InputError(f"{source}: [dataset] {key} is {table.get(key)!r}; expected {expected}")
@@ -235,11 +245,20 @@ def index_phantom(spec: DatasetSpec, root: Path) -> list[Sample]:
 LAYOUTS = {"voc": index_voc, "cityscapes": index_cityscapes, "acdc": index_acdc, "phantom": index_phantom}
 
 
-def index(spec: DatasetSpec, root: Path) -> list[Sample]:
-    """The samples under root that the paper's split divides, sorted by id; InputError where there are none."""
+def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
+    """The parts of the layout that a kind of split takes."""
+    if kind != "standard":
+        return spec.pool
+    if spec.standard is None:
+        raise InputError(f"--split standard: {spec.name} has no such split; its [dataset] table lacks 'standard'")
+    return spec.standard
+
+
+def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
+    """The samples under root that a kind of split takes, sorted by id; InputError where there are none."""
     if spec.layout != "phantom" and not root.is_dir():
         raise InputError(f"--data-root {root}: no such folder; it must hold {spec.name} as README.md lays it out")
-    samples = [s for s in LAYOUTS[spec.layout](spec, root) if s.part in spec.pool]
+    samples = [s for s in LAYOUTS[spec.layout](spec, root) if s.part in parts_of(spec, kind)]
     if not samples:
         raise InputError(
             f"--data-root {root}: holds no image in the layout {spec.layout!r}; README.md shows how files must lie"
@@ -270,30 +289,49 @@ class Split:
         return hashlib.sha256(json.dumps(self.ids()).encode()).hexdigest()[:16]
 
 
-def split(samples: list[Sample], ratio: float, seed: int, spec: DatasetSpec) -> Split:
-    """The paper's split (Section 4.1): spec.counts groups to train on and to validate, `ratio` of the first labeled.
+def split(
+    samples: list[Sample], ratio: float, seed: int, spec: DatasetSpec, kind: str = "paper", label_unit: str = "image"
+) -> Split:
+    """Training samples, `ratio` of them labeled, and validation samples, by one of three kinds of split.
 
-    Where there are fewer groups than the counts say, the proportions are kept. The validation set and the order in
-    which images get labels depend on the seed alone, so a smaller labeled set is part of a larger one. `ratio` counts
-    images of the training groups that have a mask; images without one are always unlabeled.
+    "paper" (Section 4.1): spec.counts groups to train on and to validate, or their proportions where there are fewer
+    groups; no group is on both sides. "image": the released code's 85 % and 15 % of single images, whichever exam they
+    are of. "standard": the parts of the layout that other papers train on and validate on.
+
+    The validation set and the order in which samples get labels depend on the seed alone, so a smaller labeled set is
+    part of a larger one. `ratio` counts training samples that have a mask, one by one ("image") or as whole groups
+    ("exam"); samples without a mask are always unlabeled.
     """
-    samples = sorted((s for s in samples if s.part is None or s.part in spec.pool), key=lambda s: s.id)
-    n_train, n_val = spec.counts or (85, 15)
-    groups = sorted({s.group for s in samples if s.mask is not None})
+    taken = parts_of(spec, kind)
+    samples = sorted((s for s in samples if s.part is None or s.part in taken), key=lambda s: s.id)
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(groups))
-    held_out = max(1, round(len(groups) * n_val / (n_train + n_val)))
-    val_groups = {groups[i] for i in order[:held_out]}
-    train = [s for s in samples if s.group not in val_groups]
-    masked = [s for s in train if s.mask is not None]
+    if kind == "standard":
+        val = {s for s in samples if s.part == spec.standard[1] and s.mask is not None}
+        if not val:
+            raise InputError(f"--split standard: {spec.name}'s part {spec.standard[1]!r} is not there; see README.md")
+        train = [s for s in samples if s.part == spec.standard[0]]
+    else:
+        n_train, n_val = spec.counts if spec.counts and kind == "paper" else (85, 15)
+        units = [s.group if kind == "paper" else s.id for s in samples]
+        known = sorted({unit for unit, s in zip(units, samples, strict=True) if s.mask is not None})
+        held_out = max(1, round(len(known) * n_val / (n_train + n_val)))
+        val_units = {known[i] for i in rng.permutation(len(known))[:held_out]}
+        val = {s for unit, s in zip(units, samples, strict=True) if unit in val_units}
+        train = [s for s in samples if s not in val]
+
+    def unit(sample: Sample) -> str:
+        return sample.group if label_unit == "exam" else sample.id
+
+    masked = sorted({unit(s) for s in train if s.mask is not None})
     n_labeled = round(ratio * len(masked))
     if not n_labeled:
-        raise InputError(f"--ratio {ratio:g} of {len(masked)} training images leaves no labeled image")
-    labeled = {masked[i] for i in rng.permutation(len(masked))[:n_labeled]}
+        raise InputError(f"--ratio {ratio:g} of {len(masked)} training {label_unit}s leaves no labeled {label_unit}")
+    chosen = {masked[i] for i in rng.permutation(len(masked))[:n_labeled]}
+    labeled = {s for s in train if s.mask is not None and unit(s) in chosen}
     return Split(
         tuple(s for s in train if s in labeled),
         tuple(s for s in train if s not in labeled),
-        tuple(s for s in samples if s.group in val_groups),
+        tuple(s for s in samples if s in val),
     )
 
 
@@ -541,12 +579,19 @@ class Epoch(Dataset):
         return *self.labeled[self.order[i]], *x_u
 
 
-def normalize(x: Tensor) -> Tensor:
-    """Section 3.3, for each image and channel of (B, C, H, W): (v - mean) / (max - min); a constant becomes 0."""
-    x = x.float()
-    lowest, highest = torch.aminmax(x.flatten(2), dim=2)
-    reach = (highest - lowest)[..., None, None]
-    return (x - x.mean((2, 3), keepdim=True)) / torch.where(reach > 0, reach, torch.inf)
+def normalize(x: Tensor, how: str = "range") -> Tensor:
+    """Images (B, C, H, W) of bytes or floats to float32 within [-1, 1].
+
+    "range": Section 3.3, for each image and channel (v - mean) / (max - min); a constant becomes 0. "half": the
+    released code's (v - 0.5) / 0.5, where v is a byte / 255, and a float, which has no scale of its own, is placed
+    between its image's extremes.
+    """
+    v = x.float()
+    lowest, highest = (extreme[..., None, None] for extreme in torch.aminmax(v.flatten(2), dim=2))
+    reach = torch.where(highest > lowest, highest - lowest, torch.inf)
+    if how == "range":
+        return (v - v.mean((2, 3), keepdim=True)) / reach
+    return ((v / 255 if x.dtype == torch.uint8 else (v - lowest) / reach) - 0.5) / 0.5
 
 
 def _let_parent_decide(_worker: int) -> None:
@@ -555,7 +600,12 @@ def _let_parent_decide(_worker: int) -> None:
 
 
 def batches(
-    data: Dataset, batch_size: int, device: torch.device, workers: int = 0, channels_last: bool = False
+    data: Dataset,
+    batch_size: int,
+    device: torch.device,
+    workers: int = 0,
+    channels_last: bool = False,
+    normalization: str = "range",
 ) -> Iterator[list[Tensor]]:
     """Batches of (image, mask, ...) in order, on the device: images normalized, masks int64."""
     loader = DataLoader(
@@ -568,9 +618,8 @@ def batches(
     )
     layout = utils.memory_format(channels_last)
     for x, y, *x_u in loader:
-        images = [
-            normalize(image.to(device, non_blocking=True)).contiguous(memory_format=layout) for image in (x, *x_u)
-        ]
+        images = [normalize(image.to(device, non_blocking=True), normalization) for image in (x, *x_u)]
+        images = [image.contiguous(memory_format=layout) for image in images]
         yield [images[0], y.to(device, non_blocking=True).long(), *images[1:]]
 
 

@@ -53,12 +53,14 @@ import utils
 from arch.generators import MIN_SIZE
 from data_utils import DatasetSpec, Epoch, Split, Stored, read_toml
 from model import METHODS
-from utils import InputError, TrainingError
+from utils import IGNORE, InputError, TrainingError
 
 # Settings that change the result: kept in a checkpoint, compared when a run goes on, fixed when it is tested.
 RESULT = ("method", "ratio", "seed", "size", "epochs", "decay_epoch", "batch_size", "lr", "betas", "init", "precision")
+RESULT += ("split", "label_unit", "normalization", "ignored", "ngf", "ndf", "n_blocks", "dropout")
+RESULT += ("optimizer", "momentum", "weight_decay", "schedule", "disc_lr", "disc_betas")
 RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
-RESULT += ("ngf", "ndf", "n_blocks", "dropout")
+RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
 MODES = ("training", "testing")
 NOT_IN_TOML = {*MODES, "config", "checkpoint", "overwrite"}
 
@@ -92,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser("main.py", description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=about)
     share, weight, count = number(float, 0, 1, above=True), number(float, 0), number(int, 1)
     size, beta, chance = number(int, MIN_SIZE), number(float, 0, 0.9999), number(float, 0, 0.99)
+    rate, part = number(float, 0, above=True), number(float, 0, 1)
     switch = argparse.BooleanOptionalAction
 
     flag = parser.add_argument_group("what to do").add_argument
@@ -100,19 +103,33 @@ def build_parser() -> argparse.ArgumentParser:
 
     flag = parser.add_argument_group("experiment").add_argument
     flag("--dataset", default="voc", help="a name in config/ or a .toml file")
-    flag("--method", default="cyclegan", choices=list(METHODS), help="cyclegan is Ours; supervised is Partial or Full")
+    methods = "cyclegan is Ours; supervised is Partial or Full; advsemi is Hung et al."
+    flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
     flag("--ratio", type=share, default=0.2, help="share of the training images that are labeled")
     flag("--seed", type=number(int, 0), default=0, help="of the split, the weights and the order")
+    splits = "paper: no exam on both sides; standard: as other papers; image: 85/15 of single images, as released"
+    flag("--split", default="paper", choices=data_utils.SPLITS, help=splits)
+    flag("--label-unit", default="image", choices=["image", "exam"], help="what --ratio counts and labels")
     flag("--config", metavar="FILE", help="a TOML with flags, read after the dataset's")
     flag("--data-root", metavar="DIR", help="where the files lie; data/<dataset> if not given")
     flag("--size", type=size, nargs=2, default=[200, 200], metavar=("H", "W"), help="of the networks' input")
+    scales = "range: (v - mean) / (max - min); half: (v - 0.5) / 0.5, as released"
+    flag("--normalization", default="range", choices=["range", "half"], help=scales)
+    ignored = "pixels to ignore in training masks: skipped, or class 0, as released"
+    flag("--ignored", default="skip", choices=["skip", "background"], help=ignored)
 
     flag = parser.add_argument_group("optimization").add_argument
     flag("--epochs", type=count, default=400, help="passes over the longer list of images")
     flag("--decay-epoch", type=number(int, 0), help="where the learning rate starts to fall; a quarter if not given")
     flag("--batch-size", type=count, default=5, help="images of each kind in a step")
-    flag("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
+    flag("--lr", type=rate, default=2e-4, help="learning rate")
     flag("--betas", type=beta, nargs=2, default=[0.5, 0.999], metavar=("B1", "B2"), help="Adam's betas")
+    flag("--optimizer", default="adam", choices=["adam", "sgd"], help="of the generators")
+    flag("--momentum", type=beta, default=0.9, help="of --optimizer sgd")
+    flag("--weight-decay", type=weight, default=0.0, help="of --optimizer")
+    flag("--schedule", default="linear", choices=list(utils.SCHEDULES), help="how the learning rates fall")
+    flag("--disc-lr", type=rate, help="the discriminators' Adam; --lr if not given")
+    flag("--disc-betas", type=beta, nargs=2, metavar=("B1", "B2"), help="likewise; --betas if not given")
     flag("--lambda1", type=weight, default=1.0, metavar="W", help="weight of L_gen^I in Eq. 8")
     flag("--lambda2", type=weight, default=0.05, metavar="W", help="weight of L_cycle^S")
     flag("--lambda3", type=weight, default=1.0, metavar="W", help="weight of L_cycle^I")
@@ -121,6 +138,13 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--pool-size", type=number(int, 0), default=0, metavar="N", help="past fakes shown to the discriminators")
     flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help="what D_S sees of G_IS(x')")
     flag("--init", metavar="FILE", help="start from the networks of another run's checkpoint")
+
+    flag = parser.add_argument_group("Hung et al. (--method advsemi)").add_argument
+    flag("--lambda-adv", type=weight, default=0.01, metavar="W", help="of fooling D with labeled images")
+    flag("--lambda-semi-adv", type=weight, default=0.001, metavar="W", help="of fooling D with unlabeled images")
+    flag("--lambda-semi", type=weight, default=0.1, metavar="W", help="of learning from predictions that D trusts")
+    flag("--semi-threshold", type=part, default=0.2, metavar="T", help="D's confidence from which it does")
+    flag("--semi-start", type=part, default=0.25, metavar="P", help="part of the run after which that begins")
 
     flag = parser.add_argument_group("networks").add_argument
     flag("--ngf", type=count, default=64, help="width of the generators' first layer")
@@ -198,6 +222,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args([*flags, *argv])
     args.given = given
     args.decay_epoch = args.epochs // 4 if args.decay_epoch is None else args.decay_epoch
+    args.disc_lr = args.lr if args.disc_lr is None else args.disc_lr
+    args.disc_betas = args.disc_betas or args.betas
     args.data_root = args.data_root or f"data/{Path(args.dataset).stem}"
     return args
 
@@ -217,10 +243,13 @@ class Run:
         utils.seed_everything(args.seed, args.deterministic)
         self.model = METHODS[args.method](spec, args)
         self.model.to(device, memory_format=utils.memory_format(args.channels_last))
-        decay = utils.linear_decay(args.epochs, args.decay_epoch)
-        schedule = torch.optim.lr_scheduler.LambdaLR
-        self.schedulers = {key: schedule(optimizer, decay) for key, optimizer in self.model.optimizers.items()}
         self.n_images = max(len(parts.labeled), len(parts.unlabeled))  # of an epoch
+        self.n_steps = math.ceil(self.n_images / args.batch_size)  # of an epoch
+        decay = utils.SCHEDULES[args.schedule](args.epochs, args.decay_epoch)
+        self.schedulers = {
+            key: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / self.n_steps))
+            for key, optimizer in self.model.optimizers.items()
+        }
         self.epoch = self.step = 0  # epochs done, steps done within the next one
         self.best = {"miou": -1.0, "epoch": 0}
         self.metrics: dict = {}  # of the last evaluation
@@ -229,12 +258,13 @@ class Run:
 
     @property
     def global_step(self) -> int:
-        return self.epoch * math.ceil(self.n_images / self.args.batch_size) + self.step
+        return self.epoch * self.n_steps + self.step
 
     def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
         """`data` in order, as the networks take it."""
         args = self.args
-        return data_utils.batches(data, args.batch_size, self.device, args.workers, args.channels_last)
+        how = args.workers, args.channels_last, args.normalization
+        return data_utils.batches(data, args.batch_size, self.device, *how)
 
     def save(self, name: str) -> None:
         """Write last.pt with all that going on needs, or best.pt with what testing needs."""
@@ -277,10 +307,11 @@ class Run:
         utils.write_atomically(log, "".join(f"{line}\n" for line in lines if json.loads(line)["epoch"] <= self.epoch))
         print(f"resuming at epoch {self.epoch + 1}, step {self.step}")
 
-    def initialize(self, weights: dict[str, Tensor]) -> None:
-        """Take over the networks that another run's weights share with this method: at least G_IS."""
-        shared = [name for name, _ in self.model.named_children() if any(key.startswith(f"{name}.") for key in weights)]
-        for name in {"G_IS": None, **dict.fromkeys(shared)}:
+    def initialize(self, state: dict) -> None:
+        """Take over the networks of another run's checkpoint: all from one of the same method, else G_IS."""
+        weights, same = state["model"], state["config"]["method"] == self.args.method
+        shared = [name for name, _ in self.model.named_children()] if same else ["G_IS"]
+        for name in shared:
             network = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
             utils.load_weights(getattr(self.model, name), network, f"--init {self.args.init}: {name}")
         print(f"starting from {', '.join(shared)} of {self.args.init}")
@@ -315,13 +346,16 @@ class Run:
             bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
             epoch = Epoch(labeled, unlabeled, args.seed, self.epoch)
             for x, y, *x_u in self.batches(Subset(epoch, range(first, self.n_images))):
-                losses = model.step(x, y, *x_u)
+                model.progress = self.global_step / (args.epochs * self.n_steps)
+                losses = model.step(x, y.masked_fill(y == IGNORE, 0) if args.ignored == "background" else y, *x_u)
                 self.step += 1
                 counted = losses | {"steps": torch.ones((), device=self.device)}
                 self.sums = {name: self.sums.get(name, 0) + value for name, value in counted.items()}
                 bar.update(len(x))
                 if self.global_step % args.log_every == 0:
                     self.log(losses, bar)
+                for scheduler in self.schedulers.values():
+                    scheduler.step()
                 if stop.signum:
                     break
                 if time.monotonic() - self.saved_at > 60 * args.save_every:
@@ -329,8 +363,6 @@ class Run:
             if self.step * args.batch_size >= self.n_images:
                 speed = (self.n_images - first) / (time.monotonic() - started)
                 self.epoch, self.step = self.epoch + 1, 0
-                for scheduler in self.schedulers.values():
-                    scheduler.step()
                 if self.epoch % args.eval_every == 0 or self.epoch == args.epochs:
                     line = self.evaluate(val)
                     with tqdm.external_write_mode():
@@ -366,13 +398,16 @@ class Run:
         record = {"epoch": self.epoch, "step": self.global_step, **self.metrics, "losses": losses}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        means = {f"val/{key}": self.metrics[key] for key in ("miou", "miou_all", "miou_official", "pixel_accuracy")}
-        for tag, value in (means | {f"iou/{name}": iou for name, iou in self.metrics["iou"].items()}).items():
+        curves = {f"val/{key}": self.metrics[key] for key in ("miou", "miou_all", "miou_official", "pixel_accuracy")}
+        for kind in "iou", "dice":
+            curves |= {f"{kind}/{name}": value for name, value in self.metrics[kind].items()}
+        for tag, value in curves.items():
             if value is not None:
                 self.writer.add_scalar(tag, value, self.global_step)
         self.draw(val)
         best = "the best so far" if self.best["epoch"] == self.epoch else f"best {self.best['miou']:.4f}"
-        return f"mIoU {miou:.4f} ({best}), " + ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        return f"{utils.format_means(self.metrics)} ({best}), {terms}"
 
     @torch.inference_mode()
     def draw(self, val: Stored) -> None:
@@ -445,16 +480,18 @@ def train(args: argparse.Namespace) -> int:
         print(f"{folder} is finished after {args.epochs} epochs: best mIoU {best['miou']:.4f} at epoch {best['epoch']}")
         return 0
 
-    weights = utils.load_checkpoint(Path(args.init))["model"] if args.init and not state else None
-    samples = data_utils.index(spec, Path(args.data_root))
-    parts = data_utils.split(samples, args.ratio, args.seed, spec)
+    source = utils.load_checkpoint(Path(args.init)) if args.init and not state else None
+    samples = data_utils.index(spec, Path(args.data_root), args.split)
+    parts = data_utils.split(samples, args.ratio, args.seed, spec, args.split, args.label_unit)
     if args.method != "supervised" and not parts.unlabeled:
         raise InputError(f"--ratio {args.ratio:g} leaves no unlabeled image for --method {args.method}")
     if state and state["split"] != parts.hash():
         raise InputError(f"{folder}: {args.data_root} holds other files than at its start; give --name or --overwrite")
-    found, expected = len({sample.group for sample in samples}), sum(spec.counts or ())
+    standard = args.split == "standard"
+    found, expected = len({s.group for s in samples}), sum((spec.standard_counts if standard else spec.counts) or ())
     if expected not in (0, found):
-        print(f"{args.data_root}: {found} of {spec.name}'s {expected} images or exams: split in the same proportions")
+        then = "all are used" if standard else "split in the same proportions"
+        print(f"{args.data_root}: {found} of {spec.name}'s {expected} images or exams: {then}")
     sizes = f"{len(parts.labeled)} labeled, {len(parts.unlabeled)} unlabeled, {len(parts.val)} validation images"
     print(f"{args.method} on {spec.name}: {sizes}, {args.size[0]}x{args.size[1]} pixels")
     print(f"on {device} in {args.precision}; checkpoints and curves go to {folder}", flush=True)
@@ -464,8 +501,8 @@ def train(args: argparse.Namespace) -> int:
     if state:
         run.restore(state)
     else:
-        if weights:
-            run.initialize(weights)
+        if source:
+            run.initialize(source)
         make_run_folder(folder, args, spec, parts)
     utils.write_manifest(folder, device, started=datetime.now(UTC).isoformat(timespec="seconds"))
     if args.compile:
@@ -476,10 +513,9 @@ def train(args: argparse.Namespace) -> int:
     stop.can_wait = False
     if code == 0:
         utils.write_manifest(folder, device, finished=datetime.now(UTC).isoformat(timespec="seconds"))
-        best = f"best {run.best['miou']:.4f} at epoch {run.best['epoch']}"
-        print(
-            f"mIoU {run.metrics['miou'] or 0:.4f} after the last epoch, {best}; curves: tensorboard --logdir {folder}"
-        )
+        best = f"best mIoU {run.best['miou']:.4f} after epoch {run.best['epoch']}"
+        print(f"after the last epoch {utils.format_means(run.metrics)}; {best}")
+        print(f"curves: tensorboard --logdir {folder}")
         print(f"test it: python main.py --testing --checkpoint {folder / 'best.pt'}")
     return code
 
@@ -521,8 +557,8 @@ def test(args: argparse.Namespace) -> int:
     args = argparse.Namespace(**{**vars(args), **state["config"]})
     args.data_root = args.given.get("data_root", state["data_root"])
     device = utils.pick_device(args.device, args.precision)
-    samples = data_utils.index(spec, Path(args.data_root))
-    parts = data_utils.split(samples, args.ratio, args.seed, spec)
+    samples = data_utils.index(spec, Path(args.data_root), args.split)
+    parts = data_utils.split(samples, args.ratio, args.seed, spec, args.split, args.label_unit)
     if parts.hash() != state["split"]:
         raise InputError(f"--data-root {args.data_root}: holds other files than {path} was trained with")
     folder = Path(args.results) / path.resolve().parent.name
@@ -551,7 +587,8 @@ def test(args: argparse.Namespace) -> int:
         bar.update(len(x))
 
     val = Stored(cache, [cache.rows[name] for name in names])
-    images = data_utils.batches(val, args.batch_size, device, args.workers, args.channels_last)
+    how = args.workers, args.channels_last, args.normalization
+    images = data_utils.batches(val, args.batch_size, device, *how)
     counts = evaluate(model, images, spec, device, write)
     bar.close()
     metrics = utils.segmentation_metrics(counts, spec)
@@ -565,7 +602,8 @@ def test(args: argparse.Namespace) -> int:
     utils.write_atomically(folder / "per_class.csv", table.getvalue())
     print(f"{path} after epoch {state['epoch']}, on {len(names)} validation images of {spec.name}, in per cent:")
     print(utils.format_metrics(metrics))
-    print(f"metrics.json, per_class.csv, masks/ and panels/ (image, truth, prediction, G_SI(truth)) are in {folder}")
+    painted = ", image painted from the truth" if hasattr(model, "paint") else ""
+    print(f"metrics.json, per_class.csv, masks/ and panels/ (image, truth, prediction{painted}) are in {folder}")
     return 0
 
 

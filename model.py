@@ -1,4 +1,4 @@
-"""The method: Eq. 1 to 9 as pure functions, and one class for each way of training a segmentation network.
+"""The method: Eq. 1 to 9 as pure functions, and one class for each row of Table 1.
 
 Symbols of the paper, with B images a batch, C channels, K classes, H x W pixels:
 
@@ -11,15 +11,15 @@ Symbols of the paper, with B images a batch, C channels, K classes, H x W pixels
     D_S, D_I one judgement a pixel, (B, 1, H, W), of masks and of images: 1 is real, 0 is generated
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Adam
+from torch.optim import SGD, Adam, Optimizer
 
-from arch.discriminators import PixelDiscriminator
+from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
 from utils import IGNORE, ReplayPool
 
@@ -63,6 +63,25 @@ def cycle_S(logits: Tensor, y: Tensor) -> Tensor:
     return gen_S(logits, y)
 
 
+# Hung et al. (Adversarial learning for semi-supervised semantic segmentation, 2018), the other method of Table 1.
+
+
+def judge(logits: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of D's logits (B, 1, H, W) with 1 (real) or 0, mean over the `valid` pixels; 0 of none."""
+    error = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target), reduction="none")
+    return error.mean() if valid is None else (error * valid).sum() / valid.sum().clamp(min=1)
+
+
+def semi(logits: Tensor, judgement: Tensor, threshold: float) -> Tensor:
+    """Cross-entropy of the prediction with its own argmax where D is sure enough: sigmoid(judgement) >= threshold.
+
+    logits (B, K, H, W), judgement (B, 1, H, W); the mean over the pixels that pass, 0 where none does. Neither the
+    argmax nor the choice of pixels passes a gradient.
+    """
+    unsure = judgement.squeeze(1).sigmoid() < threshold
+    return gen_S(logits, logits.argmax(1).masked_fill(unsure, IGNORE))
+
+
 def one_hot(y: Tensor, n_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Masks (B, H, W) to (B, K, H, W); IGNORE becomes the zero vector."""
     return (y.unsqueeze(1) == torch.arange(n_classes, device=y.device).view(1, -1, 1, 1)).to(dtype)
@@ -86,7 +105,27 @@ def compute(network: nn.Module, x: Tensor, bf16: bool) -> Tensor:
         return network(x).to(x.dtype)
 
 
-# Methods. Each has optimizers, step(x, y, x_u), segment(x) and pictures(x, y).
+def generator_optimizer(parameters: Iterable[nn.Parameter], cfg) -> Optimizer:
+    """Section 3.3's Adam, or the SGD of Hung et al."""
+    if cfg.optimizer == "sgd":
+        return SGD(parameters, cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
+    return Adam(parameters, cfg.lr, tuple(cfg.betas), weight_decay=cfg.weight_decay)
+
+
+def discriminator_optimizer(parameters: Iterable[nn.Parameter], cfg) -> Optimizer:
+    """Section 3.3's Adam, that of the generators unless flags say otherwise."""
+    return Adam(parameters, cfg.disc_lr, tuple(cfg.disc_betas))
+
+
+def descend(optimizer: Optimizer, loss: Tensor) -> None:
+    """One update of the optimizer's parameters by the loss's gradient."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+# Methods. Each has optimizers, step(x, y, x_u), segment(x) and pictures(x, y). The training loop sets `progress`, the
+# share of the run that is done, before every step.
 
 
 class Supervised(nn.Module):
@@ -96,7 +135,7 @@ class Supervised(nn.Module):
         super().__init__()
         self.bf16 = cfg.precision == "bf16"
         self.G_IS = ResNetGenerator(spec.channels, len(spec.classes), cfg.ngf, cfg.n_blocks, cfg.dropout)
-        self.optimizers = {"G": Adam(self.G_IS.parameters(), cfg.lr, tuple(cfg.betas))}
+        self.optimizers = {"G": generator_optimizer(self.G_IS.parameters(), cfg)}
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
@@ -105,9 +144,7 @@ class Supervised(nn.Module):
     def step(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
         """One update; returns the loss by the paper's name, detached. Unlabeled images are not looked at."""
         loss = gen_S(self.segment(x), y)
-        self.optimizers["G"].zero_grad()
-        loss.backward()
-        self.optimizers["G"].step()
+        descend(self.optimizers["G"], loss)
         return {"gen_S": loss.detach()}
 
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -138,10 +175,9 @@ class CycleGAN(nn.Module):
         self.D_I = PixelDiscriminator(C, cfg.ndf, cfg.disc_norm)
         generators = [*self.G_IS.parameters(), *self.G_SI.parameters()]
         discriminators = [*self.D_S.parameters(), *self.D_I.parameters()]
-        self.optimizers = {
-            "G": Adam(generators, cfg.lr, tuple(cfg.betas)),
-            "D": Adam(discriminators, cfg.lr, tuple(cfg.betas)),
-        }
+        self.optimizers = {"G": generator_optimizer(generators, cfg)}
+        if cfg.lambda4 or cfg.lambda5:
+            self.optimizers["D"] = discriminator_optimizer(discriminators, cfg)
         self.pools = {"y": ReplayPool(cfg.pool_size), "x": ReplayPool(cfg.pool_size)}
 
     def segment(self, x: Tensor) -> Tensor:
@@ -207,16 +243,11 @@ class CycleGAN(nn.Module):
         Returns the unweighted terms by the paper's names and the discriminators' losses as D_S and D_I, detached.
         """
         terms, fakes = self.generator_terms(x, y, x_u)
-        total = sum(self.weights[name] * term for name, term in terms.items())  # Eq. 8
-        self.optimizers["G"].zero_grad()
-        total.backward()
-        self.optimizers["G"].step()
-
-        losses = self.discriminator_terms(y, x_u, fakes)
-        if losses:
-            self.optimizers["D"].zero_grad()
-            sum(losses.values()).backward()
-            self.optimizers["D"].step()
+        descend(self.optimizers["G"], sum(self.weights[name] * term for name, term in terms.items()))  # Eq. 8
+        losses = {}
+        if "D" in self.optimizers:
+            losses = self.discriminator_terms(y, x_u, fakes)
+            descend(self.optimizers["D"], sum(losses.values()))
         return {name: term.detach() for name, term in (terms | losses).items()}
 
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -231,4 +262,79 @@ class CycleGAN(nn.Module):
         }
 
 
-METHODS = {"supervised": Supervised, "cyclegan": CycleGAN}
+class AdvSemi(nn.Module):
+    """Hung et al. with our G_IS, from scratch: D tells masks from predictions and chooses pixels to learn alone from.
+
+    A weight of 0 takes its term out; the term `semi` is 0 until `semi_start` of the run is done.
+    """
+
+    progress = 0.0
+
+    def __init__(self, spec, cfg):
+        super().__init__()
+        self.n_classes = len(spec.classes)
+        self.bf16 = cfg.precision == "bf16"
+        self.threshold, self.semi_start = cfg.semi_threshold, cfg.semi_start
+        self.weights = {
+            "gen_S": 1.0,
+            "adv": cfg.lambda_adv,
+            "semi_adv": cfg.lambda_semi_adv,
+            "semi": cfg.lambda_semi,
+        }
+        self.G_IS = ResNetGenerator(spec.channels, self.n_classes, cfg.ngf, cfg.n_blocks, cfg.dropout)
+        self.D_S = FCDiscriminator(self.n_classes, cfg.ndf)
+        self.optimizers = {"G": generator_optimizer(self.G_IS.parameters(), cfg)}
+        if cfg.lambda_adv or cfg.lambda_semi_adv or cfg.lambda_semi:
+            self.optimizers["D"] = discriminator_optimizer(self.D_S.parameters(), cfg)
+
+    def segment(self, x: Tensor) -> Tensor:
+        """Logits (B, K, H, W)."""
+        return compute(self.G_IS, x, self.bf16)
+
+    def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """G_IS's terms that have a weight, unweighted, with D_S fixed; and the softmax maps of x, then of x_u if used.
+
+        gen_S: cross-entropy on x; adv and semi_adv: x and x_u should look real to D_S; semi: x_u where they do.
+        """
+        on = {name for name, weight in self.weights.items() if weight}
+        begun = self.progress >= self.semi_start
+        uses_x_u = "semi_adv" in on or ("semi" in on and begun)
+        logits = self.segment(torch.cat([x, x_u]) if uses_x_u else x)
+        maps, terms = logits.softmax(1), {"gen_S": gen_S(logits[: len(x)], y)}
+        with frozen(self.D_S):
+            if "adv" in on:
+                terms["adv"] = judge(self.D_S(maps[: len(x)]), 1.0, valid=(y != IGNORE).unsqueeze(1))
+            judgement = self.D_S(maps[len(x) :]) if uses_x_u else None
+        if "semi_adv" in on:
+            terms["semi_adv"] = judge(judgement, 1.0)
+        if "semi" in on:
+            terms["semi"] = semi(logits[len(x) :], judgement, self.threshold) if begun else logits.new_zeros(())
+        return terms, maps
+
+    def discriminator_terms(self, y: Tensor, maps: Tensor) -> dict[str, Tensor]:
+        """Half the cross-entropy of predictions with 0, half that of true masks with 1; ignored pixels are left out.
+
+        As in their code, the predictions are those of unlabeled images too.
+        """
+        valid = (y != IGNORE).unsqueeze(1)
+        valid_maps = torch.cat([valid, valid.new_ones(len(maps) - len(y), *valid.shape[1:])])
+        fake = judge(self.D_S(maps.detach()), 0.0, valid_maps)
+        real = judge(self.D_S(one_hot(y, self.n_classes, maps.dtype)), 1.0, valid)
+        return {"D_S": (fake + real) / 2}
+
+    def step(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:
+        """One update of G_IS with D_S fixed, then of D_S on the same predictions; the unweighted terms, detached."""
+        terms, maps = self.generator_terms(x, y, x_u)
+        descend(self.optimizers["G"], sum(self.weights[name] * term for name, term in terms.items()))
+        losses = {}
+        if "D" in self.optimizers:
+            losses = self.discriminator_terms(y, maps)
+            descend(self.optimizers["D"], sum(losses.values()))
+        return {name: term.detach() for name, term in (terms | losses).items()}
+
+    def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What G_IS makes of labeled images, by name: masks (B, H, W)."""
+        return {"G_IS(x)": self.segment(x).argmax(1)}
+
+
+METHODS = {"supervised": Supervised, "cyclegan": CycleGAN, "advsemi": AdvSemi}

@@ -94,6 +94,12 @@ def segmentation_metrics(counts: Tensor, spec) -> dict:
     }
 
 
+def format_means(metrics: dict) -> str:
+    """The three means of IoU in a line, side by side."""
+    miou, every, released = (metrics[key] or 0 for key in ("miou", "miou_all", "miou_official"))
+    return f"mIoU {miou:.4f}, every class {every:.4f}, as released {released:.4f}"
+
+
 def format_metrics(metrics: dict) -> str:
     """Every class's IoU and Dice, then the means, in per cent; a dash where a class does not occur."""
 
@@ -111,13 +117,30 @@ def format_metrics(metrics: dict) -> str:
 # Training
 
 
-def linear_decay(epochs: int, decay_epoch: int) -> Callable[[int], float]:
-    """The learning rate's factor by epoch (Section 3.3): 1 until decay_epoch, then linearly to 0 at `epochs`."""
+def linear_decay(epochs: int, decay_epoch: int) -> Callable[[float], float]:
+    """The learning rate's factor by epoch (Section 3.3): 1 until decay_epoch, then linearly to 0 at `epochs`.
 
-    def factor(epoch: int) -> float:
+    It falls from epoch to epoch: within one it stays.
+    """
+
+    def factor(epoch: float) -> float:
+        epoch = int(epoch)
         return 1.0 if epoch < decay_epoch else max(0.0, (epochs - epoch) / max(1, epochs - decay_epoch))
 
     return factor
+
+
+def poly_decay(epochs: int, _decay_epoch: int = 0) -> Callable[[float], float]:
+    """Hung et al.'s: (1 - t / epochs) ** 0.9, where t, in epochs, grows with every step."""
+    return lambda epoch: max(0.0, 1 - epoch / epochs) ** 0.9
+
+
+def no_decay(_epochs: int, _decay_epoch: int = 0) -> Callable[[float], float]:
+    """1: the released code's learning rate for Partial."""
+    return lambda epoch: 1.0
+
+
+SCHEDULES = {"linear": linear_decay, "poly": poly_decay, "constant": no_decay}
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -274,15 +297,15 @@ def colourize(mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> Tensor
 def picture_grid(x: Tensor, columns: dict[str, Tensor], palette: tuple[tuple[int, int, int], ...]) -> Tensor:
     """A row for each image of x, a titled column for x and each of `columns`; (3, height, width) in [0, 1].
 
-    Columns are masks (B, H, W) or images (B, C, H, W) on x's scale: x was divided by its range, so that adding back
-    its minimum shows it from black to white.
+    Columns are masks (B, H, W) or images (B, C, H, W) on x's scale: x's own range is shown from black to white.
     """
-    darkest = x.amin((2, 3), keepdim=True)
+    darkest, brightest = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    reach = torch.where(brightest > darkest, brightest - darkest, 1)
 
     def show(picture: Tensor) -> Tensor:
         if picture.dim() == 3:
             return colourize(picture, palette)
-        return (picture - darkest).clamp(0, 1).expand(-1, 3, -1, -1)
+        return ((picture - darkest) / reach).clamp(0, 1).expand(-1, 3, -1, -1)
 
     pictures = [show(picture).float().cpu() for picture in (x, *columns.values())]
     grid = make_grid(torch.stack(pictures, 1).flatten(0, 1), nrow=len(pictures), padding=2, pad_value=1.0)

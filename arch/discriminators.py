@@ -1,6 +1,7 @@
-"""The pixel-wise discriminators of Section 3.3: the output has the size of the input, one judgement a pixel."""
+"""Discriminators, whose output has the size of their input: the pixel-wise ones of Section 3.3, and Hung et al.'s."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from arch.generators import init_weights
 
@@ -30,3 +31,25 @@ class PixelDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class FCDiscriminator(nn.Module):
+    """(B, C, H, W) to logits (B, 1, H, W): Hung et al.'s five 4x4 convolutions of stride 2, and then up-sampling.
+
+    Widths ndf, 2 ndf, 4 ndf, 8 ndf and 1; leaky ReLU of slope 0.2 between them, no norm, PyTorch's own first weights.
+    Sides under 32 are padded with zeros, as their ignored pixels are; corners are aligned, as in their code.
+    """
+
+    def __init__(self, in_channels: int, ndf: int = 64):
+        super().__init__()
+        widths = [in_channels, ndf, 2 * ndf, 4 * ndf, 8 * ndf]
+        layers: list[nn.Module] = []
+        for narrow, wide in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(narrow, wide, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, stride=2, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, max(0, 32 - width), 0, max(0, 32 - height)))
+        logits = self.layers(x)  # (B, 1, H // 32, W // 32)
+        return F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=True)[..., :height, :width]

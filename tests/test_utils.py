@@ -409,11 +409,13 @@ def test_each_column_of_a_picture_grid_has_its_title():
     assert dark == [True, True, False, True]
 
 
-def test_picture_grid_shows_colour():
+def test_picture_grid_shows_colour_each_channel_from_its_darkest_to_its_brightest():
     x = torch.zeros(1, 3, 2, 2)
-    x[0, 1, 0, 1], x[0, 2, 0, 1] = 0.5, 1
+    x[0, 1] = torch.tensor([[-0.2, 0.3], [0.8, 0]])  # the paper's normalization: a range of 1
+    x[0, 2] = torch.tensor([[-1, 1], [0, 0]])  # the released code's: up to 2
     grid = utils.picture_grid(x, {"same": x}, PALETTE)[:, -(2 + 4) :]
-    assert grid[:, 2, 3].tolist() == [0, 0.5, 1]
+    torch.testing.assert_close(grid[:, 2, 3], torch.tensor([0, 0.5, 1]))
+    torch.testing.assert_close(grid[:, 3, 2], torch.tensor([0, 1, 0.5]))
 
 
 def test_first_ten_names_ten_and_counts_the_rest():
