@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from arch.discriminators import PixelDiscriminator
+from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
 
 
@@ -73,8 +73,12 @@ def convolutions(network):
         (lambda: PixelDiscriminator(3), 8_832),
         (lambda: PixelDiscriminator(21), 9_984),
         (lambda: PixelDiscriminator(3, norm="instance"), 3 * 64 + 64 + 64 * 128 + 128 + 128 + 1),
+        (
+            lambda: FCDiscriminator(21),
+            16 * (21 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 128 + 256 + 512 + 1,
+        ),
     ],
-    ids=["G_IS", "G_SI", "D_I", "D_S", "D_I, instance norm"],
+    ids=["G_IS", "G_SI", "D_I", "D_S", "D_I, instance norm", "Hung et al.'s D"],
 )
 def test_parameter_counts_at_the_papers_width(build, count):
     assert sum(p.numel() for p in build().parameters()) == count
@@ -188,7 +192,37 @@ def test_discriminator_refuses_an_unknown_norm_by_name():
         PixelDiscriminator(3, norm="layer")
 
 
-@pytest.mark.parametrize("network", [tiny(), tiny(tanh=True), PixelDiscriminator(3, 4)])
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (33, 70), (16, 20), (31, 40)])
+def test_fully_convolutional_discriminator_equals_five_convolutions_up_sampled(height, width):
+    D, x = with_random_parameters(FCDiscriminator(3, 2)), image(height, width)
+    rows, columns = max(32, height), max(32, width)
+    hidden = x.new_zeros(2, 3, rows, columns)  # what is under 32 pixels is filled up with zeros
+    hidden[:, :, :height, :width] = x
+    weights = list(D.parameters())
+    assert [w.shape[0] for w in weights[::2]] == [2, 4, 8, 16, 1]
+    for i in range(0, 10, 2):
+        hidden = F.conv2d(hidden, weights[i], weights[i + 1], stride=2, padding=1)
+        hidden = torch.where(hidden > 0, hidden, 0.2 * hidden) if i < 8 else hidden
+
+    def spread(values, n):  # linear along the last axis, ends on ends
+        at = torch.arange(n, dtype=torch.float64) * (values.shape[-1] - 1) / (n - 1)
+        low = at.floor().long().clamp(max=max(0, values.shape[-1] - 2))
+        high = (low + 1).clamp(max=values.shape[-1] - 1)
+        return values[..., low] + (at - low) * (values[..., high] - values[..., low])
+
+    expected = spread(spread(hidden, columns).mT, rows).mT[..., :height, :width]
+    assert expected.std() > 0.01 or hidden[0].numel() == 1
+    torch.testing.assert_close(D(x), expected)
+
+
+def test_fully_convolutional_discriminator_is_unbounded_and_has_no_norm():
+    D, x = with_random_parameters(FCDiscriminator(3, 2)), image(64, 64)
+    assert not any("Norm" in type(m).__name__ for m in D.modules())
+    assert D(10 * x).abs().max() > 1
+    torch.testing.assert_close(D(x), torch.cat([D(x[:1]), D(x[1:])]))
+
+
+@pytest.mark.parametrize("network", [tiny(), tiny(tanh=True), PixelDiscriminator(3, 4), FCDiscriminator(3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_networks_answer_in_the_type_of_their_input(network, dtype):
     assert network.to(dtype)(image(17, 18).to(dtype)).dtype == dtype

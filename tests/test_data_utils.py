@@ -140,6 +140,8 @@ WRONG = {
     "void_ids": [[9]],  # there is no void
     "pool": [[], "train"],
     "counts": [[1], [1, 2, 3], [0, 5], [5, 0], [1.5, 2], 100],
+    "standard": [[], ["train"], ["train", "train"], ["train", "dev"], ["train", "val", "test"], "train", 1],
+    "standard_counts": [[1], [0, 5], [1.5, 2], 100],
 }
 
 
@@ -199,6 +201,37 @@ def test_acdc_testing_exams_stay_out_of_the_pool(acdc):
     (acdc / "testing").mkdir()
     (make_acdc(acdc / "more", 3, 2) / "training" / "patient003").rename(acdc / "testing" / "patient003")
     assert {s.group for s in index(load_spec("acdc"), acdc)} == {"patient001", "patient002"}
+
+
+def add_acdc_testing(root: Path, n: int) -> Path:
+    """n exams of two slices in testing/, numbered on from training's two."""
+    (root / "testing").mkdir()
+    for number in range(3, 3 + n):
+        name = f"patient{number:03d}"
+        (make_acdc(root / "more" / name, number, 2) / "training" / name).rename(root / "testing" / name)
+    return root
+
+
+def test_standard_split_takes_the_parts_that_other_papers_take(voc, cityscapes, acdc):
+    add_acdc_testing(acdc, 2)
+    for name, root, expected in (
+        ("voc", voc, {"train": 4, "val": 1}),
+        ("cityscapes", cityscapes, {"train": 4, "val": 2}),
+        ("acdc", acdc, {"train": 12, "test": 8}),
+    ):
+        spec = load_spec(name)
+        samples = index(spec, root, "standard")
+        assert Counter(s.part for s in samples) == expected
+        parts = data_utils.split(samples, 0.5, 0, spec, "standard")
+        trained, validated = expected.values()
+        assert {s.part for s in parts.labeled + parts.unlabeled} == {"train"}
+        assert {s.part for s in parts.val} == {spec.standard[1]}
+        assert (sizes(parts), len(parts.labeled)) == ((trained, validated), trained / 2)
+
+
+def test_counts_of_the_standard_splits_are_the_fields():
+    counts = {name: load_spec(name).standard_counts for name in ("voc", "cityscapes", "acdc")}
+    assert counts == {"voc": (10582, 1449), "cityscapes": (2975, 500), "acdc": (100, 50)}
 
 
 def test_phantoms_need_no_folder():
@@ -334,6 +367,56 @@ def test_samples_outside_the_pool_are_not_split():
     parts = data_utils.split(samples, 1.0, 0, toy_spec())
     assert {s.part for s in parts.labeled + parts.val} == {"train"}
     assert sum(sizes(parts)) == 20
+
+
+def test_standard_split_validates_on_all_of_its_part_whatever_the_seed():
+    spec = load_spec("acdc")
+    samples = [*made_up(40), *(Sample(f"t{i}", "t", i, i, "test") for i in range(9))]
+    for seed in 0, 1:
+        parts = data_utils.split(samples, 0.25, seed, spec, "standard")
+        assert (len(parts.labeled), len(parts.unlabeled), [s.id for s in parts.val]) == (
+            10,
+            30,
+            [f"t{i}" for i in range(9)],
+        )
+    assert parts.labeled != data_utils.split(samples, 0.25, 0, spec, "standard").labeled
+
+
+def test_standard_split_without_its_part_or_of_a_dataset_without_one_is_an_error():
+    assert "'test' is not there" in complaint(data_utils.split, made_up(40), 0.5, 0, load_spec("acdc"), "standard")
+    assert "phantom" in complaint(data_utils.split, made_up(40), 0.5, 0, load_spec("phantom"), "standard")
+    assert "phantom" in complaint(index, load_spec("phantom"), Path("none"), "standard")
+
+
+def test_image_split_is_the_released_codes_85_to_15_over_slices():
+    spec, samples = load_spec("acdc"), acdc_like(100)
+    parts = data_utils.split(samples, 0.2, 0, spec, "image")
+    assert len(parts.val) == round(0.15 * len(samples))
+    train, val = {s.group for s in parts.labeled + parts.unlabeled}, {s.group for s in parts.val}
+    assert len(train & val) > 50  # exams on both sides
+    assert sorted([*parts.labeled, *parts.unlabeled, *parts.val], key=lambda s: s.id) == samples
+
+
+@pytest.mark.parametrize("kind", ["paper", "standard", "image"])
+def test_labels_by_exam_never_divide_one_and_nest(kind):
+    spec = load_spec("acdc")
+    samples = [*acdc_like(40), *(Sample(f"t{i}", "t", i, i, "test") for i in range(9))]
+    before = set()
+    for ratio in 0.1, 0.2, 0.5:
+        parts = data_utils.split(samples, ratio, 0, spec, kind, "exam")
+        exams = {s.group for s in parts.labeled + parts.unlabeled}
+        labeled = {s.group for s in parts.labeled}
+        assert len(labeled) == round(ratio * len(exams))
+        assert not labeled & {s.group for s in parts.unlabeled}
+        assert before < labeled
+        before = labeled
+
+
+def test_labels_by_exam_leave_the_validation_set_as_it_is():
+    one, other = (data_utils.split(acdc_like(40), 0.2, 0, load_spec("acdc"), "paper", u) for u in ("image", "exam"))
+    assert one.val == other.val
+    assert one.labeled != other.labeled
+    assert "no labeled exam" in complaint(data_utils.split, acdc_like(8), 0.05, 0, load_spec("acdc"), "paper", "exam")
 
 
 @pytest.mark.parametrize("ratio", [0.004, 0.0])
@@ -759,6 +842,22 @@ def test_normalize_by_hand_for_each_image_and_channel():
 def test_constant_channel_becomes_zero():
     values = 4031 * torch.rand(1, 99, 1, 1, generator=torch.Generator().manual_seed(0))  # few have an exact mean
     assert normalize(values.expand(1, 99, 33, 31)).abs().max() == 0
+
+
+def test_released_normalization_of_bytes_is_fixed_and_of_floats_between_their_extremes():
+    x = torch.tensor([[[[0, 51], [102, 255]]], [[[51, 51], [51, 51]]]])
+    expected = torch.tensor([[[[-1, -0.6], [-0.2, 1]]], [[[-0.6, -0.6], [-0.6, -0.6]]]])
+    torch.testing.assert_close(normalize(x.to(torch.uint8), "half"), expected)
+    floats = torch.tensor([[[[100.0, 200], [400, 500]]], [[[3, 3], [3, 3]]]])
+    expected = torch.tensor([[[[-1, -0.5], [0.5, 1]]], [[[-1, -1], [-1, -1]]]])
+    torch.testing.assert_close(normalize(floats, "half"), expected)
+
+
+def test_batches_are_normalized_as_they_are_told(phantoms):
+    images = torch.tensor(phantoms.images[:2])
+    for how in "range", "half":
+        x, _ = next(iter(batches(Stored(phantoms, [0, 1]), 2, CPU, normalization=how)))
+        assert torch.equal(x, normalize(images, how))
 
 
 def test_normalized_images_lie_within_one_and_have_range_one():

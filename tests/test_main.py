@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_acdc, make_voc, write_indexed
 from PIL import Image
 
 import main
@@ -56,6 +57,9 @@ def test_defaults_are_the_papers():
     assert weights == [1, 0.05, 1, 1, 1]
     assert (args.ngf, args.ndf, args.n_blocks, args.dropout, args.pool_size) == (64, 64, 9, 0, 0)
     assert (args.disc_norm, args.disc_input, args.size, args.precision) == ("batch", "softmax", [200, 200], "fp32")
+    assert (args.split, args.label_unit, args.normalization, args.ignored) == ("paper", "image", "range", "skip")
+    assert (args.optimizer, args.weight_decay, args.schedule) == ("adam", 0, "linear")
+    assert (args.disc_lr, args.disc_betas) == (2e-4, [0.5, 0.999])  # those of the generators
     assert (args.method, args.ratio, args.seed, args.data_root) == ("cyclegan", 0.2, 0, "data/voc")
     assert main.parse_args(["--training", "--dataset", "cityscapes"]).size == [128, 256]
 
@@ -93,6 +97,38 @@ def test_every_committed_toml_goes_through_the_entry_point(path):
         assert load_spec(path.stem).name == path.stem
     else:  # a preset
         main.parse_args(["--training", "--dataset", "phantom", "--config", str(path)])
+
+
+def test_official_preset_is_the_released_code():
+    flags = ["--training", "--dataset", "voc", "--config", str(main.data_utils.CONFIG / "official.toml")]
+    ours, partial = main.parse_args(flags), main.parse_args([*flags, "--method", "supervised"])
+    for args in ours, partial:
+        assert (args.disc_norm, args.disc_input, args.dropout, args.pool_size) == ("instance", "argmax", 0.5, 50)
+        assert (args.lambda1, args.lambda2, args.lambda3, args.lambda4, args.lambda5) == (1, 0.05, 1, 0.5, 0.5)
+        assert (args.normalization, args.ignored, args.split) == ("half", "background", "image")
+        assert (args.epochs, args.decay_epoch, args.lr, args.batch_size, args.size) == (400, 100, 2e-4, 5, [200, 200])
+    assert (ours.betas, ours.schedule) == ([0.5, 0.999], "linear")
+    assert (partial.betas, partial.schedule) == ([0.9, 0.999], "constant")
+
+
+def test_hung_preset_is_their_optimization():
+    args = main.parse_args(["--training", "--config", str(main.data_utils.CONFIG / "hung.toml")])
+    assert (args.method, args.optimizer, args.lr, args.momentum, args.weight_decay) == (
+        "advsemi", "sgd", 2.5e-4, 0.9, 5e-4,
+    )  # fmt: skip
+    assert (args.disc_lr, args.disc_betas, args.schedule, args.batch_size) == (1e-4, [0.9, 0.99], "poly", 10)
+    assert (args.lambda_adv, args.lambda_semi_adv, args.lambda_semi) == (0.01, 0.001, 0.1)
+    assert (args.semi_threshold, args.semi_start) == (0.2, 0.25)
+    unlabeled = 8994 - round(0.2 * 8994)
+    assert args.epochs * -(-unlabeled // 10) == pytest.approx(20_000, rel=0.01)
+
+
+def test_discriminators_follow_the_generators_rate_unless_told_otherwise():
+    flags = ["--training", "--dataset", "phantom", "--lr", "0.01", "--betas", "0.1", "0.2"]
+    args = main.parse_args(flags)
+    assert (args.disc_lr, args.disc_betas) == (0.01, [0.1, 0.2])
+    args = main.parse_args([*flags, "--disc-lr", "0.03", "--disc-betas", "0.3", "0.4"])
+    assert (args.lr, args.betas, args.disc_lr, args.disc_betas) == (0.01, [0.1, 0.2], 0.03, [0.3, 0.4])
 
 
 @pytest.mark.parametrize(
@@ -136,6 +172,13 @@ def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
         ("--training --dataset phantom --config none.toml", "none.toml"),
         ("--training --dataset phantom --checkpoints main.py/x", "--checkpoints"),
         ("--training --dataset phantom --init none.pt", "none.pt"),
+        ("--training --dataset phantom --split standard", "--split standard"),
+        ("--training --dataset phantom --ratio 0.002 --label-unit exam", "no labeled exam"),
+        ("--training --dataset phantom --semi-start 1.5", "--semi-start"),
+        ("--training --dataset phantom --semi-threshold -1", "--semi-threshold"),
+        ("--training --dataset phantom --schedule cosine", "--schedule"),
+        ("--training --dataset phantom --method advsemi --ratio 1", "--ratio 1"),
+        ("--training --dataset official", "has no [dataset] table"),
         ("--training --dataset voc --data-root nowhere", "--data-root nowhere"),
         ("--testing", "python main.py --training"),
         ("--testing --checkpoint none.pt", "none.pt"),
@@ -151,7 +194,7 @@ def test_a_wrong_command_is_one_error_line(capsys, flags, named):
 # Runs
 
 
-@pytest.mark.parametrize("method", ["cyclegan", "supervised"])
+@pytest.mark.parametrize("method", ["cyclegan", "supervised", "advsemi"])
 def test_a_run_trains_and_is_tested(capsys, method):
     flags = [*TINY, "--method", method, "--ratio", "0.5"]
     assert run("--training", *flags, "--epochs", "2", "--log-every", "1") == 0
@@ -165,11 +208,19 @@ def test_a_run_trains_and_is_tested(capsys, method):
     terms = ["gen_S"]
     if method == "cyclegan":
         terms += ["gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I", "D_S", "D_I"]
+    if method == "advsemi":
+        terms += ["adv", "semi_adv", "semi", "D_S"]
     assert list(lines[0]["losses"]) == terms
     ids = json.loads((folder / "split.json").read_text())
     assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == [10, 10, 4]
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {"torch", "device", "commit", "started", "finished", "command"} <= manifest.keys()
+
+    trained_out = capsys.readouterr().out
+    for line in lines:  # the three means side by side
+        means = "mIoU {miou:.4f}, every class {miou_all:.4f}, as released {miou_official:.4f}".format(**line)
+        assert means in trained_out
+    assert f"after the last epoch {means}" in trained_out
 
     assert run("--testing", *flags) == 0
     assert "mIoU" in capsys.readouterr().out
@@ -208,6 +259,86 @@ def test_written_masks_give_the_reported_miou():
             inter[k] += ((truth == k) & (prediction == k)).sum()
             union[k] += ((truth == k) | (prediction == k)).sum()
     assert metrics["miou"] == pytest.approx((inter / union)[union > 0].mean())
+
+
+def seen_by_step(monkeypatch, method: str, look) -> list:
+    """What `look(model, x, y)` finds at the start of each training step, from now on."""
+    seen, step = [], main.METHODS[method].step
+
+    def watched(self, x, y, *x_u):
+        seen.append(look(self, x, y))
+        return step(self, x, y, *x_u)
+
+    monkeypatch.setattr(main.METHODS[method], "step", watched)
+    return seen
+
+
+def rates(model, x, y) -> list[float]:
+    return [round(optimizer.param_groups[0]["lr"], 12) for optimizer in model.optimizers.values()]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("linear", [1] * 8 + [2 / 3] * 4 + [1 / 3] * 4),  # 4 epochs of 4 steps; from epoch 1 to 0 at epoch 4
+        ("poly", [(1 - step / 16) ** 0.9 for step in range(16)]),
+        ("constant", [1] * 16),
+    ],
+)
+def test_learning_rates_follow_the_schedule(monkeypatch, schedule, factors):
+    seen = seen_by_step(monkeypatch, "advsemi", rates)
+    flags = [*TINY, "--method", "advsemi", "--epochs", "4", "--schedule", schedule, "--lr", "0.1", "--disc-lr", "0.02"]
+    assert run("--training", *flags) == 0
+    assert seen == [[pytest.approx(0.1 * factor), pytest.approx(0.02 * factor)] for factor in factors]
+
+
+def test_methods_know_how_much_of_the_run_is_done(monkeypatch):
+    seen = seen_by_step(monkeypatch, "advsemi", lambda model, x, y: model.progress)
+    assert run("--training", *TINY, "--method", "advsemi", "--epochs", "2") == 0
+    assert seen == [step / 8 for step in range(8)]
+
+
+@pytest.mark.parametrize(("how", "labels"), [("skip", {7, utils.IGNORE}), ("background", {0, 7})])
+def test_ignored_pixels_may_train_as_background_and_are_never_scored(tmp_path, monkeypatch, how, labels):
+    root = make_voc(tmp_path / "voc", 8)
+    for path in (root / "VOCdevkit/VOC2012/SegmentationClassAug").iterdir():
+        values = np.array(Image.open(path))
+        write_indexed(path, np.where(values == 255, 255, 7))
+    seen = seen_by_step(monkeypatch, "supervised", lambda model, x, y: {*y.unique().tolist()})
+    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "1", "--ratio", "0.5", "--ignored", how]
+    flags[flags.index("tiny.toml")] = "voc"
+    assert run(*flags, "--data-root", root) == 0
+    assert set.union(*seen) == labels
+    (line,) = map(json.loads, Path("checkpoints/voc_supervised_0.5_s0/metrics.jsonl").read_text().splitlines())
+    assert line["iou"]["background"] in (None, 0)  # no pixel's truth
+
+
+def test_normalization_holds_for_training_and_for_both_evaluations(monkeypatch):
+    seen, normalize = [], main.data_utils.normalize
+
+    def watched(x, how="range"):
+        seen.append(how)
+        return normalize(x, how)
+
+    monkeypatch.setattr(main.data_utils, "normalize", watched)
+    assert run("--training", *TINY, "--epochs", "1", "--normalization", "half") == 0
+    assert run("--testing") == 0
+    assert {*seen} == {"half"}
+
+
+@pytest.mark.parametrize("flags", [["--split", "image"], ["--label-unit", "exam"], ["--split", "standard"]])
+def test_a_run_is_tested_on_the_split_that_it_was_trained_with(tmp_path, flags):
+    root = make_acdc(tmp_path / "acdc", 4, 2)
+    (root / "testing").mkdir()
+    (make_acdc(tmp_path / "more", 5, 2) / "training" / "patient005").rename(root / "testing" / "patient005")
+    small = [*TINY, "--method", "supervised", "--epochs", "1", "--ratio", "0.5", "--data-root", root, *flags]
+    small[small.index("tiny.toml")] = "acdc"
+    assert run("--training", *small) == 0
+    ids = json.loads(Path("checkpoints/acdc_supervised_0.5_s0/split.json").read_text())
+    sizes = [len(ids[role]) for role in ("labeled", "unlabeled", "val")]
+    assert sizes == {"image": [7, 7, 2], "exam": [8, 4, 4], "standard": [8, 8, 4]}[flags[1]]
+    assert run("--testing") == 0
+    assert {path.stem for path in Path("results/acdc_supervised_0.5_s0/masks").iterdir()} == set(ids["val"])
 
 
 def trained(name: str) -> dict:
@@ -313,6 +444,13 @@ def test_init_takes_over_the_shared_networks(capsys):
     weights = utils.load_checkpoint(Path(source))["model"]
     ours = trained("more")["model"]
     assert all(torch.allclose(ours[key], weights[key], atol=1e-6) for key in weights)
+    small = ["--training", *TINY, "--epochs", "1", "--lr", "1e-12"]
+    assert run(*small, "--init", "checkpoints/more/best.pt", "--name", "same") == 0
+    same = {key: value for key, value in trained("same")["model"].items() if key.endswith(("weight", "bias"))}
+    assert all(torch.allclose(value, ours[key], atol=1e-6) for key, value in same.items())  # D_S and D_I too
+    assert run(*small, "--method", "advsemi", "--init", "checkpoints/more/best.pt", "--name", "other") == 0
+    hung = trained("other")["model"]  # G_IS alone: their D_S is another network
+    assert all(torch.allclose(hung[key], weights[key], atol=1e-6) for key in weights)
     assert "other networks" in error_of(capsys, "--training", *TINY, "--ngf", "3", "--init", source, "--name", "no")
 
 

@@ -1,4 +1,4 @@
-"""Eq. 1 to 9 against numbers worked by hand, and which network each term's gradient reaches."""
+"""Eq. 1 to 9 and Hung et al. against numbers worked by hand, and which network each term's gradient reaches."""
 
 import copy
 import functools
@@ -12,7 +12,7 @@ from torch import nn
 import data_utils
 import main
 import model
-from arch.discriminators import PixelDiscriminator
+from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
 from model import METHODS, frozen
 from utils import IGNORE
@@ -33,12 +33,12 @@ def build(method, *flags):
     return METHODS[method](SPEC, main.parse_args([*tiny, *flags])).double()
 
 
-def batch():
+def batch(height=16, width=20):
     """x, y, x_u of two images; a quarter of the first mask is ignored."""
     random = torch.Generator().manual_seed(1)
-    x, x_u = 2 * torch.rand(2, 2, 1, 16, 20, dtype=torch.float64, generator=random) - 1
-    y = torch.randint(4, (2, 16, 20), generator=random)
-    y[0, :4] = IGNORE
+    x, x_u = 2 * torch.rand(2, 2, 1, height, width, dtype=torch.float64, generator=random) - 1
+    y = torch.randint(4, (2, height, width), generator=random)
+    y[0, : height // 4] = IGNORE
     return x, y, x_u
 
 
@@ -82,7 +82,7 @@ def discriminator_terms_by_hand(ours, y, x_u):
 
 def count_images(ours):
     """How many images each network has been given, from now on."""
-    counts = dict.fromkeys(NETWORKS, 0)
+    counts = {name: 0 for name, _ in ours.named_children()}
 
     def hook(name):
         def add(_, inputs):
@@ -90,8 +90,8 @@ def count_images(ours):
 
         return add
 
-    for name in NETWORKS:
-        getattr(ours, name).register_forward_pre_hook(hook(name))
+    for name, network in ours.named_children():
+        network.register_forward_pre_hook(hook(name))
     return counts
 
 
@@ -328,6 +328,158 @@ def test_a_weight_of_0_drops_the_term_and_its_networks_and_nothing_else(off):
     torch.testing.assert_close(losses, {name: every[name] for name in names}, **CLOSE)
 
 
+@pytest.mark.parametrize("off", TERMS[1:])
+def test_a_weight_of_0_leaves_the_other_terms_within_a_millionth_in_float32(off):
+    x, y, x_u = (data.float() if data.is_floating_point() else data for data in batch())
+    every = build("cyclegan").float().step(x, y, x_u)
+    losses = build("cyclegan", f"--lambda{TERMS.index(off)}=0").float().step(x, y, x_u)
+    assert every.keys() - losses.keys() == {off, off.replace("disc_", "D_")} & every.keys()
+    torch.testing.assert_close(losses, {name: every[name] for name in losses}, rtol=0, atol=1e-6)
+
+
+# Hung et al.
+
+
+def test_judge_is_the_mean_cross_entropy_with_one_target_over_valid_pixels():
+    logits = tensor(0, math.log(3)).view(1, 1, 1, 2)  # probabilities 1/2 and 3/4
+    assert model.judge(logits, 1.0).item() == pytest.approx((LN2 + math.log(4 / 3)) / 2)
+    assert model.judge(logits, 0.0).item() == pytest.approx((LN2 + 2 * LN2) / 2)
+    second = torch.tensor([False, True]).view(1, 1, 1, 2)
+    assert model.judge(logits, 0.0, valid=second).item() == pytest.approx(2 * LN2)
+    assert model.judge(logits, 1.0, valid=second & False).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        (0.0, (2 * math.log(4 / 3) + math.log(10 / 9) + LN2) / 4),  # every pixel passes
+        (0.2, (2 * math.log(4 / 3) + LN2) / 3),
+        (0.5, math.log(4 / 3)),  # the first alone: its confidence is the threshold
+        (0.6, 0.0),  # none
+    ],
+)
+def test_semi_is_the_cross_entropy_with_the_argmax_where_D_is_sure(threshold, expected):
+    of_0, of_1 = tensor(math.log(3), 0, 0, 0), tensor(0, math.log(3), math.log(9), 0)
+    logits = torch.stack([of_0, of_1]).view(1, 2, 1, 4).requires_grad_()  # largest 3/4, 3/4, 9/10, 1/2
+    judgement = tensor(0, -math.log(3), -math.log(9), -math.log(3)).view(1, 1, 1, 4).requires_grad_()
+    loss = model.semi(logits, judgement, threshold)  # confidences 1/2, 1/4, 1/10, 1/4
+    assert loss.item() == pytest.approx(expected)
+    loss.backward()
+    assert judgement.grad is None
+    assert logits.grad.isfinite().all()
+    assert bool(logits.grad.any()) == (expected > 0)
+
+
+def adversarial(*flags, progress=1.0):
+    """AdvSemi whose D_S differs from place to place; half of the unlabeled pixels of batch(64, 96) pass."""
+    ours = build("advsemi", *flags)
+    for p in ours.D_S.parameters():
+        p.data *= 3
+    ours.progress = progress
+    ours.threshold = ours.D_S(ours.G_IS(batch(64, 96)[2]).softmax(1)).sigmoid().median().item()
+    return ours
+
+
+ADVERSARIAL_FLAGS = ["--lambda-adv=0.3", "--lambda-semi-adv=0.7", "--lambda-semi=1.9"]
+
+
+def adversarial_terms_by_hand(ours, x, y, x_u):
+    logits, logits_u = ours.G_IS(x), ours.G_IS(x_u)
+    sure, sure_u = (ours.D_S(each.softmax(1))[:, 0].sigmoid() for each in (logits, logits_u))
+    passing = sure_u >= ours.threshold
+    assert 0.2 < passing.double().mean() < 0.8
+    own = -logits_u.log_softmax(1).amax(1)
+    return {
+        "gen_S": cross_entropy(logits, y),
+        "adv": -sure[y != IGNORE].log().mean(),
+        "semi_adv": -sure_u.log().mean(),
+        "semi": own[passing].mean(),
+    }
+
+
+def adversarial_loss_by_hand(ours, x, y, x_u):
+    fake, fake_u = (ours.D_S(ours.G_IS(each).softmax(1).detach())[:, 0].sigmoid() for each in (x, x_u))
+    real = ours.D_S(hot(y))[:, 0].sigmoid()
+    fakes = torch.cat([fake[y != IGNORE], fake_u.flatten()])
+    return -(1 - fakes).log().mean() / 2 - real[y != IGNORE].log().mean() / 2
+
+
+def test_adversarial_terms_by_hand():
+    ours, data = adversarial(), batch(64, 96)
+    expected = adversarial_terms_by_hand(ours, *data)
+    expected["D_S"] = adversarial_loss_by_hand(ours, *data)
+    losses = ours.step(*data)
+    assert list(losses) == ["gen_S", "adv", "semi_adv", "semi", "D_S"]
+    assert not any(loss.requires_grad for loss in losses.values())
+    torch.testing.assert_close(losses, {name: value.detach() for name, value in expected.items()}, **CLOSE)
+
+
+def test_adversarial_weights_are_those_of_hung_et_al():
+    ours = build("advsemi")
+    assert ours.weights == {"gen_S": 1.0, "adv": 0.01, "semi_adv": 0.001, "semi": 0.1}
+    assert (ours.threshold, ours.semi_start) == (0.2, 0.25)
+    other = build("advsemi", *ADVERSARIAL_FLAGS, "--semi-threshold", "0.4", "--semi-start", "0.6")
+    assert other.weights == {"gen_S": 1.0, "adv": 0.3, "semi_adv": 0.7, "semi": 1.9}
+    assert (other.threshold, other.semi_start) == (0.4, 0.6)
+
+
+def test_adversarial_step_descends_the_weighted_terms_and_then_the_loss_of_D():
+    ours, data = adversarial(*ADVERSARIAL_FLAGS), batch(64, 96)
+    weights = {"gen_S": 1.0, "adv": 0.3, "semi_adv": 0.7, "semi": 1.9}
+    for key, optimizer in ours.optimizers.items():
+        ours.optimizers[key] = torch.optim.SGD(optimizer.param_groups[0]["params"], lr=1e-4)
+    ours_G, ours_D = list(ours.G_IS.parameters()), list(ours.D_S.parameters())
+    for _ in range(2):
+        total = sum(weights[name] * term for name, term in adversarial_terms_by_hand(ours, *data).items())
+        judged = adversarial_loss_by_hand(ours, *data)
+        grads = [*torch.autograd.grad(total, ours_G), *torch.autograd.grad(judged, ours_D)]
+        before = [p.detach().clone() for p in (*ours_G, *ours_D)]
+        ours.step(*data)
+        after = [p.detach() for p in (*ours_G, *ours_D)]
+        torch.testing.assert_close(after, [p - 1e-4 * g for p, g in zip(before, grads, strict=True)], **CLOSE)
+
+
+def test_ignored_pixels_are_left_out_of_every_adversarial_term_of_labeled_images():
+    ours, (x, y, x_u) = adversarial(), batch(64, 96)
+    y[:] = IGNORE
+    sure_u = ours.D_S(ours.G_IS(x_u).softmax(1)).sigmoid().detach()
+    losses = ours.step(x, y, x_u)
+    assert losses["gen_S"] == losses["adv"] == 0
+    torch.testing.assert_close(losses["D_S"], -(1 - sure_u).log().mean() / 2, **CLOSE)
+
+
+@pytest.mark.parametrize(("progress", "begun"), [(0.0, False), (0.2499, False), (0.25, True), (0.9, True)])
+def test_learning_alone_begins_after_a_part_of_the_run(progress, begun):
+    losses = adversarial(progress=progress).step(*batch(64, 96))
+    assert (losses["semi"] > 0) == begun
+    assert losses["semi_adv"] > 0
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize(
+    "off", [off for n in range(4) for off in itertools.combinations(("adv", "semi_adv", "semi"), n)]
+)
+def test_an_adversarial_weight_of_0_drops_the_term_and_its_networks_and_nothing_else(off, begun):
+    every = adversarial(progress=float(begun)).step(*batch(64, 96))
+    ours = adversarial(*(f"--lambda-{name.replace('_', '-')}=0" for name in off), progress=float(begun))
+    counts, losses = count_images(ours), ours.step(*batch(64, 96))
+    on = {"gen_S", "adv", "semi_adv", "semi"}.difference(off)
+    n_u = 2 * ("semi_adv" in on or ("semi" in on and begun))
+    trained = 4 + n_u if on != {"gen_S"} else 0  # predictions, then masks
+    assert counts == {"G_IS": 2 + n_u, "D_S": 2 * ("adv" in on) + n_u + trained}
+    expected = {name: loss for name, loss in every.items() if name in on}
+    assert list(losses) == [*expected, *(["D_S"] if trained else [])]
+    torch.testing.assert_close({name: losses[name] for name in expected}, expected, **CLOSE)
+
+
+def test_adversarial_gradients_reach_G_IS_through_D_S_and_leave_nothing_in_it():
+    for name in "adv", "semi_adv", "semi":
+        ours = adversarial()
+        ours.generator_terms(*batch(64, 96))[0][name].backward()
+        assert all(p.grad is None for p in ours.D_S.parameters())
+        assert max(p.grad.abs().max() for p in ours.G_IS.parameters() if p.grad is not None) > 1e-9
+
+
 # Methods
 
 
@@ -350,10 +502,16 @@ def test_supervised_steps_are_adam_on_eq_1():
     torch.testing.assert_close(list(ours.G_IS.parameters()), weights, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", ["supervised", "cyclegan"])
-def test_optimizers_are_the_papers_adam_each_on_its_own_networks(method):
+@pytest.mark.parametrize(
+    ("method", "networks"),
+    [
+        ("supervised", {"G": ["G_IS"]}),
+        ("cyclegan", {"G": ["G_IS", "G_SI"], "D": ["D_S", "D_I"]}),
+        ("advsemi", {"G": ["G_IS"], "D": ["D_S"]}),
+    ],
+)
+def test_optimizers_are_the_papers_adam_each_on_its_own_networks(method, networks):
     ours = build(method)
-    networks = {"G": ["G_IS"]} if method == "supervised" else {"G": ["G_IS", "G_SI"], "D": ["D_S", "D_I"]}
     assert ours.optimizers.keys() == networks.keys()
     for key, optimizer in ours.optimizers.items():
         assert type(optimizer) is torch.optim.Adam
@@ -363,9 +521,26 @@ def test_optimizers_are_the_papers_adam_each_on_its_own_networks(method):
 
 
 def test_the_flags_set_learning_rate_and_betas_of_every_optimizer():
-    for method in ("supervised", "cyclegan"):
+    for method in METHODS:
         for optimizer in build(method, "--lr", "0.003", "--betas", "0.9", "0.99").optimizers.values():
             assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]) == (0.003, (0.9, 0.99))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_generators_may_have_hung_et_als_sgd_and_discriminators_an_adam_of_their_own(method):
+    flags = "--optimizer sgd --lr 2.5e-4 --momentum 0.8 --weight-decay 5e-4 --disc-lr 1e-4 --disc-betas 0.9 0.99"
+    optimizers = build(method, *flags.split()).optimizers
+    (group,) = optimizers["G"].param_groups
+    assert type(optimizers["G"]) is torch.optim.SGD
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (2.5e-4, 0.8, 5e-4)
+    if method != "supervised":
+        (group,) = optimizers["D"].param_groups
+        assert type(optimizers["D"]) is torch.optim.Adam
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.99), 0)
+
+
+def test_weight_decay_holds_for_adam_too():
+    assert build("supervised", "--weight-decay", "0.01").optimizers["G"].param_groups[0]["weight_decay"] == 0.01
 
 
 def test_default_weights_are_the_papers():
@@ -373,9 +548,10 @@ def test_default_weights_are_the_papers():
     assert build("cyclegan").weights == weights
 
 
-def test_one_seed_gives_both_methods_the_same_first_G_IS():
-    ours, partial = build("cyclegan").G_IS.state_dict(), build("supervised").G_IS.state_dict()
+def test_one_seed_gives_every_method_the_same_first_G_IS():
+    ours, partial, hung = (build(method).G_IS.state_dict() for method in ("cyclegan", "supervised", "advsemi"))
     torch.testing.assert_close(ours, partial, rtol=0, atol=0)
+    torch.testing.assert_close(hung, partial, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +567,8 @@ def test_the_flags_shape_the_networks(flags, generator, discriminator):
     D_S, D_I = PixelDiscriminator(4, *discriminator), PixelDiscriminator(1, *discriminator)
     assert list(map(repr, ours.children())) == list(map(repr, (G_IS, G_SI, D_S, D_I)))
     assert list(map(repr, partial.children())) == [repr(G_IS)]
+    hung = build("advsemi", *flags.split())
+    assert list(map(repr, hung.children())) == list(map(repr, (G_IS, FCDiscriminator(4, discriminator[0]))))
 
 
 def test_networks_have_the_channels_of_their_data_and_only_G_SI_a_tanh():
@@ -406,8 +584,9 @@ def test_networks_have_the_channels_of_their_data_and_only_G_SI_a_tanh():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_terms_come_in_the_type_of_the_images(dtype):
     x, y, x_u = batch()
-    losses = build("cyclegan").to(dtype).step(x.to(dtype), y, x_u.to(dtype))
-    assert {loss.dtype for loss in losses.values()} == {dtype}
+    for method in METHODS:
+        losses = build(method).to(dtype).step(x.to(dtype), y, x_u.to(dtype))
+        assert {loss.dtype for loss in losses.values()} == {dtype}
 
 
 def test_bf16_runs_the_generators_in_bf16_with_losses_in_fp32_close_to_those_of_fp32():
@@ -424,7 +603,7 @@ def test_bf16_runs_the_generators_in_bf16_with_losses_in_fp32_close_to_those_of_
     torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.02, atol=0)  # which checks float32 too
 
 
-@pytest.mark.parametrize("method", ["supervised", "cyclegan"])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_images_are_overfitted_within_forty_steps(method):
     ours, (x, _, x_u) = build(method, "--lr", "0.003"), batch()
     y = (x[:, 0] > 0).long() + 2 * (x[:, 0] > 0.5).long()

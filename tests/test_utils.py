@@ -150,6 +150,22 @@ def test_learning_rate_is_constant_then_falls_linearly_to_zero(epochs, decay_epo
     assert linear_decay(epochs, decay_epoch)(epoch) == pytest.approx(factor)
 
 
+def test_linear_decay_stays_within_an_epoch():
+    factor = linear_decay(4, 1)
+    assert [factor(step / 4) for step in range(16)] == [1] * 8 + [2 / 3] * 4 + [1 / 3] * 4
+
+
+def test_poly_decay_falls_with_every_step_to_0():
+    factor = utils.SCHEDULES["poly"](20, 5)
+    for t, expected in (0, 1.0), (5, 0.75**0.9), (10.5, 0.475**0.9), (20, 0.0), (20.1, 0.0):
+        assert factor(t) == pytest.approx(expected)
+
+
+def test_constant_schedule_is_constant():
+    factor = utils.SCHEDULES["constant"](20, 5)
+    assert [factor(t) for t in (0, 5, 12.5, 20)] == [1, 1, 1, 1]
+
+
 def test_same_seed_gives_the_same_numbers():
     drawn = []
     for seed in 1, 1, 2:

@@ -1,0 +1,105 @@
+"""Section 3 written out once more in torch.nn.functional, in float64; of the project it takes the weights alone."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import data_utils
+import main
+from model import METHODS
+
+LAMBDA = {"gen_S": 1.0, "gen_I": 1.0, "cycle_S": 0.05, "cycle_I": 1.0, "disc_S": 1.0, "disc_I": 1.0}  # Section 3.3
+VOID = 255
+
+
+def generator(weights, x, tanh):
+    """Johnson et al.'s network with two residual blocks, from its weights and biases in the order of the data."""
+    height, width = x.shape[-2:]
+    take = iter(weights)
+
+    def conv(x, how=F.conv2d, **more):
+        return how(x, next(take), next(take), **more)
+
+    def reflect(x, by):
+        return F.pad(x, by, mode="reflect")
+
+    x = reflect(x, (0, -width % 4, 0, -height % 4))
+    x = F.relu(F.instance_norm(conv(reflect(x, (3, 3, 3, 3)))))
+    x = F.relu(F.instance_norm(conv(x, stride=2, padding=1)))
+    x = F.relu(F.instance_norm(conv(x, stride=2, padding=1)))
+    for _ in range(2):
+        inner = F.relu(F.instance_norm(conv(reflect(x, (1, 1, 1, 1)))))
+        x = x + F.instance_norm(conv(reflect(inner, (1, 1, 1, 1))))
+    for _ in range(2):
+        x = F.relu(F.instance_norm(conv(x, F.conv_transpose2d, stride=2, padding=1, output_padding=1)))
+    x = conv(reflect(x, (3, 3, 3, 3)))[..., :height, :width]
+    assert next(take, None) is None  # every weight was used
+    return torch.tanh(x) if tanh else x
+
+
+def discriminator(weights, x):
+    first, bias, second, gain, shift, third = weights
+    x = F.leaky_relu(F.conv2d(x, first, bias), 0.2)
+    x = F.leaky_relu(F.batch_norm(F.conv2d(x, second), None, None, gain, shift, training=True), 0.2)
+    return F.conv2d(x, third)
+
+
+def reference(w, x, y, x_u, n_classes):
+    """The six terms of the generators' update, and the discriminators' two losses."""
+    counts = y != VOID
+    mask = F.one_hot(y.where(counts, 0), n_classes).movedim(-1, 1) * counts[:, None].to(x.dtype)
+    fake_y = F.softmax(generator(w["G_IS"], x_u, tanh=False), 1)
+    fake_x = generator(w["G_SI"], mask, tanh=True)
+    terms = {
+        "gen_S": F.cross_entropy(generator(w["G_IS"], x, tanh=False), y, ignore_index=VOID),
+        "gen_I": ((fake_x - x) ** 2).mean(),
+        "cycle_S": F.cross_entropy(generator(w["G_IS"], fake_x, tanh=False), y, ignore_index=VOID),
+        "cycle_I": (generator(w["G_SI"], fake_y, tanh=True) - x_u).abs().mean(),
+        "disc_S": ((discriminator(w["D_S"], fake_y) - 1) ** 2).mean(),
+        "disc_I": ((discriminator(w["D_I"], fake_x) - 1) ** 2).mean(),
+    }
+    real_y = discriminator(w["D_S"], mask)[:, 0][counts]
+    losses = {
+        "D_S": ((real_y - 1) ** 2).mean() + (discriminator(w["D_S"], fake_y.detach()) ** 2).mean(),
+        "D_I": ((discriminator(w["D_I"], x_u) - 1) ** 2).mean()
+        + (discriminator(w["D_I"], fake_x.detach()) ** 2).mean(),
+    }
+    return terms, losses
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("voc", (18, 21)), ("acdc", (16, 20)), ("cityscapes", (16, 32))])
+def test_one_step_has_the_papers_six_terms_and_their_gradients(dataset, size):
+    spec = data_utils.load_spec(dataset)
+    K, C = len(spec.classes), spec.channels
+    random = torch.Generator().manual_seed(1)
+    x, x_u = 2 * torch.rand(2, 3, C, *size, dtype=torch.float64, generator=random) - 1
+    y = torch.randint(K, (3, *size), generator=random)
+    y[0, :5], y[2, :, -4:] = VOID, VOID
+    flags = "--training --ngf 4 --ndf 4 --n-blocks 2 --dataset".split()
+    torch.manual_seed(0)
+    ours = METHODS["cyclegan"](spec, main.parse_args([*flags, dataset])).double()
+    for parameter in ours.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, dtype=torch.float64, generator=random)
+    names = {"G_IS": [], "G_SI": [], "D_S": [], "D_I": []}
+    for name, parameter in ours.named_parameters():
+        names[name.split(".")[0]].append(parameter.detach().clone().requires_grad_())
+
+    terms, losses = reference(names, x, y, x_u, K)
+    generators, discriminators = [*names["G_IS"], *names["G_SI"]], [*names["D_S"], *names["D_I"]]
+    exact = {"rtol": 1e-8, "atol": 1e-8}
+    found, _ = ours.generator_terms(x, y, x_u)
+    parameters = [*ours.G_IS.parameters(), *ours.G_SI.parameters()]
+    for name, term in terms.items():
+        expected = torch.autograd.grad(term, generators, retain_graph=True, materialize_grads=True)
+        gradient = torch.autograd.grad(found[name], parameters, retain_graph=True, materialize_grads=True)
+        torch.testing.assert_close(gradient, expected, **exact)
+
+    before = {name: value.detach().clone() for name, value in ours.state_dict().items()}
+    step = ours.step(x, y, x_u)  # its gradients, of Eq. 8 and of Eq. 4 + 5, are left in the parameters
+    torch.testing.assert_close(step, {name: value.detach() for name, value in (terms | losses).items()}, **exact)
+    total = sum(LAMBDA[name] * term for name, term in terms.items())
+    torch.testing.assert_close([p.grad for p in parameters], [*torch.autograd.grad(total, generators)], **exact)
+    judged = torch.autograd.grad(sum(losses.values()), discriminators)
+    parameters = [*ours.D_S.parameters(), *ours.D_I.parameters()]
+    torch.testing.assert_close([p.grad for p in parameters], [*judged], **exact)
+    assert all(not torch.equal(p, before[name]) for name, p in ours.named_parameters() if p.grad.abs().max() > 1e-6)
