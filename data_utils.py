@@ -5,12 +5,15 @@ decodes and resizes every image once; Epoch and Stored hand them out as uint8 or
 to the networks' range on the device. Masks hold class indices, IGNORE where a pixel does not count.
 """
 
+import glob
+import gzip
 import hashlib
 import inspect
 import json
 import os
 import shutil
 import signal
+import socket
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
@@ -190,9 +193,12 @@ def index_voc(spec: DatasetSpec, root: Path) -> list[Sample]:
                 raise InputError(f"{path}: no such file; it lists the ids to train on, one a line")
             continue
         with naming(path):
-            ids = path.read_text(encoding="utf-8-sig").split()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        ids = [line.strip() for line in lines if line.strip()]
         if not ids and part in spec.pool:
             raise InputError(f"{path}: lists no image")
+        if wrong := [repr(name) for name in ids if Path(name).name != name or name == ".." or not name.isprintable()]:
+            raise InputError(f"{path}: expected ids, file names without folder and ending: {first_ten(wrong)}")
         images, masks = home / "JPEGImages", home / "SegmentationClassAug"
         samples += [Sample(i, i, images / f"{i}.jpg", masks / f"{i}.png", part) for i in ids]
     return samples
@@ -202,8 +208,10 @@ def index_cityscapes(spec: DatasetSpec, root: Path) -> list[Sample]:
     """leftImg8bit/{train,val}/CITY/ID_leftImg8bit.png with gtFine/{train,val}/CITY/ID_gtFine_labelIds.png."""
     samples = []
     for part in "train", "val":
-        for image in sorted((root / "leftImg8bit" / part).glob("*/*_leftImg8bit.png")):
-            name = image.name.removesuffix("_leftImg8bit.png")
+        for image in sorted((root / "leftImg8bit" / part).glob("*/*")):
+            name, ending = image.name[: -len("_leftImg8bit.png")], image.name[-len("_leftImg8bit.png") :]
+            if ending.lower() != "_leftimg8bit.png":
+                continue
             mask = root / "gtFine" / part / image.parent.name / f"{name}_gtFine_labelIds.png"
             samples.append(Sample(name, name, image, mask, part))
     return samples
@@ -213,7 +221,7 @@ def index_acdc(spec: DatasetSpec, root: Path) -> list[Sample]:
     """training/ and testing/ with patientNNN/patientNNN_frameMM.nii.gz and _gt: ED and ES, a sample a slice."""
     samples, problems = [], []
     for part, folder in ("train", "training"), ("test", "testing"):
-        for exam in sorted(p for p in (root / folder).glob("patient*") if p.is_dir()):
+        for exam in sorted(p for p in (root / folder).glob("*") if p.name.lower().startswith("patient")):
             try:
                 lines = (exam / "Info.cfg").read_text().splitlines()
                 info = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -353,8 +361,9 @@ def naming(path: Path) -> Iterator[None]:
 def read_image(path: Path, channels: int) -> np.ndarray:
     """An 8-bit picture as (H, W) or (H, W, 3) uint8."""
     with naming(path), Image.open(path) as image:
-        if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-            raise InputError(f"{path}: mode {image.mode}: expected an 8-bit grey or colour image")
+        raw = " of 16 bits" if ";16" in str([tile[-1] for tile in image.tile]) else ""  # Pillow would make 8 of them
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or raw:
+            raise InputError(f"{path}: mode {image.mode}{raw}: expected an 8-bit grey or RGB image")
         return np.array(image.convert("L" if channels == 1 else "RGB"))
 
 
@@ -369,6 +378,10 @@ def read_mask(path: Path) -> np.ndarray:
 @lru_cache(maxsize=4)
 def read_volume(path: Path) -> np.ndarray:
     """A NIfTI volume (X, Y, Z) as it is stored; neighbouring samples are slices of the same one."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as stream:
+            while stream.read(2**20):  # to its end, where the checksum is, which nibabel does not reach
+                pass
     volume = np.asanyarray(nibabel.load(path).dataobj)
     if volume.ndim != 3 or volume.dtype.kind not in "uif":
         raise InputError(f"{path}: shape {volume.shape} of {volume.dtype}: expected a volume (X, Y, Z) of numbers")
@@ -485,7 +498,8 @@ def open_cache(
     arrays = _map_cache(home)
     if arrays is None:
         utils.make_folder(folder, "--cache")
-        beside = folder / f".{home.name}.{os.getpid()}"
+        _sweep(folder)
+        beside = folder / f".{home.name}.{socket.gethostname()}.{os.getpid()}"
         beside.mkdir(exist_ok=True)
         try:
             _fill_cache(beside, spec, samples, size, workers)
@@ -496,6 +510,18 @@ def open_cache(
             shutil.rmtree(beside, ignore_errors=True)
         arrays = _map_cache(home)
     return Cache(*arrays, {sample.id: row for row, sample in enumerate(samples)})
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what processes of this machine left behind that were killed while they filled a cache."""
+    for leftover in folder.glob(f".*.{glob.escape(socket.gethostname())}.*"):
+        pid = leftover.name.rpartition(".")[2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            shutil.rmtree(leftover, ignore_errors=True)
+        except (OSError, ValueError):
+            continue  # another user's, or none of ours
 
 
 def _map_cache(home: Path) -> list[np.ndarray] | None:
@@ -518,16 +544,20 @@ def _fill_cache(home: Path, spec: DatasetSpec, samples: list[Sample], size: tupl
     read_volume.cache_clear()  # the files may have changed
     problems = []
     # written piece by piece, not through a memory map: a full disk is then an error, not a crash
-    with open(home / "images.npy", "wb") as images, open(home / "masks.npy", "wb") as masks:
-        for file, kind, shape in (images, dtype, (spec.channels, *size)), (masks, np.uint8, size):
-            header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": (len(samples), *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-        for image, mask, problem in tqdm(decoded, desc=f"decoding {spec.name}", unit=" images", disable=None):
-            if problem:
-                problems.append(problem)
-            elif not problems:
-                images.write(image.numpy().astype(dtype).tobytes())
-                masks.write(mask.numpy().tobytes())
+    try:
+        with open(home / "images.npy", "wb") as images, open(home / "masks.npy", "wb") as masks:
+            for file, kind, shape in (images, dtype, (spec.channels, *size)), (masks, np.uint8, size):
+                header = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": (len(samples), *shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+            for image, mask, problem in tqdm(decoded, desc=f"decoding {spec.name}", unit=" images", disable=None):
+                if problem:
+                    problems.append(problem)
+                elif not problems:
+                    images.write(image.numpy().astype(dtype).tobytes())
+                    masks.write(mask.numpy().tobytes())
+    except OSError as error:
+        need = len(samples) * size[0] * size[1] * (spec.channels * np.dtype(dtype).itemsize + 1)
+        raise utils.unwritten(home, need, error) from error
     if problems:
         unique = list(dict.fromkeys(problems))
         raise InputError(f"{len(unique)} bad {'file' if len(unique) == 1 else 'files'}: {first_ten(unique)}")

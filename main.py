@@ -5,6 +5,7 @@ A TOML is a command line written down: parser default (the paper's) < config/<da
 
 import os
 import signal
+import sys
 
 
 class Stop:
@@ -18,6 +19,7 @@ class Stop:
             os._exit(128 + signum)
         self.signum = signum
         if not self.can_wait:
+            print(f"{signal.Signals(signum).name}: stopped; no step of training is lost")
             raise SystemExit(128 + signum)
 
 
@@ -30,10 +32,10 @@ import argparse
 import csv
 import difflib
 import io
+import itertools
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -42,7 +44,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from torchvision.utils import save_image
@@ -52,7 +53,7 @@ import data_utils
 import utils
 from arch.generators import MIN_SIZE
 from data_utils import DatasetSpec, Epoch, Split, Stored, read_toml
-from model import METHODS
+from model import METHODS, NonFiniteLoss
 from utils import IGNORE, InputError, TrainingError
 
 # Settings that change the result: kept in a checkpoint, compared when a run goes on, fixed when it is tested.
@@ -62,6 +63,7 @@ RESULT += ("optimizer", "momentum", "weight_decay", "schedule", "disc_lr", "disc
 RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
 RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
 MODES = ("training", "testing")
+PROGRESS = ("epoch", "step", "evaluated", "skipped", "best", "metrics", "sums")  # of a run, kept in last.pt
 NOT_IN_TOML = {*MODES, "config", "checkpoint", "overwrite"}
 
 # Flags
@@ -92,8 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Every flag with its default, the paper's (Section 3.3) where it has one."""
     about = argparse.ArgumentDefaultsHelpFormatter
     parser = Parser("main.py", description=__doc__.splitlines()[0], allow_abbrev=False, formatter_class=about)
-    share, weight, count = number(float, 0, 1, above=True), number(float, 0), number(int, 1)
-    size, beta, chance = number(int, MIN_SIZE), number(float, 0, 0.9999), number(float, 0, 0.99)
+    share, weight, count = number(float, 0, 1, above=True), number(float, 0), number(int, 1, 10**9)
+    size, beta, chance = number(int, MIN_SIZE, 16384), number(float, 0, 0.9999), number(float, 0, 0.99)
     rate, part = number(float, 0, above=True), number(float, 0, 1)
     switch = argparse.BooleanOptionalAction
 
@@ -106,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     methods = "cyclegan is Ours; supervised is Partial or Full; advsemi is Hung et al."
     flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
     flag("--ratio", type=share, default=0.2, help="share of the training images that are labeled")
-    flag("--seed", type=number(int, 0), default=0, help="of the split, the weights and the order")
+    flag("--seed", type=number(int, 0, 2**32), default=0, help="of the split, the weights and the order")
     splits = "paper: no exam on both sides; standard: as other papers; image: 85/15 of single images, as released"
     flag("--split", default="paper", choices=data_utils.SPLITS, help=splits)
     flag("--label-unit", default="image", choices=["image", "exam"], help="what --ratio counts and labels")
@@ -159,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--compile", action=switch, default=False, help="torch.compile the networks")
     flag("--channels-last", action=switch, default=False, help="store activations channels last")
     flag("--deterministic", action=switch, default=False, help="kernels that repeat bit for bit")
-    flag("--workers", type=number(int, 0), default=2, metavar="N", help="processes that read images")
+    flag("--workers", type=number(int, 0, 1000), default=2, metavar="N", help="processes that read images")
 
     flag = parser.add_argument_group("files").add_argument
     flag("--name", help="of the run's folder; <dataset>_<method>_<ratio>_s<seed> if not given")
@@ -171,6 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--eval-every", type=count, default=1, metavar="N", help="epochs between evaluations")
     flag("--save-every", type=weight, default=10.0, metavar="MIN", help="minutes between checkpoints")
     flag("--log-every", type=count, default=20, metavar="N", help="steps between loss values")
+    then = "what a loss that is not finite does to the run; skip leaves that step out"
+    flag("--on-nonfinite", default="stop", choices=["stop", "skip"], help=then)
     return parser
 
 
@@ -251,6 +255,8 @@ class Run:
             for key, optimizer in self.model.optimizers.items()
         }
         self.epoch = self.step = 0  # epochs done, steps done within the next one
+        self.evaluated = 0  # the epoch of the last evaluation
+        self.skipped = 0  # steps whose loss was not finite
         self.best = {"miou": -1.0, "epoch": 0}
         self.metrics: dict = {}  # of the last evaluation
         self.sums: dict[str, Tensor] = {}  # of each loss since then
@@ -268,7 +274,6 @@ class Run:
 
     def save(self, name: str) -> None:
         """Write last.pt with all that going on needs, or best.pt with what testing needs."""
-        self.check_losses()
         state = {
             "config": {key: getattr(self.args, key) for key in RESULT},
             "dataset": asdict(self.spec),
@@ -285,31 +290,36 @@ class Run:
                 "pools": {key: pool.fakes for key, pool in getattr(self.model, "pools", {}).items()},
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
-                "progress": {key: getattr(self, key) for key in ("epoch", "step", "best", "metrics", "sums")},
+                "progress": {key: getattr(self, key) for key in PROGRESS},
             }
         utils.save_checkpoint(self.folder / name, state)
 
     def restore(self, state: dict) -> None:
-        """Go on where a last.pt was written."""
-        utils.load_weights(self.model, state["model"], self.folder / "last.pt")
-        for key, optimizer in self.model.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][key])
-            self.schedulers[key].load_state_dict(state["schedulers"][key])
-        for key, fakes in state["pools"].items():
-            self.model.pools[key].fakes = [fake.to(self.device) for fake in fakes]
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
-        vars(self).update(state["progress"])
-        self.sums = {key: value.to(self.device) for key, value in self.sums.items()}
+        """Go on where a last.pt was written; InputError where it is not whole."""
+        path = self.folder / "last.pt"
+        utils.load_weights(self.model, state["model"], path)
+        try:
+            for key, optimizer in self.model.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][key])
+                self.schedulers[key].load_state_dict(state["schedulers"][key])
+            for key, fakes in state["pools"].items():
+                self.model.pools[key].fakes = [fake.to(self.device) for fake in fakes]
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            vars(self).update({key: state["progress"][key] for key in PROGRESS})
+            self.sums = {key: value.to(self.device) for key, value in self.sums.items()}
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"checkpoint {path}: a run cannot go on from it ({error!r})") from error
         log = self.folder / "metrics.jsonl"  # lines of epochs after the checkpoint will be written again
         lines = log.read_text().splitlines() if log.is_file() else []
-        utils.write_atomically(log, "".join(f"{line}\n" for line in lines if json.loads(line)["epoch"] <= self.epoch))
+        lines = [line for line in lines if json.loads(line)["epoch"] <= self.evaluated]
+        utils.write_atomically(log, "".join(f"{line}\n" for line in lines))
         print(f"resuming at epoch {self.epoch + 1}, step {self.step}")
 
     def initialize(self, state: dict) -> None:
         """Take over the networks of another run's checkpoint: all from one of the same method, else G_IS."""
-        weights, same = state["model"], state["config"]["method"] == self.args.method
+        weights, same = state["model"], state["config"].get("method") == self.args.method
         shared = [name for name, _ in self.model.named_children()] if same else ["G_IS"]
         for name in shared:
             network = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
@@ -323,36 +333,44 @@ class Run:
         steps = sums.pop("steps", 1)
         return {name: value / steps for name, value in sums.items()}
 
-    def check_losses(self) -> dict[str, float]:
-        """The mean losses; TrainingError where one has not been finite, and what is on disk stays."""
-        means = self.mean_losses()
-        if not all(map(math.isfinite, means.values())):
-            terms = ", ".join(f"{name} {value:g}" for name, value in means.items())
+    def skip(self, error: NonFiniteLoss) -> None:
+        """Count a step that was not made; TrainingError unless --on-nonfinite skip. What is on disk stays."""
+        if self.args.on_nonfinite == "stop":
             last = self.folder / "last.pt"
             kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was written yet"
-            where = f"epoch {self.epoch + 1}, step {self.step}"
-            raise TrainingError(f"{where}: a loss is not finite (means since the last evaluation: {terms}); {kept}")
-        return means
+            where = f"epoch {self.epoch + 1}, step {self.step + 1}"
+            raise TrainingError(f"{where}: a loss is not finite ({error}); {kept}; see --on-nonfinite") from error
+        self.skipped += 1
 
     def train(self, labeled: Stored, unlabeled: Stored, val: Stored) -> int:
         """Train to the last epoch; returns 0, or 128 + n where signal n ended it."""
         args, model = self.args, self.model
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.global_step or None)
+        self.events = utils.EventLog(self.folder, self.global_step and self.global_step + 1)
         done = self.epoch * self.n_images + self.step * args.batch_size
         bar = tqdm(total=args.epochs * self.n_images, initial=done, unit=" images", disable=None, dynamic_ncols=True)
+        speed = ""
         model.train()
-        while self.epoch < args.epochs and not stop.signum:
+        while not stop.signum:
+            if self.evaluated < self.epoch and (self.epoch % args.eval_every == 0 or self.epoch == args.epochs):
+                self.evaluate(val, f"epoch {self.epoch}/{args.epochs}{speed}")
+                continue
+            if self.epoch == args.epochs:
+                break
             started, first = time.monotonic(), self.step * args.batch_size
             bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
             epoch = Epoch(labeled, unlabeled, args.seed, self.epoch)
             for x, y, *x_u in self.batches(Subset(epoch, range(first, self.n_images))):
                 model.progress = self.global_step / (args.epochs * self.n_steps)
-                losses = model.step(x, y.masked_fill(y == IGNORE, 0) if args.ignored == "background" else y, *x_u)
+                try:
+                    losses = model.step(x, y.masked_fill(y == IGNORE, 0) if args.ignored == "background" else y, *x_u)
+                    counted = losses | {"steps": torch.ones((), device=self.device)}
+                    self.sums = {name: self.sums.get(name, 0) + value for name, value in counted.items()}
+                except NonFiniteLoss as error:
+                    self.skip(error)
+                    losses = {}
                 self.step += 1
-                counted = losses | {"steps": torch.ones((), device=self.device)}
-                self.sums = {name: self.sums.get(name, 0) + value for name, value in counted.items()}
                 bar.update(len(x))
-                if self.global_step % args.log_every == 0:
+                if losses and self.global_step % args.log_every == 0:
                     self.log(losses, bar)
                 for scheduler in self.schedulers.values():
                     scheduler.step()
@@ -360,17 +378,12 @@ class Run:
                     break
                 if time.monotonic() - self.saved_at > 60 * args.save_every:
                     self.save("last.pt")
-            if self.step * args.batch_size >= self.n_images:
-                speed = (self.n_images - first) / (time.monotonic() - started)
+            if self.step == self.n_steps:
+                speed = f", {(self.n_images - first) / (time.monotonic() - started):.1f} images/s"
                 self.epoch, self.step = self.epoch + 1, 0
-                if self.epoch % args.eval_every == 0 or self.epoch == args.epochs:
-                    line = self.evaluate(val)
-                    with tqdm.external_write_mode():
-                        print(f"epoch {self.epoch}/{args.epochs}, {speed:.1f} images/s: {line}", flush=True)
-                    self.save("last.pt")
         bar.close()
-        self.writer.close()
-        if self.epoch == args.epochs:
+        self.events.close()
+        if self.evaluated == args.epochs:
             return 0
         self.save("last.pt")
         name = signal.Signals(stop.signum).name
@@ -379,35 +392,44 @@ class Run:
 
     def log(self, losses: dict[str, Tensor], bar: tqdm) -> None:
         """This step's losses, on the bar and in TensorBoard."""
-        self.check_losses()
         values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
         for name, value in values.items():
-            self.writer.add_scalar(f"loss/{name}", value, self.global_step)
-        self.writer.add_scalar("lr", self.schedulers["G"].get_last_lr()[0], self.global_step)
+            self.events.scalar(f"loss/{name}", value, self.global_step)
+        self.events.scalar("lr", self.schedulers["G"].get_last_lr()[0], self.global_step)
         bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
 
-    def evaluate(self, val: Stored) -> str:
-        """Score the validation set, keep the best networks, write metrics.jsonl and TensorBoard; a line to print."""
-        losses, self.sums = self.check_losses(), {}
-        counts = evaluate(self.model, self.batches(val), self.spec, self.device)
+    def evaluate(self, val: Stored, title: str) -> None:
+        """Score the validation set, write metrics.jsonl, TensorBoard, best.pt and last.pt, print a line.
+
+        A signal ends it before anything is written: who goes on evaluates again.
+        """
+        batches = itertools.takewhile(lambda _: not stop.signum, self.batches(val))
+        counts = evaluate(self.model, batches, self.spec, self.device)
+        if stop.signum:
+            return
+        losses, self.sums, self.evaluated = self.mean_losses(), {}, self.epoch
         self.metrics = utils.segmentation_metrics(counts, self.spec)
         miou = self.metrics["miou"] or 0.0
         if miou > self.best["miou"]:
             self.best = {"miou": miou, "epoch": self.epoch}
             self.save("best.pt")
         record = {"epoch": self.epoch, "step": self.global_step, **self.metrics, "losses": losses}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        log = self.folder / "metrics.jsonl"
+        before = log.read_text(encoding="utf-8") if log.is_file() else ""
+        utils.write_atomically(log, f"{before}{json.dumps(record | {'skipped': self.skipped})}\n")
         curves = {f"val/{key}": self.metrics[key] for key in ("miou", "miou_all", "miou_official", "pixel_accuracy")}
         for kind in "iou", "dice":
             curves |= {f"{kind}/{name}": value for name, value in self.metrics[kind].items()}
         for tag, value in curves.items():
             if value is not None:
-                self.writer.add_scalar(tag, value, self.global_step)
+                self.events.scalar(tag, value, self.global_step)
         self.draw(val)
+        self.save("last.pt")
         best = "the best so far" if self.best["epoch"] == self.epoch else f"best {self.best['miou']:.4f}"
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        return f"{utils.format_means(self.metrics)} ({best}), {terms}"
+        skipped = f"; {self.skipped} steps skipped" if self.skipped else ""
+        with tqdm.external_write_mode():
+            print(f"{title}: {utils.format_means(self.metrics)} ({best}), {terms}{skipped}", flush=True)
 
     @torch.inference_mode()
     def draw(self, val: Stored) -> None:
@@ -420,7 +442,7 @@ class Run:
         pictures = self.model.pictures(x, y)
         self.model.train()
         grid = utils.picture_grid(x, {"y": y, **pictures}, self.spec.palette)
-        self.writer.add_image("validation", grid.numpy(), self.global_step)
+        self.events.image("validation", grid, self.global_step)
 
 
 @torch.inference_mode()
@@ -442,10 +464,14 @@ def previous_state(folder: Path, args: argparse.Namespace, spec: DatasetSpec) ->
     if args.overwrite or not (folder / "last.pt").is_file():
         return None
     state = utils.load_checkpoint(folder / "last.pt")
+    if type(state.get("progress")) is not dict:
+        raise InputError(f"checkpoint {folder / 'last.pt'}: a run cannot go on from it; --overwrite starts anew")
     before = state["config"] | {f"[dataset] {key}": value for key, value in state["dataset"].items()}
     now = {key: getattr(args, key) for key in RESULT}
     now |= {f"[dataset] {key}": value for key, value in asdict(spec).items()}
-    if differ := [f"{key} was {before.get(key)}, is {now[key]}" for key in now if before.get(key) != now[key]]:
+    if differ := [
+        f"{key} was {before.get(key)}, is {now[key]}" for key in now if str(before.get(key)) != str(now[key])
+    ]:
         what = f"{folder}: a run with other settings stands there ({utils.first_ten(differ)})"
         raise InputError(f"{what}; give --name for another folder, or --overwrite to start anew")
     return state
@@ -453,11 +479,12 @@ def previous_state(folder: Path, args: argparse.Namespace, spec: DatasetSpec) ->
 
 def make_run_folder(folder: Path, args: argparse.Namespace, spec: DatasetSpec, parts: Split) -> None:
     """A new run's folder with its config.toml and split.json; --overwrite deletes the run that stood there."""
-    if folder.exists() and args.overwrite:
-        if any(folder.iterdir()) and not (folder / "config.toml").is_file():
+    if args.overwrite:
+        files = [path for path in folder.iterdir() if path.name != "lock"]
+        if files and not (folder / "config.toml").is_file():
             raise InputError(f"--overwrite: {folder} holds no run; delete it by hand")
-        shutil.rmtree(folder)
-    utils.make_folder(folder, "--checkpoints")
+        for path in sorted(files, key=lambda path: path.name == "config.toml"):  # which says that this is a run, last
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that ended before its first last.pt
     flags = {key: value for key, value in vars(args).items() if key not in {*NOT_IN_TOML, "given", "name", "dataset"}}
     note = f"# python main.py --training --dataset {folder / 'config.toml'} --name NAME repeats this run"
@@ -471,11 +498,17 @@ def train(args: argparse.Namespace) -> int:
     device = utils.pick_device(args.device, args.precision)
     spec = data_utils.load_spec(args.dataset)
     name = args.name or f"{spec.name}_{args.method}_{args.ratio:g}_s{args.seed}"
-    if Path(name).name != name or name.startswith("."):
+    if Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise InputError(f"--name {name}: expected the name of a folder in {args.checkpoints}, not a path")
     folder = Path(args.checkpoints) / name
+    with utils.locked(folder, "--checkpoints"):
+        return train_in(folder, args, spec, device)
+
+
+def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: torch.device) -> int:
+    """Train in a folder that no other process trains in."""
     state = previous_state(folder, args, spec)
-    if state and state["epoch"] == args.epochs:
+    if state and state["progress"].get("evaluated") == args.epochs:
         best = state["progress"]["best"]
         print(f"{folder} is finished after {args.epochs} epochs: best mIoU {best['miou']:.4f} at epoch {best['epoch']}")
         return 0
@@ -495,7 +528,6 @@ def train(args: argparse.Namespace) -> int:
     sizes = f"{len(parts.labeled)} labeled, {len(parts.unlabeled)} unlabeled, {len(parts.val)} validation images"
     print(f"{args.method} on {spec.name}: {sizes}, {args.size[0]}x{args.size[1]} pixels")
     print(f"on {device} in {args.precision}; checkpoints and curves go to {folder}", flush=True)
-    utils.make_folder(Path(args.checkpoints), "--checkpoints")
     cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
     run = Run(args, spec, folder, parts, device)
     if state:
@@ -548,13 +580,16 @@ def test(args: argparse.Namespace) -> int:
     path = find_checkpoint(args)
     state = utils.load_checkpoint(path)
     spec = data_utils.make_spec(state["dataset"], str(path))
-    fixed = {**state["config"], "dataset": spec.name}
+    parser, config = build_parser(), {key: value for key, value in state["config"].items() if value is not None}
+    config = vars(parser.parse_args(toml_flags(path, config, "", parser, set(RESULT))))  # a stranger's may be anything
+    config = {key: config[key] for key in RESULT if key in state["config"]}
+    fixed = {**config, "dataset": spec.name}
     asked = {key: value for key, value in args.given.items() if key in fixed}
     if "dataset" in asked:
         asked["dataset"] = Path(args.dataset).stem
     if differ := [f"--{k.replace('_', '-')} is {fixed[k]}, not {v}" for k, v in asked.items() if v != fixed[k]]:
         raise InputError(f"{path}: {utils.first_ten(differ)}; a checkpoint fixes these")
-    args = argparse.Namespace(**{**vars(args), **state["config"]})
+    args = argparse.Namespace(**{**vars(args), **config})
     args.data_root = args.given.get("data_root", state["data_root"])
     device = utils.pick_device(args.device, args.precision)
     samples = data_utils.index(spec, Path(args.data_root), args.split)
@@ -617,6 +652,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
     except OSError as error:
         print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+            raise
+        print("error: out of memory; make --batch-size, --size, --ngf or --ndf smaller", file=sys.stderr)
         return 1
 
 

@@ -117,10 +117,20 @@ def discriminator_optimizer(parameters: Iterable[nn.Parameter], cfg) -> Optimize
     return Adam(parameters, cfg.disc_lr, tuple(cfg.disc_betas))
 
 
-def descend(optimizer: Optimizer, loss: Tensor) -> None:
-    """One update of the optimizer's parameters by the loss's gradient."""
+class NonFiniteLoss(ArithmeticError):
+    """A loss is infinite or not a number; the message gives the terms."""
+
+
+def descend(optimizer: Optimizer, loss: Tensor, terms: dict[str, Tensor]) -> None:
+    """One update of the optimizer's parameters by the loss's gradient; NonFiniteLoss before it where that is needed."""
+    finite = loss.detach().isfinite().to("cpu", non_blocking=loss.is_cuda)
+    known = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
     optimizer.zero_grad()
     loss.backward()
+    if known:
+        known.synchronize()  # waits for the forward pass alone, while the backward pass is under way
+    if not finite:
+        raise NonFiniteLoss(", ".join(f"{name} {term.item():g}" for name, term in terms.items()))
     optimizer.step()
 
 
@@ -144,7 +154,7 @@ class Supervised(nn.Module):
     def step(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
         """One update; returns the loss by the paper's name, detached. Unlabeled images are not looked at."""
         loss = gen_S(self.segment(x), y)
-        descend(self.optimizers["G"], loss)
+        descend(self.optimizers["G"], loss, {"gen_S": loss})
         return {"gen_S": loss.detach()}
 
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -243,11 +253,11 @@ class CycleGAN(nn.Module):
         Returns the unweighted terms by the paper's names and the discriminators' losses as D_S and D_I, detached.
         """
         terms, fakes = self.generator_terms(x, y, x_u)
-        descend(self.optimizers["G"], sum(self.weights[name] * term for name, term in terms.items()))  # Eq. 8
+        descend(self.optimizers["G"], sum(self.weights[k] * term for k, term in terms.items()), terms)  # Eq. 8
         losses = {}
         if "D" in self.optimizers:
             losses = self.discriminator_terms(y, x_u, fakes)
-            descend(self.optimizers["D"], sum(losses.values()))
+            descend(self.optimizers["D"], sum(losses.values()), losses)
         return {name: term.detach() for name, term in (terms | losses).items()}
 
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -325,11 +335,11 @@ class AdvSemi(nn.Module):
     def step(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:
         """One update of G_IS with D_S fixed, then of D_S on the same predictions; the unweighted terms, detached."""
         terms, maps = self.generator_terms(x, y, x_u)
-        descend(self.optimizers["G"], sum(self.weights[name] * term for name, term in terms.items()))
+        descend(self.optimizers["G"], sum(self.weights[k] * term for k, term in terms.items()), terms)
         losses = {}
         if "D" in self.optimizers:
             losses = self.discriminator_terms(y, maps)
-            descend(self.optimizers["D"], sum(losses.values()))
+            descend(self.optimizers["D"], sum(losses.values()), losses)
         return {name: term.detach() for name, term in (terms | losses).items()}
 
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:

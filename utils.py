@@ -1,17 +1,27 @@
 """What the method does not define: metrics, checkpoints, seeds, schedule, replay pool, colours, and the errors."""
 
+import fcntl
 import io
 import json
 import os
 import platform
+import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
@@ -19,6 +29,7 @@ from torchvision.utils import make_grid
 IGNORE = 255  # in every mask tensor: a pixel that neither trains nor counts (VOC's void)
 IGNORE_COLOUR = (224, 224, 192)  # as in VOC's own masks
 CHECKPOINT_FORMAT = 1
+CHECKPOINT_PARTS = {"config": dict, "dataset": dict, "data_root": str, "split": str, "epoch": int, "model": dict}
 
 
 class InputError(Exception):
@@ -197,17 +208,62 @@ class ReplayPool:
 # Files
 
 
+def unwritten(path: Path, size: int, error: OSError) -> TrainingError:
+    """What to raise where a file of `size` bytes could not be written."""
+    need = f"{size / 2**20:.1f} MiB are needed, {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free"
+    return TrainingError(f"{path}: cannot be written ({error.strerror}): {need}; what is on disk is whole")
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write beside, flush to disk, rename: a reader finds the old file or the new one, whole."""
+    content = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.tmp")
     try:
         with open(beside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        raise unwritten(path, len(content), error) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
+
+
+@contextmanager
+def locked(folder: Path, flag: str) -> Iterator[None]:
+    """Create a folder and hold its lock, which ends with this process, however that ends.
+
+    InputError where the folder cannot be written, or where another process holds the lock.
+    """
+    make_folder(folder, flag)
+    path = folder / "lock"
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.read(file, 200).decode() or "another process"
+            os.close(file)
+            raise InputError(f"{folder}: {holder} is training there; wait for it, or give --name") from error
+        except OSError as error:
+            print(f"{folder}: cannot be locked here ({error.strerror}): do not start a second run on it")
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                break
+        os.close(file)  # it was deleted by the one who held it before
+    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        leftover.unlink(missing_ok=True)
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+            folder.rmdir()  # if nothing else is in it
+        os.close(file)
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -218,15 +274,25 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU; InputError where the file is none of this program's."""
+    """Read a checkpoint onto the CPU; InputError where the file is damaged or none of this program's."""
     if not path.is_file():
         raise InputError(f"checkpoint {path}: no such file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as records:
+            damaged = records.testzip()  # torch writes each record's CRC-32, but does not look at it
+        content.seek(0)
+        state = None if damaged else torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on hostile bytes
         raise InputError(f"checkpoint {path}: cannot be read as one ({type(error).__name__})") from error
+    if damaged:
+        raise InputError(f"checkpoint {path}: damaged (its record {damaged})")
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(f"checkpoint {path}: not one of this program's, format {CHECKPOINT_FORMAT}")
+    wrong = [key for key, kind in CHECKPOINT_PARTS.items() if not isinstance(state.get(key), kind)]
+    wrong = wrong or [k for k in ("config", "dataset", "model") if not all(type(name) is str for name in state[k])]
+    if wrong or not all(isinstance(weight, Tensor) for weight in state["model"].values()):
+        raise InputError(f"checkpoint {path}: lacks {first_ten(wrong) or 'weights that are tensors'}")
     return state
 
 
@@ -245,10 +311,47 @@ def make_folder(path: Path, flag: str) -> None:
     """Create a folder and check that it can be written; InputError names it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / ".writable", "")
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from error
+        tempfile.TemporaryFile(dir=path).close()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{flag} {path}: cannot be written ({reason})") from error
+
+
+class EventLog:
+    """TensorBoard's events of a run, each on disk once it is logged.
+
+    tensorboardX's SummaryWriter writes in a thread, which ends at a full disk and leaves the run waiting for ever;
+    here the error reaches the caller, as TrainingError. What an earlier process logged from `first_step` on is hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self.path = folder / "events.out.tfevents"
+        try:
+            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        except OSError as error:
+            raise unwritten(self.path, 0, error) from error
+        if first_step:
+            self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """A point of a curve."""
+        self._write(Event(step=step, summary=summary.scalar(tag, value)))
+
+    def image(self, tag: str, picture: Tensor, step: int) -> None:
+        """A picture (3, H, W) in [0, 1]."""
+        self._write(Event(step=step, summary=summary.image(tag, picture.numpy())))
+
+    def close(self) -> None:
+        """End the file."""
+        self.writer.close()
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        try:
+            self.writer.write_event(event)
+            self.writer.flush()
+        except OSError as error:
+            raise unwritten(self.path, event.ByteSize(), error) from error
 
 
 def to_toml(table: dict) -> str:

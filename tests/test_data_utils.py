@@ -380,6 +380,8 @@ def test_standard_split_validates_on_all_of_its_part_whatever_the_seed():
             [f"t{i}" for i in range(9)],
         )
     assert parts.labeled != data_utils.split(samples, 0.25, 0, spec, "standard").labeled
+    samples[-1] = dataclasses.replace(samples[-1], mask=None)
+    assert [s.id for s in data_utils.split(samples, 0.25, 0, spec, "standard").val] == [f"t{i}" for i in range(8)]
 
 
 def test_standard_split_without_its_part_or_of_a_dataset_without_one_is_an_error():
@@ -410,6 +412,13 @@ def test_labels_by_exam_never_divide_one_and_nest(kind):
         assert not labeled & {s.group for s in parts.unlabeled}
         assert before < labeled
         before = labeled
+
+
+def test_an_exams_slice_without_a_mask_is_never_labeled():
+    samples = [dataclasses.replace(s, mask=None) if i % 7 == 0 else s for i, s in enumerate(acdc_like(40))]
+    parts = data_utils.split(samples, 1.0, 0, load_spec("acdc"), "paper", "exam")
+    assert all(s.mask is not None for s in parts.labeled)
+    assert {s.mask for s in parts.unlabeled} == {None}
 
 
 def test_labels_by_exam_leave_the_validation_set_as_it_is():

@@ -17,6 +17,7 @@ from conftest import make_acdc, make_voc, write_indexed
 from PIL import Image
 
 import main
+import model
 import utils
 from data_utils import load_spec
 
@@ -454,21 +455,181 @@ def test_init_takes_over_the_shared_networks(capsys):
     assert "other networks" in error_of(capsys, "--training", *TINY, "--ngf", "3", "--init", source, "--name", "no")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(capsys, monkeypatch):
-    flags = ["--training", *TINY, "--method", "supervised", "--log-every", "1"]
-    step = main.METHODS["supervised"].step
-    calls = []
+def break_at(monkeypatch, term: str, call: int) -> list:
+    """Let the call-th value of a loss function be nan; the list gets G_IS's first weight before each of its calls."""
+    function, calls = getattr(model, term), []
 
-    def failing_step(self, *batch):
+    def failing(*tensors, **more):
         calls.append(1)
-        return {name: loss * (float("nan") if len(calls) > 6 else 1) for name, loss in step(self, *batch).items()}
+        return function(*tensors, **more) * (float("nan") if len(calls) == call else 1)
 
-    monkeypatch.setattr(main.METHODS["supervised"], "step", failing_step)
-    assert run(*flags, "--epochs", "3") == 1
+    monkeypatch.setattr(model, term, failing)
+    return calls
+
+
+@pytest.mark.parametrize(("method", "term"), [("supervised", "gen_S"), ("cyclegan", "cycle_I"), ("advsemi", "judge")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(capsys, monkeypatch, method, term):
+    a_step = {"gen_S": 1, "cycle_I": 1, "judge": 4}[term]  # calls
+    break_at(monkeypatch, term, 6 * a_step + 1)
+    weights = seen_by_step(monkeypatch, method, lambda model, x, y: next(model.parameters()).detach().clone())
+    assert run("--training", *TINY, "--method", method, "--epochs", "3") == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: epoch 2, step 3: a loss is not finite")
-    assert "gen_S nan" in error
-    assert utils.load_checkpoint(Path("checkpoints/tiny_supervised_0.2_s0/last.pt"))["epoch"] == 1
+    assert error.startswith("error: epoch 2, step 3: a loss is not finite (gen_S ")
+    assert f"{'adv' if term == 'judge' else term} nan" in error
+    assert len(error.splitlines()) == 1
+    assert len(weights) == 7
+    assert utils.load_checkpoint(Path(f"checkpoints/tiny_{method}_0.2_s0/last.pt"))["epoch"] == 1
+
+
+@pytest.mark.parametrize("method", ["supervised", "cyclegan", "advsemi"])
+def test_a_step_whose_loss_is_not_finite_can_be_skipped(capsys, monkeypatch, method):
+    break_at(monkeypatch, "gen_S", {"supervised": 2, "cyclegan": 3, "advsemi": 2}[method])  # within the second step
+    weights = seen_by_step(monkeypatch, method, lambda model, x, y: next(model.parameters()).detach().clone())
+    flags = ["--training", *TINY, "--method", method, "--epochs", "2", "--on-nonfinite", "skip", "--semi-start", "1"]
+    assert run(*flags) == 0
+    assert torch.equal(weights[2], weights[1])  # no update
+    assert not torch.equal(weights[1], weights[0])
+    assert not torch.equal(weights[3], weights[2])
+    assert "1 steps skipped" in capsys.readouterr().out
+    lines = Path(f"checkpoints/tiny_{method}_0.2_s0/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["skipped"] for line in lines] == [1, 1]
+    assert np.isfinite(json.loads(lines[0])["losses"]["gen_S"])
+
+
+def test_a_discriminators_loss_that_is_not_finite_stops_the_run_too(capsys, monkeypatch):
+    break_at(monkeypatch, "disc", 3)
+    assert run("--training", *TINY, "--epochs", "1") == 1
+    assert "epoch 1, step 2: a loss is not finite (D_S nan, D_I" in capsys.readouterr().err
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_who_goes_on_evaluates_again(capsys, monkeypatch):
+    flags = ["--training", *TINY, "--epochs", "2", "--batch-size", "2"]
+    assert run(*flags, "--name", "whole") == 0
+    capsys.readouterr()
+    segment, calls = main.METHODS["cyclegan"].segment, []
+
+    def interrupted(self, x):
+        if not self.training:
+            calls.append(1)
+            if len(calls) == 1:
+                main.stop.signum = signal.SIGUSR1
+        return segment(self, x)
+
+    monkeypatch.setattr(main.METHODS["cyclegan"], "segment", interrupted)
+    assert run(*flags, "--name", "cut") == 128 + signal.SIGUSR1
+    assert len(calls) == 1  # of two validation batches
+    assert "epoch 1/2" not in capsys.readouterr().out
+    assert Path("checkpoints/cut/last.pt").is_file()
+    assert not Path("checkpoints/cut/best.pt").exists()
+    main.stop.signum = 0
+    assert run(*flags, "--name", "cut") == 0
+    out = capsys.readouterr().out
+    assert "resuming at epoch 2, step 0" in out
+    assert "epoch 1/2: mIoU" in out
+    assert_same(trained("whole"), trained("cut"))
+    logs = [Path("checkpoints", name, "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, {root!r})
+import utils
+from pathlib import Path
+with utils.locked(Path({folder!r}), "--checkpoints"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(capsys):
+    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "1", "--name", "one"]
+    folder = Path("checkpoints/one")
+    script = HOLD.format(root=str(MAIN.parent), folder=str(folder))
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    (folder / ".last.pt.tmp").write_text("half a checkpoint")
+    for more in [], ["--overwrite"]:
+        error = error_of(capsys, *flags, *more)
+        assert f"checkpoints/one: process {holder.pid} on " in error
+        assert "is training there" in error
+    holder.kill()
+    holder.wait()
+    assert (folder / "lock").is_file()
+    assert run(*flags) == 0
+    assert not [path for path in folder.iterdir() if path.name == "lock" or path.name.endswith(".tmp")]
+
+
+def test_a_start_that_fails_leaves_no_folder(capsys):
+    error_of(capsys, "--training", "--dataset", "voc", "--data-root", "nowhere", "--name", "none")
+    assert not Path("checkpoints/none").exists()
+
+
+def test_overwriting_that_was_cut_short_can_be_done_again():
+    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "1", "--name", "one"]
+    assert run(*flags) == 0
+    for name in "last.pt", "best.pt", "split.json":
+        Path("checkpoints/one", name).unlink()
+    assert run(*flags, "--overwrite") == 0
+
+
+def write_state(path: Path, change) -> None:
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: state["config"].update(ngf="wide"), "--ngf"),
+        (lambda state: state["config"].update(ngf=3), "other networks"),
+        (lambda state: state["config"].update(depth=3), "unknown key 'depth'"),
+        (lambda state: state["config"].update(size=torch.ones(2)), "--size"),
+        (lambda state: state["config"].update({7: 7}), "lacks config"),
+        (lambda state: state["dataset"].update(layout="cubes"), "layout"),
+        (lambda state: state["dataset"].update(scored=torch.ones(2)), "scored"),
+        (lambda state: state["dataset"].pop("classes"), "classes"),
+        (lambda state: state["dataset"].update(classes=[*"abcde"], palette=[[0, 0, 0]] * 5), "other networks"),
+        (lambda state: state["model"].popitem(), "other networks"),
+        (lambda state: state["model"].update(more=torch.ones(3)), "more is (3,), expected none"),
+        (lambda state: state.update(split="other"), "holds other files"),
+        (lambda state: state.update(format=2), "format 1"),
+    ],
+)  # fmt: skip
+def test_a_strangers_checkpoint_is_one_error_line(capsys, change, named):
+    assert run("--training", *TINY, "--method", "supervised", "--epochs", "1") == 0
+    path = Path("checkpoints/tiny_supervised_0.2_s0/best.pt")
+    write_state(path, change)
+    error = error_of(capsys, "--testing")
+    assert named in error
+    assert str(path) in error
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("progress"),
+        lambda state: state.pop("optimizers"),
+        lambda state: state.update(progress={"epoch": 1}),
+        lambda state: state["optimizers"]["G"].update(param_groups=[]),
+        lambda state: state.update(rng=torch.ones(3)),
+        lambda state: state.update(schedulers={"G": 3}),
+    ],
+)
+def test_a_run_does_not_go_on_from_a_strangers_checkpoint(capsys, change):
+    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "2"]
+    assert run(*flags) == 0
+    path = Path("checkpoints/tiny_supervised_0.2_s0/last.pt")
+
+    def unfinish(state):
+        state["progress"]["evaluated"] = 1
+        change(state)
+
+    write_state(path, unfinish)
+    before = path.read_bytes()
+    assert f"{path}: a run cannot go on from it" in error_of(capsys, *flags)
+    assert path.read_bytes() == before
 
 
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on():

@@ -14,8 +14,9 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_jaccard_index
 
 import utils
-from utils import IGNORE, ConfusionMatrix, InputError, ReplayPool, linear_decay, segmentation_metrics
+from utils import IGNORE, ConfusionMatrix, InputError, ReplayPool, TrainingError, linear_decay, segmentation_metrics
 
+PARTS = {"config": {}, "dataset": {}, "data_root": "data", "split": "0", "epoch": 3, "model": {"w": torch.ones(2)}}
 PALETTE = ((0, 0, 0), (70, 130, 180), (240, 200, 80), (200, 60, 60))
 
 
@@ -238,7 +239,7 @@ def test_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch, step):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, step, full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TrainingError, match="last.pt: .*No space.* MiB are needed"):
         utils.save_checkpoint(path, {"epoch": 2})
     assert path.read_bytes() == before
     assert [*tmp_path.iterdir()] == [path]
@@ -258,7 +259,7 @@ def test_checkpoint_gives_back_tensors_and_plain_values(tmp_path):
     optimizer.param_groups[0]["params"][0].sum().backward()
     optimizer.step()
     state = {
-        "epoch": 3,
+        **PARTS,
         "miou": 0.5,
         "nothing": None,
         "args": {"size": [8, 8], "name": "é", "compile": False},
@@ -275,6 +276,32 @@ def test_checkpoint_gives_back_tensors_and_plain_values(tmp_path):
         assert torch.equal(loaded["weights"][key], value)
     assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
     assert torch.load(tmp_path / "a.pt", weights_only=True)["epoch"] == 3
+
+
+@pytest.mark.parametrize("part", ["config", "dataset", "data_root", "split", "epoch", "model"])
+@pytest.mark.parametrize("wrong", [None, [1]])
+def test_checkpoint_that_lacks_a_part_is_an_error_that_names_it(tmp_path, part, wrong):
+    utils.save_checkpoint(tmp_path / "a.pt", {**PARTS, part: wrong})
+    with pytest.raises(InputError, match=f"a.pt: lacks {part}"):
+        utils.load_checkpoint(tmp_path / "a.pt")
+
+
+def test_weights_that_are_no_tensors_are_an_error(tmp_path):
+    utils.save_checkpoint(tmp_path / "a.pt", {**PARTS, "model": {"G_IS.layers.1.weight": 3}})
+    with pytest.raises(InputError, match="a.pt: lacks weights"):
+        utils.load_checkpoint(tmp_path / "a.pt")
+
+
+def test_a_flipped_bit_in_a_checkpoints_tensor_is_found(tmp_path):
+    path = tmp_path / "a.pt"
+    weights = torch.arange(1000.0)
+    utils.save_checkpoint(path, {**PARTS, "model": {"w": weights}})
+    content = bytearray(path.read_bytes())
+    place = content.index(weights.numpy().tobytes()) + 2001
+    content[place] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="a.pt: damaged"):
+        utils.load_checkpoint(path)
 
 
 class Code:
