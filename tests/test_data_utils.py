@@ -3,6 +3,11 @@
 import dataclasses
 import os
 import random
+import socket
+import struct
+import subprocess
+import sys
+import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -256,6 +261,47 @@ def test_bad_voc_list_is_an_error(voc, breakage):
     message = complaint(index, load_spec("voc"), voc)
     assert ("2007_000001" if breakage == "twice" else "train_aug.txt") in message
     assert "2007_000002" not in message
+
+
+@pytest.mark.parametrize("name", ["../2007_000001", "/etc/passwd", "a/b", "..", "a\0b", "2007_000001\x1b"])
+def test_an_id_that_is_no_file_name_is_an_error(voc, name):
+    path = voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/train_aug.txt"
+    path.write_text(f"2007_000000\n{name}\n")
+    message = complaint(index, load_spec("voc"), voc)
+    assert str(path) in message
+    assert repr(name) in message
+
+
+@pytest.mark.parametrize("name", ["left ventricle 1", "Übung", "心臓", "a.b", "-x"])
+def test_an_id_may_hold_spaces_and_any_letters(voc, tmp_path, name):
+    home = voc / "VOCdevkit/VOC2012"
+    for folder, ending in ("JPEGImages", ".jpg"), ("SegmentationClassAug", ".png"):
+        (home / folder / f"2007_000000{ending}").rename(home / folder / f"{name}{ending}")
+    (home / "ImageSets/Segmentation/train_aug.txt").write_text(f"{name}\r\n\n2007_000001  \n", encoding="utf-8")
+    assert {s.id for s in index(load_spec("voc"), voc)} == {name, "2007_000001"}
+    assert len(voc_cache(voc, tmp_path / "cache")[0].images) == 2
+
+
+def test_cityscapes_endings_may_be_capital_and_a_missing_mask_is_named(cityscapes, tmp_path):
+    folder = cityscapes / "leftImg8bit/train/aachen"
+    image = folder / "aachen_000000_000019_leftImg8bit.png"
+    image.rename(image.with_suffix(".PNG"))
+    (folder / "notes.txt").write_text("not an image")
+    spec = load_spec("cityscapes")
+    assert len(index(spec, cityscapes)) == 6
+    mask = index(spec, cityscapes)[0].mask
+    mask.rename(mask.with_suffix(".PNG"))
+    assert str(mask) in complaint(open_cache, spec, index(spec, cityscapes), (8, 8), tmp_path / "cache")
+
+
+def test_an_exam_that_is_a_file_or_names_another_frame_is_named(acdc, tmp_path):
+    (acdc / "training" / "patient003").write_text("not a folder")
+    assert "patient003" in complaint(index, load_spec("acdc"), acdc)
+    (acdc / "training" / "patient003").unlink()
+    (acdc / "training" / "patient002" / "Info.cfg").write_text("ED: 1\nES: 31\n")
+    spec = load_spec("acdc")
+    message = complaint(lambda: open_cache(spec, index(spec, acdc), (8, 8), tmp_path / "cache"))
+    assert "patient002_frame31.nii.gz" in message
 
 
 def test_every_missing_or_senseless_info_is_named(tmp_path):
@@ -680,8 +726,40 @@ def test_nothing_is_left_behind_after_a_failure(voc, tmp_path, monkeypatch):
     assert len(voc_cache(voc, tmp_path / "cache")[0].images) == 4
 
 
+def test_leftovers_of_killed_processes_are_swept(voc, tmp_path):
+    cache, host = tmp_path / "cache", socket.gethostname()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    alive, elsewhere = f".voc_8x8_0.{host}.{os.getppid()}", f".voc_8x8_0.another-{host}.{dead.pid}"
+    for name in f".voc_8x8_0.{host}.{dead.pid}", alive, elsewhere, f".notes.{host}.txt":
+        (cache / name).mkdir(parents=True)
+        (cache / name / "images.npy").write_text("half")
+    voc_cache(voc, cache)
+    hidden = {path.name for path in cache.iterdir() if path.name.startswith(".")}
+    assert hidden == {alive, elsewhere, f".notes.{host}.txt"}
+
+
 def png(path: Path, values: np.ndarray) -> None:
     Image.fromarray(values).save(path, "PNG")
+
+
+def png16(path: Path) -> None:
+    """A 28x20 RGB PNG of 16 bits a channel, which Pillow reads, as 8, but does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 20, 16, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress((b"\0" + bytes(28 * 6)) * 20))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b""))
+
+
+def replace_by(make):
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
 
 
 @pytest.mark.parametrize(
@@ -696,6 +774,17 @@ def png(path: Path, values: np.ndarray) -> None:
         ("image", lambda p: png(p, np.zeros((20, 27), np.uint8)), "27x20"),
         ("mask", lambda p: png(p, np.zeros((28, 20), np.uint8)), "20x28"),
         ("mask", lambda p: png(p, np.zeros((20, 28, 3), np.uint8)), "RGB"),
+        ("mask", lambda p: png(p, np.zeros((20, 28, 4), np.uint8)), "RGBA"),
+        ("mask", lambda p: png(p, np.zeros((20, 28, 2), np.uint8)), "LA"),
+        ("mask", lambda p: png(p, np.zeros((20, 28), bool)), "mode 1"),
+        ("mask", png16, "mode RGB"),
+        ("image", png16, "of 16 bits"),
+        ("image", lambda p: Image.new("CMYK", (28, 20)).save(p), "mode CMYK"),
+        ("image", replace_by(lambda p: p.symlink_to("gone")), "No such file"),
+        ("mask", replace_by(lambda p: p.symlink_to(p)), "symbolic links"),
+        ("image", replace_by(Path.mkdir), "Is a directory"),
+        ("mask", replace_by(Path.mkdir), "Is a directory"),
+        ("image", lambda p: p.rename(p.with_suffix(".JPG")), "No such file"),
         ("mask", lambda p: png(p, np.zeros((20, 28), np.uint16)), "mode I"),
         ("mask", lambda p: png(p, np.full((20, 28), 21, np.uint8)), "label 21 "),
         ("mask", lambda p: png(p, np.full((20, 28), 254, np.uint8)), "label 254 "),
@@ -736,6 +825,9 @@ def with_value(value: float, dtype: type, depth: int = 3):
         ("", Path.unlink, ""),
         ("", lambda p: p.write_bytes(b"junk"), ""),
         ("", lambda p: p.write_bytes(p.read_bytes()[:-300]), ""),
+        ("", lambda p: p.write_bytes(p.read_bytes()[:-8] + bytes(8)), "CRC"),
+        ("_gt", lambda p: p.write_bytes(p.read_bytes()[:-8] + bytes(8)), "CRC"),
+        ("", lambda p: p.write_bytes(b""), ""),
         ("", with_value(np.nan, np.float32), "slice 1"),
         ("", with_value(np.inf, np.float32), "slice 1"),
         ("", lambda p: write_volume(p, np.zeros((18, 14, 3, 2), np.int16)), "(18, 14, 3, 2)"),
