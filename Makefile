@@ -1,9 +1,10 @@
 # make demo: from nothing to a trained network, its masks and pictures.   make test: every fast test.
+# make test-slow: runs cut short at random moments, damaged files, arbitrary settings.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python main.py --training --dataset phantom --name demo --overwrite
@@ -15,6 +16,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-tests
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/installed-tests
+	$(BIN)/python -m pytest -m slow -s
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff check .

@@ -358,9 +358,19 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {str(reason) or type(error).__name__}".splitlines()[0]) from error
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose checksums hold, where its format has them; InputError that names it."""
+    with naming(path):
+        with Image.open(path) as image:
+            image.verify()  # all of a PNG's, while decoding stops at the last pixel
+        with Image.open(path) as image:
+            yield image
+
+
 def read_image(path: Path, channels: int) -> np.ndarray:
     """An 8-bit picture as (H, W) or (H, W, 3) uint8."""
-    with naming(path), Image.open(path) as image:
+    with opened(path) as image:
         raw = " of 16 bits" if ";16" in str([tile[-1] for tile in image.tile]) else ""  # Pillow would make 8 of them
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or raw:
             raise InputError(f"{path}: mode {image.mode}{raw}: expected an 8-bit grey or RGB image")
@@ -369,7 +379,7 @@ def read_image(path: Path, channels: int) -> np.ndarray:
 
 def read_mask(path: Path) -> np.ndarray:
     """An indexed or grey 8-bit PNG as (H, W) uint8."""
-    with naming(path), Image.open(path) as image:
+    with opened(path) as image:
         if image.mode not in ("L", "P"):
             raise InputError(f"{path}: mode {image.mode}: a mask must be an indexed or grey 8-bit PNG of class indices")
         return np.array(image)

@@ -187,7 +187,7 @@ def toml_flags(path: Path, table: dict, method: str, parser: argparse.ArgumentPa
             close = difflib.get_close_matches(key, known | METHODS.keys(), 1)
             raise InputError(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     flags = []
-    for key, value in (keys | sections.get(method, {})).items():
+    for key, value in (keys | sections.get(str(method), {})).items():
         flag = "--" + key.replace("_", "-")
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
