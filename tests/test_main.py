@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -529,6 +531,55 @@ def test_a_signal_during_an_evaluation_ends_it_and_who_goes_on_evaluates_again(c
     assert_same(trained("whole"), trained("cut"))
     logs = [Path("checkpoints", name, "metrics.jsonl").read_text() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
+
+
+def limited(flags: list[str], size: int) -> subprocess.CompletedProcess:
+    """A command whose files may have `size` bytes, as on a disk that is nearly full."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    command = [sys.executable, MAIN, *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+
+
+@pytest.mark.parametrize(("size", "file"), [(1500, "cache"), (2000, "events"), (200_000, "best.pt")])
+def test_a_full_disk_is_one_error_line_and_the_last_checkpoint_stays(monkeypatch, size, file):
+    flags = [
+        "--training",
+        *TINY,
+        "--ngf",
+        "8",
+        "--epochs",
+        "2",
+        "--name",
+        "one",
+        "--batch-size",
+        "1",
+        "--log-every",
+        "1",
+    ]
+    folder = Path.cwd()
+    seen_by_step(monkeypatch, "cyclegan", lambda model, x, y: setattr(main.stop, "signum", signal.SIGTERM))
+    assert run(*flags) == 128 + signal.SIGTERM
+    last = Path("checkpoints/one/last.pt")
+    before = last.read_bytes()
+    assert len(before) > 200_000
+    if file == "cache":
+        shutil.rmtree("data")
+    done = limited(flags, size)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert file in done.stderr
+    assert "cannot be written (File too large)" in done.stderr
+    assert "MiB are needed" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert last.read_bytes() == before
+    assert not list(Path("checkpoints/one").glob(".*"))
+    main.stop.signum = 0
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert run(*flags) == 0
 
 
 HOLD = """

@@ -1,0 +1,98 @@
+"""A run that is cut short at any moment, by SIGTERM or kill -9, ends bit for bit as one that never was."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+import utils
+
+CUTS = 20
+FLAGS = "--dataset tiny.toml --size 16 16 --ngf 4 --ndf 4 --n-blocks 2 --device cpu --ratio 0.3 --epochs 12 --lr 0.01"
+FLAGS += " --dropout 0.5 --pool-size 7 --workers 1 --save-every 0.002 --eval-every 2 --cache cache"
+
+
+def command(name: str) -> list[str]:
+    return [sys.executable, main.__file__, "--training", *FLAGS.split(), "--name", name, "--cache", f"cache_{name}"]
+
+
+def finish(name: str) -> float:
+    """Run to the end; the seconds that it took."""
+    started = time.monotonic()
+    done = subprocess.run(command(name), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return time.monotonic() - started
+
+
+def cut(name: str, seconds: float, signum: int) -> str:
+    """Start a run and end it after so many seconds; what it was doing then."""
+    process = subprocess.Popen(
+        command(name),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    time.sleep(seconds)
+    os.kill(process.pid, signum)
+    out, err = process.communicate(timeout=60)
+    last, cache = Path("checkpoints", name, "last.pt"), Path(f"cache_{name}")
+    if process.returncode == 0:
+        return "already done"
+    if signum == signal.SIGTERM:
+        assert "Traceback" not in err  # after kill -9 a reading process may well say that its parent is gone
+        assert process.returncode in (128 + signum, -signum)  # the second, before Python itself had started
+        assert "SIGTERM" in out or process.returncode == -signum or not out
+    if last.is_file():
+        epoch = utils.load_checkpoint(last)["progress"]["epoch"]  # whole, whatever happened
+        return f"in epoch {epoch + 1}"
+    return "at the start of training" if any(cache.glob("tiny*")) else "before the images were read"
+
+
+def state(name: str) -> list:
+    """All that a finished run's checkpoints hold, but for where the data lay."""
+    return [utils.load_checkpoint(Path("checkpoints", name, file)) for file in ("last.pt", "best.pt")]
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.mark.slow
+def test_twenty_cuts_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    phantom = (main.data_utils.CONFIG / "phantom.toml").read_text()
+    Path("tiny.toml").write_text("[dataset]" + phantom.split("[dataset]")[1].replace("[160, 40]", "[60, 12]"))
+    finish("whole")
+    seconds = finish("again")
+    assert same(state("whole"), state("again"))
+    moments, lost = random.Random(0), []
+    for number in range(CUTS):
+        name, signum = f"cut{number}", (signal.SIGTERM, signal.SIGKILL)[number % 2]
+        moment = moments.uniform(0.05, 1) * seconds
+        doing = cut(name, moment, signum)
+        finish(name)
+        logs = [Path("checkpoints", each, "metrics.jsonl").read_text() for each in ("whole", name)]
+        ok = same(state("whole"), state(name)) and logs[0] == logs[1]
+        leftovers = [p.name for folder in (f"checkpoints/{name}", f"cache_{name}") for p in Path(folder).glob(".*")]
+        ok = ok and not leftovers and not Path("checkpoints", name, "lock").exists()
+        lost += [] if ok else [name]
+        when = f"{signal.Signals(signum).name} after {moment:.1f} of {seconds:.1f} s"
+        print(f"\n{when}, {doing}: {'same bits' if ok else 'LOST'}", end="", flush=True)
+    print(f"\n{CUTS - len(lost)} of {CUTS} cuts lost nothing")
+    assert not lost
