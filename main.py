@@ -5,7 +5,6 @@ A TOML is a command line written down: parser default (the paper's) < config/<da
 
 import os
 import signal
-import sys
 
 
 class Stop:
@@ -19,7 +18,7 @@ class Stop:
             os._exit(128 + signum)
         self.signum = signum
         if not self.can_wait:
-            print(f"{signal.Signals(signum).name}: stopped; no step of training is lost")
+            os.write(1, f"{signal.Signals(signum).name}: stopped; there was nothing to save\n".encode())
             raise SystemExit(128 + signum)
 
 
@@ -36,6 +35,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict

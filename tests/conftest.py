@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data_utils
+
 ACDC_AFFINE = np.array([[-1.4, 0.3, 0, 9], [0.2, 0, -9.8, -7], [0, -1.3, 0.5, 3], [0, 0, 0, 1]])  # axes turned, flipped
 
 
@@ -73,6 +75,13 @@ def make_acdc(root: Path, n_exams: int, depth: int) -> Path:
             write_volume(exam / f"{exam.name}_frame{frame:02d}.nii.gz", image.astype(image_type))
             write_volume(exam / f"{exam.name}_frame{frame:02d}_gt.nii.gz", mask.astype(mask_type))
     return root
+
+
+def make_tiny(n_train: int, n_val: int) -> None:
+    """tiny.toml in the working folder: phantoms, with no settings but the parser's."""
+    phantom = (data_utils.CONFIG / "phantom.toml").read_text()
+    table = phantom.split("[dataset]")[1].replace("[160, 40]", f"[{n_train}, {n_val}]")
+    Path("tiny.toml").write_text(f"[dataset]{table}")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_acdc, make_cityscapes, make_voc
+from conftest import make_acdc, make_cityscapes, make_tiny, make_voc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -75,8 +75,7 @@ def in_tmp(tmp_path, monkeypatch):
     """A folder of its own, with tiny.toml: 8 phantoms."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main.stop, "signum", 0)
-    phantom = (main.data_utils.CONFIG / "phantom.toml").read_text()
-    Path("tiny.toml").write_text("[dataset]" + phantom.split("[dataset]")[1].replace("[160, 40]", "[6, 2]"))
+    make_tiny(6, 2)
 
 
 def toml(table: dict) -> str:

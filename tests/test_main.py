@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_acdc, make_voc, write_indexed
+from conftest import make_acdc, make_tiny, make_voc, write_indexed
 from PIL import Image
 
 import main
@@ -26,14 +26,15 @@ from data_utils import load_spec
 MAIN = Path(main.__file__)
 TINY = "--dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 1 --workers 0 --device cpu".split()
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
 
 @pytest.fixture(autouse=True)
 def in_tmp(tmp_path, monkeypatch):
     """A folder of its own, with tiny.toml: 24 phantoms, 20 to train on, so 4 steps an epoch at the ratio 0.2."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(main.stop, "signum", 0)
-    phantom = (main.data_utils.CONFIG / "phantom.toml").read_text()
-    Path("tiny.toml").write_text("[dataset]" + phantom.split("[dataset]")[1].replace("[160, 40]", "[20, 4]"))
+    make_tiny(20, 4)
 
 
 def run(*flags: str) -> int:
@@ -364,8 +365,10 @@ def assert_same(a, b) -> None:
         assert a == b
 
 
-def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(capsys, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(capsys, monkeypatch, device):
     flags = [*TINY, "--epochs", "2", "--dropout", "0.5", "--pool-size", "3", "--lr", "0.01"]
+    flags += ["--device", device, "--deterministic"]
     assert run("--training", *flags, "--name", "whole") == 0
 
     steps = []
