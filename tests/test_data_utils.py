@@ -36,6 +36,7 @@ from data_utils import (
 from utils import IGNORE, InputError, to_toml
 
 CPU = torch.device("cpu")
+needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 TABLE = {
     "layout": "voc",
     "classes": ["sky", "tree", "cat"],
@@ -785,6 +786,7 @@ def replace_by(make):
         ("image", replace_by(Path.mkdir), "Is a directory"),
         ("mask", replace_by(Path.mkdir), "Is a directory"),
         ("image", lambda p: p.rename(p.with_suffix(".JPG")), "No such file"),
+        pytest.param("mask", lambda p: p.chmod(0), "Permission denied", marks=needs_permissions),
         ("mask", lambda p: png(p, np.zeros((20, 28), np.uint16)), "mode I"),
         ("mask", lambda p: png(p, np.full((20, 28), 21, np.uint8)), "label 21 "),
         ("mask", lambda p: png(p, np.full((20, 28), 254, np.uint8)), "label 254 "),

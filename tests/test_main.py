@@ -536,6 +536,24 @@ def test_a_signal_during_an_evaluation_ends_it_and_who_goes_on_evaluates_again(c
     assert logs[0] == logs[1]
 
 
+def test_a_second_signal_does_not_wait(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop = main.Stop()
+    stop.can_wait = True
+    stop(signal.SIGTERM, None)
+    assert (stop.signum, left) == (signal.SIGTERM, [])
+    stop(signal.SIGINT, None)
+    assert left == [130]
+
+
+def test_a_signal_while_there_is_nothing_to_save_ends_the_program(capfd):
+    with pytest.raises(SystemExit) as caught:
+        main.Stop()(signal.SIGUSR1, None)
+    assert caught.value.code == 128 + signal.SIGUSR1
+    assert capfd.readouterr().out == "SIGUSR1: stopped; there was nothing to save\n"
+
+
 def limited(flags: list[str], size: int) -> subprocess.CompletedProcess:
     """A command whose files may have `size` bytes, as on a disk that is nearly full."""
 
