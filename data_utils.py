@@ -17,7 +17,7 @@ import socket
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -122,8 +122,10 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
     known = [field.name for field in fields(DatasetSpec)]
     if unknown := [key for key in table if key not in known]:
         raise InputError(f"{source}: [dataset] unknown key {unknown[0]!r}; expected {', '.join(known)}")
-    if missing := [key for key in ("layout", "classes", "palette", "scored") if key not in table]:
+    if missing := [key for key in ("layout", "classes") if key not in table]:
         raise InputError(f"{source}: [dataset] lacks {missing[0]!r}")
+    k = len(table["classes"]) if isinstance(table["classes"], (list, tuple)) else 0
+    table = {"palette": utils.voc_palette(k), "scored": list(range(k)), **table}
 
     def frozen(value):
         return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
@@ -133,7 +135,6 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
 
     spec = DatasetSpec(**{key: frozen(value) for key, value in table.items()})
     names = spec.classes if isinstance(spec.classes, tuple) else ()
-    k = len(names)
     colours = spec.palette if isinstance(spec.palette, tuple) else ()
     ids, void_ids = spec.label_ids, spec.void_ids
     if ids is None:
@@ -232,16 +233,65 @@ def index_acdc(spec: DatasetSpec, root: Path) -> list[Sample]:
             for frame in frames:
                 name = f"{exam.name}_frame{frame:02d}"
                 image, mask = exam / f"{name}.nii.gz", exam / f"{name}_gt.nii.gz"
-                try:
-                    depth = max(1, nibabel.load(image).shape[2])
-                except Exception:  # whatever a broken file raises: decoding it tells what is wrong
-                    depth = 1
-                samples += [
-                    Sample(f"{name}_s{z:02d}", exam.name, Slice(image, z), Slice(mask, z), part) for z in range(depth)
-                ]
+                samples += slices(name, exam.name, image, mask, part)
     if problems:
         raise InputError(first_ten(problems))
     return samples
+
+
+def slices(name: str, group: str, image: Path, mask: Path | None, part: str) -> list[Sample]:
+    """A sample a slice of a NIfTI volume and of its mask."""
+    try:
+        depth = max(1, nibabel.load(image).shape[2])
+    except Exception:  # whatever a broken file raises: decoding it tells what is wrong
+        depth = 1
+    masks = [None if mask is None else Slice(mask, z) for z in range(depth)]
+    return [Sample(f"{name}_s{z:02d}", group, Slice(image, z), masks[z], part) for z in range(depth)]
+
+
+def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
+    """images/ and masks/ by stem, and where they are there unlabeled/, val/images and val/masks.
+
+    Files are pictures or NIfTI volumes, of which each slice is a sample. Images without a mask are unlabeled.
+    """
+    samples, problems = [], []
+
+    def by_stem(folder: Path) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            stem = file.name.removesuffix(".nii.gz").removesuffix(".nii") if is_volume(file) else file.stem
+            if file.name.startswith("."):
+                continue
+            if file.is_dir() or not (is_volume(file) or file.suffix.lower() in Image.registered_extensions()):
+                problems.append(f"{file}: neither a picture nor a NIfTI volume")
+            elif stem in files:
+                problems.append(f"{file}: {files[stem].name} has the same stem")
+            else:
+                files[stem] = file
+        return files
+
+    places = ("train", "images", "masks"), ("train", "unlabeled", "none"), ("val", "val/images", "val/masks")
+    for part, images, masks in places:
+        found, truths = by_stem(root / images), by_stem(root / masks) if masks != "none" else {}
+        problems += [f"{file}: has no image in {root / images}" for stem, file in truths.items() if stem not in found]
+        for stem, image in found.items():
+            mask = truths.get(stem)
+            if part == "val" and mask is None:
+                problems.append(f"{image}: has no mask in {root / masks}")
+            elif mask and is_volume(image) != is_volume(mask):
+                problems.append(f"{mask}: image and mask must both be volumes or both be pictures")
+            elif is_volume(image):
+                samples += slices(stem, stem, image, mask, part)
+            else:
+                samples.append(Sample(stem, stem, image, mask, part))
+    if problems:
+        raise InputError(first_ten(problems))
+    return samples
+
+
+def is_volume(path: Path) -> bool:
+    """Whether its name says that a file is a NIfTI volume."""
+    return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def index_phantom(spec: DatasetSpec, root: Path) -> list[Sample]:
@@ -250,11 +300,19 @@ def index_phantom(spec: DatasetSpec, root: Path) -> list[Sample]:
     return [Sample(name, name, number, number, "train") for number, name in enumerate(names)]
 
 
-LAYOUTS = {"voc": index_voc, "cityscapes": index_cityscapes, "acdc": index_acdc, "phantom": index_phantom}
+LAYOUTS = {
+    "voc": index_voc,
+    "cityscapes": index_cityscapes,
+    "acdc": index_acdc,
+    "folder": index_folder,
+    "phantom": index_phantom,
+}
 
 
 def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
     """The parts of the layout that a kind of split takes."""
+    if spec.layout == "folder":
+        return "train", "val"
     if kind != "standard":
         return spec.pool
     if spec.standard is None:
@@ -304,7 +362,8 @@ def split(
 
     "paper" (Section 4.1): spec.counts groups to train on and to validate, or their proportions where there are fewer
     groups; no group is on both sides. "image": the released code's 85 % and 15 % of single images, whichever exam they
-    are of. "standard": the parts of the layout that other papers train on and validate on.
+    are of. "standard": the parts of the layout that other papers train on and validate on. Where a "folder" has a
+    val/, that is what is validated on.
 
     The validation set and the order in which samples get labels depend on the seed alone, so a smaller labeled set is
     part of a larger one. `ratio` counts training samples that have a mask, one by one ("image") or as whole groups
@@ -313,11 +372,11 @@ def split(
     taken = parts_of(spec, kind)
     samples = sorted((s for s in samples if s.part is None or s.part in taken), key=lambda s: s.id)
     rng = np.random.default_rng(seed)
-    if kind == "standard":
-        val = {s for s in samples if s.part == spec.standard[1] and s.mask is not None}
+    if kind == "standard" or (spec.layout == "folder" and kind == "paper" and any(s.part == "val" for s in samples)):
+        val = {s for s in samples if s.part == taken[1] and s.mask is not None}
         if not val:
-            raise InputError(f"--split standard: {spec.name}'s part {spec.standard[1]!r} is not there; see README.md")
-        train = [s for s in samples if s.part == spec.standard[0]]
+            raise InputError(f"--split standard: {spec.name}'s part {taken[1]!r} is not there; see README.md")
+        train = [s for s in samples if s.part == taken[0]]
     else:
         n_train, n_val = spec.counts if spec.counts and kind == "paper" else (85, 15)
         units = [s.group if kind == "paper" else s.id for s in samples]
@@ -368,9 +427,21 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield image
 
 
-def read_image(path: Path, channels: int) -> np.ndarray:
-    """An 8-bit picture as (H, W) or (H, W, 3) uint8."""
+def is_deep(path: Path) -> bool:
+    """Whether a picture's grey values need more than 8 bits."""
+    with suppress(Exception), Image.open(path) as image:  # what a broken file raises, decoding it tells
+        return image.mode == "F" or image.mode.startswith("I")
+    return False
+
+
+def read_image(path: Path, channels: int, deep: bool = False) -> np.ndarray:
+    """An 8-bit picture as (H, W) or (H, W, 3) uint8; with `deep` also one of more bits, as (H, W) float32."""
     with opened(path) as image:
+        if deep and is_deep(path):
+            values = np.array(image, np.float32)
+            if not np.isfinite(values).all():
+                raise InputError(f"{path}: holds values that are not finite")
+            return values
         raw = " of 16 bits" if ";16" in str([tile[-1] for tile in image.tile]) else ""  # Pillow would make 8 of them
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or raw:
             raise InputError(f"{path}: mode {image.mode}{raw}: expected an 8-bit grey or RGB image")
@@ -425,7 +496,7 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
         if values is not None and read_volume(sample.mask.path).shape[2] != read_volume(sample.image.path).shape[2]:
             raise InputError(f"{sample.mask.path}: has another number of slices than its image")
     else:
-        image = read_image(sample.image, spec.channels)
+        image = read_image(sample.image, spec.channels, deep=spec.layout == "folder")
         values = None if sample.mask is None else read_mask(sample.mask)
 
     mask_file = sample.mask.path if isinstance(sample.mask, Slice) else sample.mask
@@ -446,6 +517,7 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
     pixels = torch.from_numpy(image if image.ndim == 3 else image[..., None]).permute(2, 0, 1)
     labels = torch.from_numpy(mask)[None]
     pixels = transforms.resize(pixels, list(size), transforms.InterpolationMode.BILINEAR, antialias=True)
+    pixels = pixels.expand(spec.channels, -1, -1)  # grey ones too
     labels = transforms.resize(labels, list(size), transforms.InterpolationMode.NEAREST_EXACT)
     return pixels.contiguous(), labels[0].contiguous()
 
@@ -493,7 +565,9 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
 
     files = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
     labels = spec.channels, spec.ignore, spec.lookup().tolist()
-    code = [inspect.getsource(f) for f in (decode, draw_phantom, read_image, read_mask, read_slice, read_volume)]
+    code = [
+        inspect.getsource(f) for f in (decode, draw_phantom, is_deep, read_image, read_mask, read_slice, read_volume)
+    ]
     return hashlib.sha256(json.dumps([files, labels, list(size), code]).encode()).hexdigest()[:16]
 
 
@@ -543,7 +617,8 @@ def _map_cache(home: Path) -> list[np.ndarray] | None:
 
 
 def _fill_cache(home: Path, spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], workers: int) -> None:
-    dtype = np.float32 if any(isinstance(s.image, Slice) for s in samples) else np.uint8
+    deep = any(isinstance(s.image, Slice) or (spec.layout == "folder" and is_deep(s.image)) for s in samples)
+    dtype = np.float32 if deep else np.uint8
     decoded = DataLoader(
         Decoder(samples, spec, size),
         batch_size=None,

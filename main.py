@@ -529,6 +529,9 @@ def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: 
     print(f"{args.method} on {spec.name}: {sizes}, {args.size[0]}x{args.size[1]} pixels")
     print(f"on {device} in {args.precision}; checkpoints and curves go to {folder}", flush=True)
     cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
+    seen = sum(np.bincount(cache.masks[cache.rows[s.id]].ravel(), minlength=256) for s in parts.labeled)
+    if absent := [name for k, name in enumerate(spec.classes) if not seen[k]]:
+        print(f"no labeled mask shows {utils.first_ten(absent)}: is every value of the masks the class's index?")
     run = Run(args, spec, folder, parts, device)
     if state:
         run.restore(state)

@@ -378,6 +378,15 @@ def write_manifest(folder: Path, device: torch.device, **more) -> None:
 # Colour
 
 
+def voc_palette(n: int) -> tuple[tuple[int, int, int], ...]:
+    """VOC's colours of the first n classes: bits 0, 1, 2 of an index become the highest of R, G, B, and so on."""
+
+    def colour(k: int) -> tuple[int, int, int]:
+        return tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
+
+    return tuple(map(colour, range(n)))
+
+
 def flat_palette(palette: tuple[tuple[int, int, int], ...]) -> list[int]:
     """256 RGB triples in a row: the classes' colours, black, and IGNORE's colour last."""
     colours = [*palette, *[(0, 0, 0)] * (255 - len(palette)), IGNORE_COLOUR]

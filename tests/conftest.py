@@ -77,6 +77,19 @@ def make_acdc(root: Path, n_exams: int, depth: int) -> Path:
     return root
 
 
+def make_folder(root: Path, n: int, n_unlabeled: int = 0, n_val: int = 0, ending: str = ".png") -> Path:
+    """images/ and masks/, where asked for unlabeled/ and val/: 24x20 pictures whose mask says where they are bright."""
+    for number in range(n + n_unlabeled + n_val):
+        folder = "" if number < n else "unlabeled" if number < n + n_unlabeled else "val"
+        images = root / folder if folder == "unlabeled" else root / folder / "images"
+        image = np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)
+        images.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(images / f"picture {number}{ending}")
+        if folder != "unlabeled":
+            write_indexed(root / folder / "masks" / f"picture {number}.png", image[..., 0] > 127)
+    return root
+
+
 def make_tiny(n_train: int, n_val: int) -> None:
     """tiny.toml in the working folder: phantoms, with no settings but the parser's."""
     phantom = (data_utils.CONFIG / "phantom.toml").read_text()

@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import ACDC_AFFINE, make_acdc, make_cityscapes, make_voc, write_indexed, write_volume
+from conftest import ACDC_AFFINE, make_acdc, make_cityscapes, make_folder, make_voc, write_indexed, write_volume
 from PIL import Image
 
 import data_utils
@@ -126,9 +126,16 @@ def test_unknown_key_is_named(tmp_path):
     assert "colours" in complaint_about(tmp_path / "a.toml", {**TABLE, "colours": 3})
 
 
-@pytest.mark.parametrize("key", TABLE)
+@pytest.mark.parametrize("key", ["layout", "classes"])
 def test_missing_key_is_named(tmp_path, key):
     assert key in complaint_about(tmp_path / "a.toml", {k: v for k, v in TABLE.items() if k != key})
+
+
+def test_layout_and_classes_are_enough(tmp_path):
+    (tmp_path / "a.toml").write_text(f"[dataset]\n{to_toml({'layout': 'folder', 'classes': TABLE['classes']})}")
+    spec = load_spec(str(tmp_path / "a.toml"))
+    assert (spec.palette, spec.scored) == (load_spec("voc").palette[:3], (0, 1, 2))
+    assert (spec.channels, spec.ignore, spec.counts) == (3, 255, None)
 
 
 WRONG = {
@@ -238,6 +245,89 @@ def test_standard_split_takes_the_parts_that_other_papers_take(voc, cityscapes, 
 def test_counts_of_the_standard_splits_are_the_fields():
     counts = {name: load_spec(name).standard_counts for name in ("voc", "cityscapes", "acdc")}
     assert counts == {"voc": (10582, 1449), "cityscapes": (2975, 500), "acdc": (100, 50)}
+
+
+def folder_spec(**more) -> data_utils.DatasetSpec:
+    return data_utils.make_spec({"name": "own", "layout": "folder", "classes": ["dark", "bright"], **more}, "own.toml")
+
+
+def test_a_folders_pictures_and_masks_go_together_by_stem(tmp_path):
+    root = make_folder(tmp_path, 4, n_unlabeled=2, ending=".JPG")
+    (root / "masks" / "picture 2.png").unlink()
+    (root / "images" / ".DS_Store").write_text("not an image")
+    samples = index(folder_spec(), root)
+    assert [s.id for s in samples] == [f"picture {i}" for i in range(6)]
+    assert [s.mask and s.mask.name for s in samples] == [
+        "picture 0.png", "picture 1.png", None, "picture 3.png", None, None,
+    ]  # fmt: skip
+    assert all(s.image.is_file() and s.group == s.id and s.part == "train" for s in samples)
+    parts = data_utils.split(samples, 1.0, 0, folder_spec())
+    assert len(parts.val) == 1  # 15 % of the three that have a mask, but at least one
+    assert {*parts.unlabeled} == {samples[2], *samples[4:]}
+
+
+def test_a_folders_val_is_what_it_is_validated_on(tmp_path):
+    spec, root = folder_spec(), make_folder(tmp_path, 8, n_unlabeled=3, n_val=2)
+    for kind in "paper", "standard":
+        samples = index(spec, root, kind)
+        parts = data_utils.split(samples, 0.5, 0, spec, kind)
+        assert [s.id for s in parts.val] == ["picture 11", "picture 12"]
+        assert (len(parts.labeled), len(parts.unlabeled)) == (4, 4 + 3)
+    whole = data_utils.split(samples, 1.0, 0, spec)
+    assert [s.id for s in whole.unlabeled] == ["picture 10", "picture 8", "picture 9"]
+
+
+def test_a_folders_volumes_are_taken_slice_by_slice_and_never_divided(tmp_path):
+    for number in range(8):
+        volume = np.random.default_rng(number).integers(0, 2, (6, 5, 3)).astype(np.int16)
+        ending = (".nii", ".nii.gz")[number % 2]
+        write_volume(tmp_path / "images" / f"case{number}{ending}", 1000 * volume)
+        write_volume(tmp_path / "masks" / f"case{number}.nii.gz", volume)
+    spec = folder_spec(channels=1)
+    samples = index(spec, tmp_path)
+    assert [s.id for s in samples[:4]] == ["case0_s00", "case0_s01", "case0_s02", "case1_s00"]
+    image, mask = decode(samples[4], spec, (5, 6))
+    assert torch.equal(image[0], 1000.0 * mask)
+    parts = data_utils.split(samples, 0.5, 0, spec)
+    assert not {s.group for s in parts.val} & {s.group for s in parts.labeled + parts.unlabeled}
+    colour = open_cache(folder_spec(), samples, (5, 6), tmp_path / "cache").images
+    assert (colour.shape, colour.dtype) == ((24, 3, 5, 6), np.float32)
+    assert np.array_equal(colour[4, 2], image[0])
+
+
+def test_a_folders_deep_grey_pictures_keep_their_values(tmp_path):
+    root = make_folder(tmp_path, 3)
+    values = np.arange(480, dtype=np.uint16).reshape(20, 24) * 100
+    Image.fromarray(values).save(root / "images" / "picture 1.png")
+    Image.fromarray(values.astype(np.float32) / 7).save(root / "images" / "picture 2.tif")
+    (root / "images" / "picture 2.png").unlink()
+    spec = folder_spec()
+    cache = open_cache(spec, index(spec, root), (20, 24), tmp_path / "cache")
+    assert cache.images.dtype == np.float32
+    assert all(np.array_equal(channel, values) for channel in cache.images[1])
+    assert np.array_equal(cache.images[2, 0], values.astype(np.float32) / 7)
+    assert cache.images[0].max() <= 255
+
+
+@pytest.mark.parametrize(
+    ("breakage", "named"),
+    [
+        (lambda root: (root / "images/picture 1.png").unlink(), "picture 1.png: has no image"),
+        (lambda root: (root / "images/picture 1.bmp").write_text(""), "picture 1.png: picture 1.bmp has the same stem"),
+        (lambda root: (root / "images/notes.txt").write_text(""), "notes.txt: neither a picture nor"),
+        (lambda root: (root / "masks/more.png").mkdir(), "more.png: neither a picture nor"),
+        (lambda root: (root / "val/masks/picture 6.png").unlink(), "picture 6.png: has no mask"),
+        (lambda root: (root / "masks/picture 1.png").rename(root / "masks/picture 1.nii"), "picture 1.nii: image and"),
+        (lambda root: (root / "unlabeled/picture 5.png").rename(root / "unlabeled/picture 0.png"), "stand twice: pict"),
+        (lambda root: (root / "images/picture 0.png").write_bytes(b"junk"), "picture 0.png"),
+        (lambda root: write_indexed(root / "masks/picture 0.png", np.full((20, 24), 2)), "label 2 is out of range"),
+        (lambda root: Image.new("F", (24, 20), np.nan).save(root / "unlabeled/nan.tif"), "nan.tif: holds values"),
+    ],
+)
+def test_bad_folders_are_named(tmp_path, breakage, named):
+    root, spec = make_folder(tmp_path / "own", 4, n_unlabeled=2, n_val=1), folder_spec()
+    breakage(root)
+    assert named in complaint(lambda: open_cache(spec, index(spec, root), (8, 8), tmp_path / "cache"))
 
 
 def test_phantoms_need_no_folder():

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_acdc, make_tiny, make_voc, write_indexed
+from conftest import make_acdc, make_folder, make_tiny, make_voc, write_indexed
 from PIL import Image
 
 import main
@@ -345,6 +345,28 @@ def test_a_run_is_tested_on_the_split_that_it_was_trained_with(tmp_path, flags):
     assert {path.stem for path in Path("results/acdc_supervised_0.5_s0/masks").iterdir()} == set(ids["val"])
 
 
+def test_a_folder_of_ones_own_images_needs_a_few_lines_of_toml(capsys, tmp_path):
+    root = make_folder(tmp_path / "pictures", 8, n_unlabeled=4, n_val=2)
+    Path("own.toml").write_text(
+        'size = [16, 16]\nratio = 1\n[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n'
+    )
+    small = [*TINY, "--epochs", "1", "--data-root", root]
+    del small[small.index("--size") : small.index("--size") + 3]
+    small[small.index("tiny.toml")] = "own.toml"
+    assert run("--training", *small) == 0
+    out = capsys.readouterr().out
+    assert "8 labeled, 4 unlabeled, 2 validation images" in out
+    assert "no labeled mask shows" not in out
+    assert run("--testing") == 0
+    results = Path("results/own_cyclegan_1_s0")
+    assert {path.name for path in (results / "masks").iterdir()} == {"picture 12.png", "picture 13.png"}
+    assert list(json.loads((results / "metrics.json").read_text())["iou"]) == ["dark", "bright"]
+    for path in (root / "masks").iterdir():  # as many tools write them: 0 and 255
+        write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
+    assert run("--training", *small, "--name", "wrong") == 0
+    assert "no labeled mask shows bright" in capsys.readouterr().out
+
+
 def trained(name: str) -> dict:
     state = utils.load_checkpoint(Path("checkpoints") / name / "last.pt")
     return {key: value for key, value in state.items() if key not in ("data_root",)}
@@ -620,7 +642,7 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(caps
     script = HOLD.format(root=str(MAIN.parent), folder=str(folder))
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    (folder / ".last.pt.tmp").write_text("half a checkpoint")
+    (folder / ".other.tmp").write_text("half a file")
     for more in [], ["--overwrite"]:
         error = error_of(capsys, *flags, *more)
         assert f"checkpoints/one: process {holder.pid} on " in error
