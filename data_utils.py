@@ -483,6 +483,17 @@ def read_slice(source: Slice) -> np.ndarray:
         return pixels
 
 
+def as_pixels(image: np.ndarray, channels: int) -> Tensor:
+    """(H, W) or (H, W, 3) to (C, H, W); a grey image becomes `channels` equal ones."""
+    pixels = torch.from_numpy(image if image.ndim == 3 else image[..., None]).permute(2, 0, 1)
+    return pixels.expand(channels, -1, -1)
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (C, H, W) at the networks' size, bilinearly."""
+    return transforms.resize(pixels, list(size), transforms.InterpolationMode.BILINEAR, antialias=True)
+
+
 def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Read, check and resize a sample: image (C, H, W) uint8 or float32 (bilinear), mask (H, W) uint8 (nearest).
 
@@ -514,12 +525,62 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
             raise InputError(f"{mask_file}: label {values[~legal][0]} is out of range; expected one of {known}")
         mask = classes[values.astype(np.uint8)].astype(np.uint8)
 
-    pixels = torch.from_numpy(image if image.ndim == 3 else image[..., None]).permute(2, 0, 1)
+    pixels = resize(as_pixels(image, spec.channels), size)
     labels = torch.from_numpy(mask)[None]
-    pixels = transforms.resize(pixels, list(size), transforms.InterpolationMode.BILINEAR, antialias=True)
-    pixels = pixels.expand(spec.channels, -1, -1)  # grey ones too
     labels = transforms.resize(labels, list(size), transforms.InterpolationMode.NEAREST_EXACT)
     return pixels.contiguous(), labels[0].contiguous()
+
+
+# Predicting: any picture, any volume
+
+
+def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
+    """The pictures and NIfTI volumes among files and in folders: each with the place, without ending, of its result.
+
+    Also what is neither. InputError where a path does not exist, or where two would write one result.
+    """
+    found, other = {}, []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--predict {path}: no such file or folder")
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in inside:
+            stem = file.name.removesuffix(".gz").removesuffix(".nii") if is_volume(file) else file.stem
+            if is_volume(file) or file.suffix.lower() in Image.registered_extensions():
+                place = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_name(stem)
+                found.setdefault(file, place)
+            else:
+                other.append(f"{file}: neither a picture nor a NIfTI volume")
+    twice = [str(place) for place, count in Counter(found.values()).items() if count > 1]
+    if twice:
+        raise InputError(f"--predict: several files would be written as {first_ten(twice)}; predict them one by one")
+    return found, other
+
+
+def read_planes(path: Path, channels: int) -> list[Tensor]:
+    """A picture of any mode, or every slice of a NIfTI volume, as (C, H, W) uint8 or float32."""
+    if is_volume(path):
+        with naming(path):
+            depth = read_volume(path).shape[2]
+        return [as_pixels(read_slice(Slice(path, z)).astype(np.float32), channels) for z in range(depth)]
+    if is_deep(path):
+        return [as_pixels(read_image(path, channels, deep=True), channels)]
+    with opened(path) as image:
+        return [as_pixels(np.array(image.convert("L" if channels == 1 else "RGB")), channels)]
+
+
+def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec) -> None:
+    """Write masks (Z, H, W): a picture's as indexed PNG, a volume's as NIfTI with the volume's header and affine."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not is_volume(source):
+        utils.save_mask(place.with_name(f"{place.name}.png"), masks[0], spec.palette)
+        return
+    volume = nibabel.load(source)
+    header = volume.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    labels = volume.__class__(masks.permute(2, 1, 0).numpy(), volume.affine, header)  # (X, Y, Z)
+    nibabel.save(labels, place.with_name(f"{place.name}.nii.gz"))
 
 
 # The cache
@@ -565,9 +626,8 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
 
     files = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
     labels = spec.channels, spec.ignore, spec.lookup().tolist()
-    code = [
-        inspect.getsource(f) for f in (decode, draw_phantom, is_deep, read_image, read_mask, read_slice, read_volume)
-    ]
+    readers = decode, as_pixels, resize, draw_phantom, is_deep, read_image, read_mask, read_slice, read_volume
+    code = [inspect.getsource(reader) for reader in readers]
     return hashlib.sha256(json.dumps([files, labels, list(size), code]).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""Train and test semi-supervised segmentation networks: python main.py --training | --testing (--help lists all flags).
+"""Train, test and use semi-supervised segmentation networks: python main.py --training | --testing | --predict FILE...
 
 A TOML is a command line written down: parser default (the paper's) < config/<dataset>.toml < --config < command line.
 """
@@ -38,7 +38,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,9 +62,9 @@ RESULT += ("split", "label_unit", "normalization", "ignored", "ngf", "ndf", "n_b
 RESULT += ("optimizer", "momentum", "weight_decay", "schedule", "disc_lr", "disc_betas")
 RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
 RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
-MODES = ("training", "testing")
+MODES = ("training", "testing", "predict")
 PROGRESS = ("epoch", "step", "evaluated", "skipped", "best", "metrics", "sums")  # of a run, kept in last.pt
-NOT_IN_TOML = {*MODES, "config", "checkpoint", "overwrite"}
+NOT_IN_TOML = {*MODES, "config", "checkpoint", "overwrite", "overlay", "save_probabilities"}
 
 # Flags
 
@@ -102,6 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("what to do").add_argument
     flag("--training", action="store_true", help="train, or go on with a run that was stopped")
     flag("--testing", action="store_true", help="score a run's best.pt and write its masks and panels")
+    flag("--predict", nargs="+", metavar="PATH", help="write the masks of pictures, NIfTI volumes and folders of them")
+    flag("--overlay", action="store_true", help="with --predict: also the masks' colours over the pictures")
+    flag("--save-probabilities", action="store_true", help="with --predict: also every class's, as .npz")
 
     flag = parser.add_argument_group("experiment").add_argument
     flag("--dataset", default="voc", help="a name in config/ or a .toml file")
@@ -166,9 +169,9 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("files").add_argument
     flag("--name", help="of the run's folder; <dataset>_<method>_<ratio>_s<seed> if not given")
     flag("--checkpoints", default="checkpoints", metavar="DIR", help="a folder a run")
-    flag("--results", default="results", metavar="DIR", help="what --testing writes")
+    flag("--results", default="results", metavar="DIR", help="what --testing and --predict write")
     flag("--cache", default="data/cache", metavar="DIR", help="decoded and resized images")
-    flag("--checkpoint", metavar="FILE", help="test this file, not the most recent run's best.pt")
+    flag("--checkpoint", metavar="FILE", help="use this file, not the most recent run's best.pt")
     flag("--overwrite", action="store_true", help="delete the run's folder and start anew")
     flag("--eval-every", type=count, default=1, metavar="N", help="epochs between evaluations")
     flag("--save-every", type=weight, default=10.0, metavar="MIN", help="minutes between checkpoints")
@@ -552,10 +555,11 @@ def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: 
         print(f"after the last epoch {utils.format_means(run.metrics)}; {best}")
         print(f"curves: tensorboard --logdir {folder}")
         print(f"test it: python main.py --testing --checkpoint {folder / 'best.pt'}")
+        print(f"use it:  python main.py --predict PICTURES --checkpoint {folder / 'best.pt'}")
     return code
 
 
-# Testing
+# Testing and predicting
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path:
@@ -578,8 +582,20 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
     return max(runs, key=runs.get)
 
 
-def test(args: argparse.Namespace) -> int:
-    """--testing: metrics.json, per_class.csv, masks and panels of a checkpoint's validation images."""
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's network, and the settings that it was trained with under those of the command line."""
+
+    path: Path
+    state: dict
+    args: argparse.Namespace
+    spec: DatasetSpec
+    device: torch.device
+    model: nn.Module
+
+
+def load_trained(args: argparse.Namespace) -> Trained:
+    """What --testing and --predict mean; InputError where the flags contradict the checkpoint."""
     path = find_checkpoint(args)
     state = utils.load_checkpoint(path)
     spec = data_utils.make_spec(state["dataset"], str(path))
@@ -595,6 +611,15 @@ def test(args: argparse.Namespace) -> int:
     args = argparse.Namespace(**{**vars(args), **config})
     args.data_root = args.given.get("data_root", state["data_root"])
     device = utils.pick_device(args.device, args.precision)
+    model = METHODS[args.method](spec, args).to(device, memory_format=utils.memory_format(args.channels_last))
+    utils.load_weights(model, state["model"], path)
+    return Trained(path, state, args, spec, device, model.eval())
+
+
+def test(trained: Trained) -> int:
+    """--testing: metrics.json, per_class.csv, masks and panels of a checkpoint's validation images."""
+    path, state, args, spec = trained.path, trained.state, trained.args, trained.spec
+    device, model = trained.device, trained.model
     samples = data_utils.index(spec, Path(args.data_root), args.split)
     parts = data_utils.split(samples, args.ratio, args.seed, spec, args.split, args.label_unit)
     if parts.hash() != state["split"]:
@@ -605,9 +630,6 @@ def test(args: argparse.Namespace) -> int:
         for old in (folder / sub).glob("*.png"):  # of an earlier test
             old.unlink()
     cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
-    model = METHODS[args.method](spec, args).to(device, memory_format=utils.memory_format(args.channels_last))
-    utils.load_weights(model, state["model"], path)
-
     names = [sample.id for sample in parts.val]
     waiting = iter(names)
     bar = tqdm(total=len(names), desc=f"testing {folder.name}", unit=" images", disable=None)
@@ -645,11 +667,59 @@ def test(args: argparse.Namespace) -> int:
     return 0
 
 
+@torch.inference_mode()
+def predict(trained: Trained) -> int:
+    """--predict: the masks of pictures and NIfTI volumes at their own size; what is none is listed."""
+    args, spec = trained.args, trained.spec
+    files, skipped = data_utils.find_pictures(list(map(Path, args.predict)))
+    folder = Path(args.results) / trained.path.resolve().parent.name / "predict"
+    utils.make_folder(folder / "masks", "--results")
+
+    def planes() -> Iterator[tuple[Path, int, Tensor]]:
+        for path in tqdm(files, desc="predicting", unit=" files", disable=None):
+            try:
+                pixels = data_utils.read_planes(path, spec.channels)
+            except InputError as error:
+                skipped.append(str(error))
+                continue
+            yield from ((path, len(pixels), plane) for plane in pixels)
+
+    waiting, n_written = planes(), 0
+    masks: dict[Path, list[Tensor]] = {}
+    while batch := list(itertools.islice(waiting, args.batch_size)):
+        x = [data_utils.resize(plane, args.size)[None].to(trained.device) for _, _, plane in batch]
+        logits = trained.model.segment(torch.cat([data_utils.normalize(each, args.normalization) for each in x]))
+        for (path, n_planes, plane), one in zip(batch, logits, strict=True):
+            large = torch.nn.functional.interpolate(one[None].float(), plane.shape[-2:], mode="bilinear")[0]
+            done = masks.setdefault(path, [])
+            done.append(large.argmax(0).to("cpu", torch.uint8))
+            name = files[path].with_name(
+                f"{files[path].name}_s{len(done) - 1:02d}" if n_planes > 1 else files[path].name
+            )
+            if args.overlay:
+                utils.save_overlay(folder / "overlays" / f"{name}.png", plane, done[-1], spec.palette)
+            if args.save_probabilities:
+                probabilities = folder / "probabilities" / f"{name}.npz"
+                probabilities.parent.mkdir(parents=True, exist_ok=True)
+                np.savez_compressed(probabilities, large.softmax(0).half().cpu().numpy())
+            if len(done) == n_planes:
+                data_utils.save_prediction(folder / "masks" / files[path], path, torch.stack(masks.pop(path)), spec)
+                n_written += 1
+    for problem in skipped:
+        print(f"skipped {problem}")
+    if not n_written:
+        raise InputError("--predict: found no picture and no NIfTI volume")
+    print(f"{n_written} masks by {trained.path} are in {folder / 'masks'}")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed while running, 2 wrong flags, configuration or data, 128 + n after signal n."""
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
-        return train(args) if args.training else test(args)
+        if args.training:
+            return train(args)
+        return (test if args.testing else predict)(load_trained(args))
     except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

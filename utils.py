@@ -24,7 +24,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid
+from torchvision.utils import make_grid, save_image
 
 IGNORE = 255  # in every mask tensor: a pixel that neither trains nor counts (VOC's void)
 IGNORE_COLOUR = (224, 224, 192)  # as in VOC's own masks
@@ -398,6 +398,16 @@ def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...
     image = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
     image.putpalette(flat_palette(palette))
     image.save(path)
+
+
+def save_overlay(path: Path, picture: Tensor, mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> None:
+    """Write a picture (C, H, W) of any range with its mask (H, W) over it, half transparent but for the first class."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    x = picture.float().cpu()
+    reach = (x.max() - x.min()).clamp(min=1e-12)
+    grey = ((x - x.min()) / reach).expand(3, -1, -1) if picture.dtype != torch.uint8 else (x / 255).expand(3, -1, -1)
+    colours = colourize(mask[None].cpu(), palette)[0]
+    save_image(torch.where(mask.cpu() > 0, (grey + colours) / 2, grey), path)
 
 
 def colourize(mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> Tensor:

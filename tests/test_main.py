@@ -12,10 +12,11 @@ import time
 import tomllib
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import make_acdc, make_folder, make_tiny, make_voc, write_indexed
+from conftest import make_acdc, make_folder, make_tiny, make_voc, write_indexed, write_volume
 from PIL import Image
 
 import main
@@ -365,6 +366,92 @@ def test_a_folder_of_ones_own_images_needs_a_few_lines_of_toml(capsys, tmp_path)
         write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
     assert run("--training", *small, "--name", "wrong") == 0
     assert "no labeled mask shows bright" in capsys.readouterr().out
+
+
+def test_predictions_are_those_of_the_test(monkeypatch):
+    assert run("--training", *TINY, "--epochs", "1") == 0
+    assert run("--testing") == 0
+    expected = {path.name: np.array(Image.open(path)) for path in Path("results/tiny_cyclegan_0.2_s0/masks").iterdir()}
+    assert len({mask.tobytes() for mask in expected.values()}) > 1
+    spec = load_spec("tiny.toml")
+    Path("mine").mkdir()
+    for sample in main.data_utils.index(spec, Path("none")):
+        image, _ = main.data_utils.decode(sample, spec, (16, 16))
+        Image.fromarray(image[0].numpy()).save(f"mine/{sample.id}.png")
+    assert run("--predict", "mine", "--batch-size", "5") == 0
+    for name, mask in expected.items():
+        found = Image.open(Path("results/tiny_cyclegan_0.2_s0/predict/masks") / name)
+        assert found.mode == "P"
+        assert found.getpalette()[:12] == [value for colour in spec.palette for value in colour]
+        assert np.array_equal(np.array(found), mask)
+    assert len(list(Path("results/tiny_cyclegan_0.2_s0/predict/masks").iterdir())) == 24
+
+
+def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys):
+    assert run("--training", *TINY, "--method", "supervised", "--epochs", "1") == 0
+    rng = np.random.default_rng(0)
+    mine = Path("mine/deep er")
+    mine.mkdir(parents=True)
+    Image.fromarray(rng.integers(0, 256, (30, 41), np.uint8)).save(mine / "grey.jpg")
+    Image.fromarray(rng.integers(0, 256, (17, 90, 4), np.uint8)).save(mine / "with alpha 1.png")
+    Image.fromarray(rng.integers(0, 65536, (33, 20), np.uint16)).save(mine / "deep.png")
+    Image.fromarray(rng.random((8, 9), np.float32)).save(mine / "float.TIF")
+    Image.new("CMYK", (25, 26), (9, 80, 3, 0)).save(mine / "print.jpg")
+    volume = rng.integers(-500, 500, (21, 34, 3)).astype(np.int16)
+    write_volume(mine / "heart.nii.gz", volume)
+    (mine / "notes.txt").write_text("not a picture")
+    (mine / "broken.png").write_bytes(b"junk")
+    write_volume(mine / "film.nii", np.zeros((4, 4, 2, 2), np.int16))
+    assert run("--predict", "mine", mine / "grey.jpg", "--overlay", "--save-probabilities") == 0
+    out = capsys.readouterr().out
+    skipped = [line for line in out.splitlines() if line.startswith("skipped ")]
+    assert [any(name in line for line in skipped) for name in ("notes.txt", "broken.png", "film.nii")] == [True] * 3
+    assert len(skipped) == 3
+    folder = Path("results/tiny_supervised_0.2_s0/predict")
+    sizes = {"grey": (41, 30), "with alpha 1": (90, 17), "deep": (20, 33), "float": (9, 8), "print": (25, 26)}
+    for name, size in sizes.items():
+        for kind in "masks", "overlays":
+            assert Image.open(folder / kind / "deep er" / f"{name}.png").size == size
+        probabilities = np.load(folder / "probabilities" / "deep er" / f"{name}.npz")["arr_0"]
+        assert probabilities.shape == (4, *size[::-1])
+        assert np.allclose(probabilities.sum(0), 1, atol=0.01)
+        mask = np.array(Image.open(folder / "masks" / "deep er" / f"{name}.png"))
+        chosen = np.take_along_axis(probabilities, mask[None].astype(int), 0)[0]
+        assert (chosen >= probabilities.max(0) - 0.002).all()  # in half precision
+    assert not (folder / "masks" / "grey.png").exists()  # named twice, predicted once
+    source, labels = (
+        nibabel.load(path) for path in (mine / "heart.nii.gz", folder / "masks" / "deep er" / "heart.nii.gz")
+    )
+    assert np.array_equal(labels.affine, source.affine)
+    assert labels.header.get_zooms() == source.header.get_zooms()
+    assert (labels.shape, labels.get_data_dtype()) == (volume.shape, np.uint8)
+    assert set(np.unique(labels.dataobj)) <= {0, 1, 2, 3}
+    assert len(list((folder / "overlays" / "deep er").glob("heart_s*.png"))) == 3
+
+
+def test_a_volumes_slices_are_predicted_as_pictures_are():
+    assert run("--training", *TINY, "--method", "supervised", "--epochs", "1") == 0
+    volume = np.random.default_rng(0).integers(0, 256, (21, 34, 2)).astype(np.uint8)
+    write_volume(Path("v.nii.gz"), volume.astype(np.float32))
+    for z in range(2):
+        Image.fromarray(volume[:, :, z].T.astype(np.float32)).save(f"p{z}.tif")
+    assert run("--predict", "v.nii.gz", "p0.tif", "p1.tif") == 0
+    masks = Path("results/tiny_supervised_0.2_s0/predict/masks")
+    labels = np.asarray(nibabel.load(masks / "v.nii.gz").dataobj)
+    assert labels.any()
+    for z in range(2):
+        assert np.array_equal(labels[:, :, z].T, np.array(Image.open(masks / f"p{z}.png")))
+
+
+def test_nothing_to_predict_is_an_error(capsys):
+    assert "python main.py --training" in error_of(capsys, "--predict", "none.png")
+    assert run("--training", *TINY, "--method", "supervised", "--epochs", "1") == 0
+    assert "none.png: no such file" in error_of(capsys, "--predict", "none.png")
+    assert "found no picture" in error_of(capsys, "--predict", "tiny.toml")
+    for name in "a/x.png", "b/x.jpg":
+        Path(name).parent.mkdir()
+        Image.new("L", (20, 20)).save(name)
+    assert "would be written as x" in error_of(capsys, "--predict", "a", "b")
 
 
 def trained(name: str) -> dict:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_jaccard_index
 
@@ -380,6 +381,23 @@ def test_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
         with pytest.raises(InputError, match="--results") as caught:
             utils.make_folder(path, "--results")
         assert str(path) in str(caught.value)
+
+
+def test_tensorboard_reads_events_once_logged_and_forgets_those_of_a_killed_process(tmp_path, monkeypatch):
+    first = utils.EventLog(tmp_path, 0)
+    for step in 1, 2, 3:
+        first.scalar("loss/gen_S", step / 2, step)
+    first.image("validation", torch.rand(3, 8, 9), 3)
+    seen = EventAccumulator(str(tmp_path)).Reload()  # before it is closed
+    assert [(e.step, e.value) for e in seen.Scalars("loss/gen_S")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    (picture,) = seen.Images("validation")
+    assert (picture.step, picture.width, picture.height) == (3, 9, 8)
+    monkeypatch.setattr(os, "getpid", lambda: 99999999)
+    second = utils.EventLog(tmp_path, 3)  # goes on from step 2
+    second.scalar("loss/gen_S", 7, 3)
+    second.close()
+    seen = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in seen.Scalars("loss/gen_S")] == [(1, 0.5), (2, 1.0), (3, 7.0)]
 
 
 def test_toml_reads_back_as_it_was_written():
