@@ -603,12 +603,13 @@ def load_trained(args: argparse.Namespace) -> Trained:
     config = vars(parser.parse_args(toml_flags(path, config, "", parser, set(RESULT))))  # a stranger's may be anything
     config = {key: config[key] for key in RESULT if key in state["config"]}
     fixed = {**config, "dataset": spec.name}
-    asked = {key: value for key, value in args.given.items() if key in fixed}
+    asked = {key: value for key, value in args.given.items() if key in fixed and key != "batch_size"}
     if "dataset" in asked:
         asked["dataset"] = Path(args.dataset).stem
     if differ := [f"--{k.replace('_', '-')} is {fixed[k]}, not {v}" for k, v in asked.items() if v != fixed[k]]:
         raise InputError(f"{path}: {utils.first_ten(differ)}; a checkpoint fixes these")
     args = argparse.Namespace(**{**vars(args), **config})
+    args.batch_size = args.given.get("batch_size", args.batch_size)
     args.data_root = args.given.get("data_root", state["data_root"])
     device = utils.pick_device(args.device, args.precision)
     model = METHODS[args.method](spec, args).to(device, memory_format=utils.memory_format(args.channels_last))
@@ -693,9 +694,8 @@ def predict(trained: Trained) -> int:
             large = torch.nn.functional.interpolate(one[None].float(), plane.shape[-2:], mode="bilinear")[0]
             done = masks.setdefault(path, [])
             done.append(large.argmax(0).to("cpu", torch.uint8))
-            name = files[path].with_name(
-                f"{files[path].name}_s{len(done) - 1:02d}" if n_planes > 1 else files[path].name
-            )
+            place = files[path]
+            name = place.with_name(f"{place.name}_s{len(done) - 1:02d}") if n_planes > 1 else place
             if args.overlay:
                 utils.save_overlay(folder / "overlays" / f"{name}.png", plane, done[-1], spec.palette)
             if args.save_probabilities:
@@ -703,7 +703,7 @@ def predict(trained: Trained) -> int:
                 probabilities.parent.mkdir(parents=True, exist_ok=True)
                 np.savez_compressed(probabilities, large.softmax(0).half().cpu().numpy())
             if len(done) == n_planes:
-                data_utils.save_prediction(folder / "masks" / files[path], path, torch.stack(masks.pop(path)), spec)
+                data_utils.save_prediction(folder / "masks" / place, path, torch.stack(masks.pop(path)), spec)
                 n_written += 1
     for problem in skipped:
         print(f"skipped {problem}")
