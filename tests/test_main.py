@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -663,14 +662,13 @@ def test_a_signal_while_there_is_nothing_to_save_ends_the_program(capfd):
     assert capfd.readouterr().out == "SIGUSR1: stopped; there was nothing to save\n"
 
 
-def limited(flags: list[str], size: int) -> subprocess.CompletedProcess:
-    """A command whose files may have `size` bytes, as on a disk that is nearly full."""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    command = [sys.executable, MAIN, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+LIMITED = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))  # bytes in a file: as on a disk that is nearly full
+sys.exit(main.main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.parametrize(("size", "file"), [(1500, "cache"), (2000, "events"), (200_000, "best.pt")])
@@ -697,7 +695,8 @@ def test_a_full_disk_is_one_error_line_and_the_last_checkpoint_stays(monkeypatch
     assert len(before) > 200_000
     if file == "cache":
         shutil.rmtree("data")
-    done = limited(flags, size)
+    script = LIMITED.format(root=str(MAIN.parent), size=size)
+    done = subprocess.run([sys.executable, "-c", script, *flags], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert file in done.stderr
