@@ -427,25 +427,30 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield image
 
 
-def is_deep(path: Path) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Whether a picture's grey values need more than 8 bits."""
-    with suppress(Exception), Image.open(path) as image:  # what a broken file raises, decoding it tells
-        return image.mode == "F" or image.mode.startswith("I")
-    return False
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def as_array(image: Image.Image, channels: int) -> np.ndarray:
+    """A picture of any mode as (H, W) or (H, W, 3) uint8, a deep one as (H, W) float32."""
+    if not is_deep(image):
+        return np.array(image.convert("L" if channels == 1 else "RGB"))
+    values = np.array(image, np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("holds values that are not finite")
+    return values
 
 
 def read_image(path: Path, channels: int, deep: bool = False) -> np.ndarray:
     """An 8-bit picture as (H, W) or (H, W, 3) uint8; with `deep` also one of more bits, as (H, W) float32."""
     with opened(path) as image:
-        if deep and is_deep(path):
-            values = np.array(image, np.float32)
-            if not np.isfinite(values).all():
-                raise InputError(f"{path}: holds values that are not finite")
-            return values
+        if deep and is_deep(image):
+            return as_array(image, channels)
         raw = " of 16 bits" if ";16" in str([tile[-1] for tile in image.tile]) else ""  # Pillow would make 8 of them
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or raw:
             raise InputError(f"{path}: mode {image.mode}{raw}: expected an 8-bit grey or RGB image")
-        return np.array(image.convert("L" if channels == 1 else "RGB"))
+        return as_array(image, channels)
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -563,10 +568,8 @@ def read_planes(path: Path, channels: int) -> list[Tensor]:
         with naming(path):
             depth = read_volume(path).shape[2]
         return [as_pixels(read_slice(Slice(path, z)).astype(np.float32), channels) for z in range(depth)]
-    if is_deep(path):
-        return [as_pixels(read_image(path, channels, deep=True), channels)]
     with opened(path) as image:
-        return [as_pixels(np.array(image.convert("L" if channels == 1 else "RGB")), channels)]
+        return [as_pixels(as_array(image, channels), channels)]
 
 
 def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec) -> None:
@@ -626,7 +629,7 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
 
     files = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
     labels = spec.channels, spec.ignore, spec.lookup().tolist()
-    readers = decode, as_pixels, resize, draw_phantom, is_deep, read_image, read_mask, read_slice, read_volume
+    readers = decode, as_pixels, as_array, resize, draw_phantom, read_image, read_mask, read_slice, read_volume
     code = [inspect.getsource(reader) for reader in readers]
     return hashlib.sha256(json.dumps([files, labels, list(size), code]).encode()).hexdigest()[:16]
 
@@ -676,9 +679,15 @@ def _map_cache(home: Path) -> list[np.ndarray] | None:
         return None
 
 
+def _needs_float(source: Path | Slice | int, spec: DatasetSpec) -> bool:
+    if spec.layout == "folder" and isinstance(source, Path):
+        with suppress(Exception), Image.open(source) as image:  # what a broken file raises, decoding it tells
+            return is_deep(image)
+    return isinstance(source, Slice)
+
+
 def _fill_cache(home: Path, spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], workers: int) -> None:
-    deep = any(isinstance(s.image, Slice) or (spec.layout == "folder" and is_deep(s.image)) for s in samples)
-    dtype = np.float32 if deep else np.uint8
+    dtype = np.float32 if any(_needs_float(s.image, spec) for s in samples) else np.uint8
     decoded = DataLoader(
         Decoder(samples, spec, size),
         batch_size=None,

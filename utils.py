@@ -403,11 +403,10 @@ def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...
 def save_overlay(path: Path, picture: Tensor, mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> None:
     """Write a picture (C, H, W) of any range with its mask (H, W) over it, half transparent but for the first class."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    x = picture.float().cpu()
-    reach = (x.max() - x.min()).clamp(min=1e-12)
-    grey = ((x - x.min()) / reach).expand(3, -1, -1) if picture.dtype != torch.uint8 else (x / 255).expand(3, -1, -1)
-    colours = colourize(mask[None].cpu(), palette)[0]
-    save_image(torch.where(mask.cpu() > 0, (grey + colours) / 2, grey), path)
+    x, mask = picture.float().cpu(), mask.cpu()
+    low, high = (0, 255) if picture.dtype == torch.uint8 else (x.min(), x.max().clamp(min=x.min() + 1e-12))
+    shown = ((x - low) / (high - low)).expand(3, -1, -1)
+    save_image(torch.where(mask > 0, (shown + colourize(mask[None], palette)[0]) / 2, shown), path)
 
 
 def colourize(mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> Tensor:

@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data_utils
@@ -88,6 +89,17 @@ def make_folder(root: Path, n: int, n_unlabeled: int = 0, n_val: int = 0, ending
         if folder != "unlabeled":
             write_indexed(root / folder / "masks" / f"picture {number}.png", image[..., 0] > 127)
     return root
+
+
+def same(a, b) -> bool:
+    """Whether two nested values of a checkpoint are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 def make_tiny(n_train: int, n_val: int) -> None:

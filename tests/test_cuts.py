@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import make_tiny
+from conftest import make_tiny, same
 
 import main
 import utils
 
 CUTS = 20
 FLAGS = "--dataset tiny.toml --size 16 16 --ngf 4 --ndf 4 --n-blocks 2 --device cpu --ratio 0.3 --epochs 12 --lr 0.01"
-FLAGS += " --dropout 0.5 --pool-size 7 --workers 1 --save-every 0.002 --eval-every 2 --cache cache"
+FLAGS += " --dropout 0.5 --pool-size 7 --workers 1 --save-every 0.002 --eval-every 2"
 
 
 def command(name: str) -> list[str]:
@@ -65,16 +64,6 @@ def state(name: str) -> list:
     return [utils.load_checkpoint(Path("checkpoints", name, file)) for file in ("last.pt", "best.pt")]
 
 
-def same(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.mark.slow
 def test_twenty_cuts_lose_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -82,9 +71,10 @@ def test_twenty_cuts_lose_nothing(tmp_path, monkeypatch):
     finish("whole")
     seconds = finish("again")
     assert same(state("whole"), state("again"))
-    moments, lost = random.Random(0), []
-    cuts = 0
+    moments, lost, cuts = random.Random(0), [], 0
     for number in itertools.count():
+        if cuts == CUTS:
+            break
         name, signum = f"cut{number}", (signal.SIGTERM, signal.SIGKILL)[cuts % 2]
         moment = moments.uniform(0.05, 0.95) * seconds
         doing = cut(name, moment, signum)
@@ -100,7 +90,5 @@ def test_twenty_cuts_lose_nothing(tmp_path, monkeypatch):
         lost += [] if ok else [name]
         when = f"{signal.Signals(signum).name} after {moment:.1f} of {seconds:.1f} s"
         print(f"\n{when}, {doing}: {'same bits' if ok else 'LOST'}", end="", flush=True)
-        if cuts == CUTS:
-            break
     print(f"\n{CUTS - len(lost)} of {CUTS} cuts lost nothing")
     assert not lost

@@ -110,74 +110,51 @@ def counted(counts: Counter) -> None:
     print("\n" + ", ".join(f"{n} x {what}" for what, n in sorted(counts.items())))
 
 
-def test_any_flags_are_understood_or_refused():
+def explore(strategy, said_of, named: str = "") -> None:
+    """Three hundred drawn inputs: each is understood, or refused in words that hold `named`."""
     counts: Counter = Counter()
 
     @settings(max_examples=300, **RELAXED)
-    @given(flags())
-    def check(found):
-        said = refusal(main.parse_args, ["--training", *found])
-        assert said != "nothing"
+    @given(strategy)
+    def check(drawn):
+        said = said_of(drawn)
+        assert said is None or (named in said and said != "nothing")
         counts["refused" if said else "understood"] += 1
 
     check()
     counted(counts)
     assert counts["refused"] > 50
+
+
+def test_any_flags_are_understood_or_refused():
+    explore(flags(), lambda found: refusal(main.parse_args, ["--training", *found]))
 
 
 def test_any_toml_is_understood_or_refused_by_its_name():
-    counts: Counter = Counter()
-
-    @settings(max_examples=300, **RELAXED)
-    @given(tables)
-    def check(table):
+    def said_of(table):
         Path("any.toml").write_text(toml(table), encoding="utf-8", errors="replace")
-        said = refusal(main.parse_args, ["--training", "--dataset", "phantom", "--config", "any.toml"])
-        assert said is None or "any.toml" in said
-        counts["refused" if said else "understood"] += 1
+        return refusal(main.parse_args, ["--training", "--dataset", "phantom", "--config", "any.toml"])
 
-    check()
-    counted(counts)
-    assert counts["refused"] > 50
+    explore(tables, said_of, "any.toml")
 
 
 def test_any_dataset_table_is_understood_or_refused_by_its_name():
-    counts: Counter = Counter()
     good = data_utils.read_toml(data_utils.CONFIG / "phantom.toml")["dataset"]
-    plain = (
-        st.integers(0, 5) | st.lists(st.integers(0, 255), max_size=4) | st.sampled_from([["train"], ["train", "val"]])
-    )
+    parts = st.sampled_from([["train"], ["train", "val"]])
+    plain = st.integers(0, 5) | st.lists(st.integers(0, 255), max_size=4) | parts
 
-    @settings(max_examples=300, **RELAXED)
-    @given(st.sampled_from(data_utils.DatasetSpec.__match_args__), anything | plain)
-    def check(key, value):
-        change = {key: value}
+    def said_of(change):
         Path("any.toml").write_text(toml({"dataset": {**good, **change}}), encoding="utf-8", errors="replace")
-        said = refusal(data_utils.load_spec, "any.toml")
-        assert said is None or "any.toml" in said
-        counts["refused" if said else "understood"] += 1
+        return refusal(data_utils.load_spec, "any.toml")
 
-    check()
-    counted(counts)
-    assert counts["refused"] > 50
+    changes = st.tuples(st.sampled_from(data_utils.DatasetSpec.__match_args__), anything | plain)
+    explore(changes.map(lambda change: dict([change])), said_of, "any.toml")
 
 
 @pytest.mark.slow
 def test_any_settings_train_or_end_in_one_error_line():
     counts: Counter = Counter()
-    costly = (
-        "overwrite",
-        "testing",
-        "size",
-        "ngf",
-        "ndf",
-        "n_blocks",
-        "workers",
-        "device",
-        "epochs",
-        "compile",
-        "precision",
-    )
+    costly = "overwrite testing size ngf ndf n_blocks workers device epochs compile precision".split()
     free = [a for a in ACTIONS if a.dest not in costly and a.dest not in main.NOT_IN_TOML]
 
     @settings(max_examples=150, **RELAXED)
@@ -186,9 +163,8 @@ def test_any_settings_train_or_end_in_one_error_line():
         Path("any.toml").write_text(toml(table), encoding="utf-8", errors="replace")
         for folder in "checkpoints", "results":
             shutil.rmtree(folder, ignore_errors=True)
-        counts[
-            outcome("--config", "any.toml", *SMALL.split(), "--checkpoints", "checkpoints", "--results", "results")
-        ] += 1
+        places = "--checkpoints", "checkpoints", "--results", "results"
+        counts[outcome("--config", "any.toml", *SMALL.split(), *places)] += 1
 
     check()
     counted(counts)

@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import make_acdc, make_folder, make_tiny, make_voc, write_indexed, write_volume
+from conftest import make_acdc, make_folder, make_tiny, make_voc, same, write_indexed, write_volume
 from PIL import Image
 
 import main
@@ -458,21 +458,6 @@ def trained(name: str) -> dict:
     return {key: value for key, value in state.items() if key not in ("data_root",)}
 
 
-def assert_same(a, b) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for left, right in zip(a, b, strict=True):
-            assert_same(left, right)
-    else:
-        assert a == b
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(capsys, monkeypatch, device):
     flags = [*TINY, "--epochs", "2", "--dropout", "0.5", "--pool-size", "3", "--lr", "0.01"]
@@ -498,7 +483,7 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(capsys, 
     assert run("--training", *flags, "--name", "cut") == 0
     assert "resuming at epoch 2, step 3" in capsys.readouterr().out
     assert len(steps) == 8
-    assert_same(trained("whole"), trained("cut"))
+    assert same(trained("whole"), trained("cut"))
     logs = [Path("checkpoints", name, "metrics.jsonl").read_text() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
 
@@ -547,7 +532,7 @@ def test_a_runs_config_repeats_it():
     config = Path("checkpoints/tiny_cyclegan_0.2_s0/config.toml")
     assert tomllib.loads(config.read_text())["dataset"]["name"] == "tiny"
     assert run("--training", "--dataset", config, "--name", "again") == 0
-    assert_same(trained("tiny_cyclegan_0.2_s0")["model"], trained("again")["model"])
+    assert same(trained("tiny_cyclegan_0.2_s0")["model"], trained("again")["model"])
 
 
 def test_init_takes_over_the_shared_networks(capsys):
@@ -568,8 +553,8 @@ def test_init_takes_over_the_shared_networks(capsys):
     assert "other networks" in error_of(capsys, "--training", *TINY, "--ngf", "3", "--init", source, "--name", "no")
 
 
-def break_at(monkeypatch, term: str, call: int) -> list:
-    """Let the call-th value of a loss function be nan; the list gets G_IS's first weight before each of its calls."""
+def break_at(monkeypatch, term: str, call: int) -> None:
+    """Let the call-th value of a loss function be nan."""
     function, calls = getattr(model, term), []
 
     def failing(*tensors, **more):
@@ -577,7 +562,6 @@ def break_at(monkeypatch, term: str, call: int) -> list:
         return function(*tensors, **more) * (float("nan") if len(calls) == call else 1)
 
     monkeypatch.setattr(model, term, failing)
-    return calls
 
 
 @pytest.mark.parametrize(("method", "term"), [("supervised", "gen_S"), ("cyclegan", "cycle_I"), ("advsemi", "judge")])
@@ -639,7 +623,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_who_goes_on_evaluates_again(c
     out = capsys.readouterr().out
     assert "resuming at epoch 2, step 0" in out
     assert "epoch 1/2: mIoU" in out
-    assert_same(trained("whole"), trained("cut"))
+    assert same(trained("whole"), trained("cut"))
     logs = [Path("checkpoints", name, "metrics.jsonl").read_text() for name in ("whole", "cut")]
     assert logs[0] == logs[1]
 
