@@ -740,13 +740,14 @@ class Stored(Dataset):
 class Epoch(Dataset):
     """One epoch: item i is (x, y, x_u), or (x, y) where nothing is unlabeled.
 
-    One pass over the longer list in random order, the shorter one cycled, each pass in a new order. The order follows
-    from seed and epoch alone, so that a run can go on within an epoch.
+    One pass over the longer list in random order, the shorter one cycled, each pass in a new order; the last batch is
+    filled up by a next pass's first images. The order follows from seed and epoch alone, so that a run can go on
+    within an epoch.
     """
 
-    def __init__(self, labeled: Stored, unlabeled: Stored, seed: int, epoch: int):
+    def __init__(self, labeled: Stored, unlabeled: Stored, seed: int, epoch: int, batch_size: int = 1):
         self.labeled, self.unlabeled = labeled, unlabeled
-        length = max(len(labeled), len(unlabeled))
+        length = batch_size * -(-max(len(labeled), len(unlabeled)) // batch_size)
         rng = np.random.default_rng([seed, epoch])
         self.order, self.order_u = self._cycle(len(labeled), length, rng), self._cycle(len(unlabeled), length, rng)
 

@@ -250,8 +250,8 @@ class Run:
         utils.seed_everything(args.seed, args.deterministic)
         self.model = METHODS[args.method](spec, args)
         self.model.to(device, memory_format=utils.memory_format(args.channels_last))
-        self.n_images = max(len(parts.labeled), len(parts.unlabeled))  # of an epoch
-        self.n_steps = math.ceil(self.n_images / args.batch_size)  # of an epoch
+        self.n_steps = math.ceil(max(len(parts.labeled), len(parts.unlabeled)) / args.batch_size)  # of an epoch
+        self.n_images = self.n_steps * args.batch_size
         decay = utils.SCHEDULES[args.schedule](args.epochs, args.decay_epoch)
         self.schedulers = {
             key: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: decay(step / self.n_steps))
@@ -361,7 +361,7 @@ class Run:
                 break
             started, first = time.monotonic(), self.step * args.batch_size
             bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
-            epoch = Epoch(labeled, unlabeled, args.seed, self.epoch)
+            epoch = Epoch(labeled, unlabeled, args.seed, self.epoch, args.batch_size)
             for x, y, *x_u in self.batches(Subset(epoch, range(first, self.n_images))):
                 model.progress = self.global_step / (args.epochs * self.n_steps)
                 try:

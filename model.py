@@ -108,13 +108,13 @@ def compute(network: nn.Module, x: Tensor, bf16: bool) -> Tensor:
 def generator_optimizer(parameters: Iterable[nn.Parameter], cfg) -> Optimizer:
     """Section 3.3's Adam, or the SGD of Hung et al."""
     if cfg.optimizer == "sgd":
-        return SGD(parameters, cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay)
-    return Adam(parameters, cfg.lr, tuple(cfg.betas), weight_decay=cfg.weight_decay)
+        return SGD(parameters, cfg.lr, cfg.momentum, weight_decay=cfg.weight_decay, fused=True)
+    return Adam(parameters, cfg.lr, tuple(cfg.betas), weight_decay=cfg.weight_decay, fused=True)
 
 
 def discriminator_optimizer(parameters: Iterable[nn.Parameter], cfg) -> Optimizer:
     """Section 3.3's Adam, that of the generators unless flags say otherwise."""
-    return Adam(parameters, cfg.disc_lr, tuple(cfg.disc_betas))
+    return Adam(parameters, cfg.disc_lr, tuple(cfg.disc_betas), fused=True)
 
 
 class NonFiniteLoss(ArithmeticError):

@@ -989,6 +989,14 @@ def test_epoch_passes_once_over_the_longer_list_and_cycles_the_shorter(n, n_u, l
     assert len(cycled) == max(n, n_u)
 
 
+def test_last_batch_is_filled_up_by_a_next_pass():
+    epoch = Epoch(stored(0, 3), stored(10, 7), 0, 0, batch_size=5)
+    assert len(epoch) == 10
+    drawn = numbers(epoch, 2)
+    assert sorted(drawn[:7]) == list(range(10, 17))
+    assert len({*drawn[7:]}) == 3
+
+
 def test_each_pass_over_the_shorter_list_has_its_own_order():
     cycled = numbers(Epoch(stored(0, 5), stored(10, 20), 0, 0), 0)
     assert len({tuple(cycled[i : i + 5]) for i in range(0, 20, 5)}) > 1
