@@ -5,20 +5,25 @@ A TOML is a command line written down: parser default (the paper's) < config/<da
 
 import os
 import signal
+import time
 
 
 class Stop:
     """What SIGINT, SIGTERM or SIGUSR1 asks for: an end, once the step is done and a checkpoint is saved."""
 
     signum = 0
+    heard_at = 0.0
     can_wait = False  # True while training, where leaving at once would lose steps
 
     def __call__(self, signum: int, _frame) -> None:
+        if self.signum and time.monotonic() < self.heard_at + 1:  # the same one again: torchrun hands it on as well
+            return
         if self.signum:  # the second one does not wait; what is on disk is whole
             os._exit(128 + signum)
-        self.signum = signum
+        self.signum, self.heard_at = signum, time.monotonic()
         if not self.can_wait:
-            os.write(1, f"{signal.Signals(signum).name}: stopped; there was nothing to save\n".encode())
+            if int(os.environ.get("RANK", 0)) == 0:
+                os.write(1, f"{signal.Signals(signum).name}: stopped; there was nothing to save\n".encode())
             raise SystemExit(128 + signum)
 
 
@@ -36,8 +41,8 @@ import json
 import math
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,7 +58,7 @@ import data_utils
 import utils
 from arch.generators import MIN_SIZE
 from data_utils import DatasetSpec, Epoch, Split, Stored, read_toml
-from model import METHODS, NonFiniteLoss
+from model import METHODS, NonFiniteLoss, distribute
 from utils import IGNORE, InputError, TrainingError
 
 # Settings that change the result: kept in a checkpoint, compared when a run goes on, fixed when it is tested.
@@ -63,7 +68,7 @@ RESULT += ("optimizer", "momentum", "weight_decay", "schedule", "disc_lr", "disc
 RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
 RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
 MODES = ("training", "testing", "predict")
-PROGRESS = ("epoch", "step", "evaluated", "skipped", "best", "metrics", "sums")  # of a run, kept in last.pt
+PROGRESS = ("epoch", "step", "evaluated", "skipped", "best", "metrics")  # of a run, kept in last.pt
 NOT_IN_TOML = {*MODES, "config", "checkpoint", "overwrite", "overlay", "save_probabilities"}
 
 # Flags
@@ -241,8 +246,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 class Run:
     """A training run: its folder, its networks and how far it is.
 
-    A checkpoint holds networks, optimizers, schedulers, replay pools, random generators, counters and the running
-    sums of the losses; the order of the images follows from seed and epoch. So a run goes on as if never stopped.
+    A checkpoint holds networks, optimizers, schedulers, counters, the running sums of the losses, and each process's
+    replay pools and random generators; the order of the images follows from seed and epoch. So a run goes on as if
+    never stopped.
     """
 
     def __init__(self, args: argparse.Namespace, spec: DatasetSpec, folder: Path, parts: Split, device: torch.device):
@@ -250,6 +256,8 @@ class Run:
         utils.seed_everything(args.seed, args.deterministic)
         self.model = METHODS[args.method](spec, args)
         self.model.to(device, memory_format=utils.memory_format(args.channels_last))
+        if utils.rank():
+            torch.manual_seed(args.seed + 2**33 * utils.rank())  # drop-out and pools differ between processes
         self.n_steps = math.ceil(max(len(parts.labeled), len(parts.unlabeled)) / args.batch_size)  # of an epoch
         self.n_images = self.n_steps * args.batch_size
         decay = utils.SCHEDULES[args.schedule](args.epochs, args.decay_epoch)
@@ -264,16 +272,18 @@ class Run:
         self.metrics: dict = {}  # of the last evaluation
         self.sums: dict[str, Tensor] = {}  # of each loss since then
         self.saved_at = time.monotonic()
+        self.stopped = 0  # the signal that every process has agreed to end at
 
     @property
     def global_step(self) -> int:
         return self.epoch * self.n_steps + self.step
 
     def batches(self, data: Dataset) -> Iterator[list[Tensor]]:
-        """`data` in order, as the networks take it."""
-        args = self.args
+        """`data` in order, as the networks take it: this process's share of each batch."""
+        args, n = self.args, utils.world_size()
+        mine = Subset(data, range(utils.rank(), len(data), n))
         how = args.workers, args.channels_last, args.normalization
-        return data_utils.batches(data, args.batch_size, self.device, *how)
+        return data_utils.batches(mine, args.batch_size // n, self.device, *how)
 
     def save(self, name: str) -> None:
         """Write last.pt with all that going on needs, or best.pt with what testing needs."""
@@ -290,12 +300,17 @@ class Run:
             state |= {
                 "optimizers": {key: optimizer.state_dict() for key, optimizer in self.model.optimizers.items()},
                 "schedulers": {key: scheduler.state_dict() for key, scheduler in self.schedulers.items()},
-                "pools": {key: pool.fakes for key, pool in getattr(self.model, "pools", {}).items()},
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
                 "progress": {key: getattr(self, key) for key in PROGRESS},
             }
-        utils.save_checkpoint(self.folder / name, state)
+            own = {
+                "pools": {k: [x.cpu() for x in pool.fakes] for k, pool in getattr(self.model, "pools", {}).items()},
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+                "sums": {key: value.cpu() for key, value in self.sums.items()},
+            }
+            state["processes"] = utils.from_each(own)
+        if utils.rank() == 0:
+            utils.save_checkpoint(self.folder / name, state)
 
     def restore(self, state: dict) -> None:
         """Go on where a last.pt was written; InputError where it is not whole."""
@@ -305,15 +320,18 @@ class Run:
             for key, optimizer in self.model.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][key])
                 self.schedulers[key].load_state_dict(state["schedulers"][key])
-            for key, fakes in state["pools"].items():
-                self.model.pools[key].fakes = [fake.to(self.device) for fake in fakes]
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["cuda_rng"]:
-                torch.cuda.set_rng_state_all(state["cuda_rng"])
             vars(self).update({key: state["progress"][key] for key in PROGRESS})
-            self.sums = {key: value.to(self.device) for key, value in self.sums.items()}
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            own = state["processes"][utils.rank() % len(state["processes"])]
+            for key, fakes in own["pools"].items():
+                self.model.pools[key].fakes = [fake.to(self.device) for fake in fakes]
+            torch.set_rng_state(own["rng"])
+            if self.device.type == "cuda" and own["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(own["cuda_rng"], self.device)
+            self.sums = {key: value.to(self.device) for key, value in own["sums"].items()}
+        except (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"checkpoint {path}: a run cannot go on from it ({error!r})") from error
+        if utils.rank():
+            return
         log = self.folder / "metrics.jsonl"  # lines of epochs after the checkpoint will be written again
         lines = log.read_text().splitlines() if log.is_file() else []
         lines = [line for line in lines if json.loads(line)["epoch"] <= self.evaluated]
@@ -331,7 +349,7 @@ class Run:
 
     def mean_losses(self) -> dict[str, float]:
         """Each loss's mean since the last evaluation. It waits for the device: not for every step."""
-        values = torch.stack(list(self.sums.values())).tolist() if self.sums else []
+        values = utils.total(torch.stack(list(self.sums.values()))).tolist() if self.sums else []
         sums = dict(zip(self.sums, values, strict=True))
         steps = sums.pop("steps", 1)
         return {name: value / steps for name, value in sums.items()}
@@ -348,12 +366,13 @@ class Run:
     def train(self, labeled: Stored, unlabeled: Stored, val: Stored) -> int:
         """Train to the last epoch; returns 0, or 128 + n where signal n ended it."""
         args, model = self.args, self.model
-        self.events = utils.EventLog(self.folder, self.global_step and self.global_step + 1)
+        hidden = utils.rank() > 0 or None
+        self.events = None if hidden else utils.EventLog(self.folder, self.global_step and self.global_step + 1)
         done = self.epoch * self.n_images + self.step * args.batch_size
-        bar = tqdm(total=args.epochs * self.n_images, initial=done, unit=" images", disable=None, dynamic_ncols=True)
+        bar = tqdm(total=args.epochs * self.n_images, initial=done, unit=" images", disable=hidden, dynamic_ncols=True)
         speed = ""
         model.train()
-        while not stop.signum:
+        while not self.stopped:
             if self.evaluated < self.epoch and (self.epoch % args.eval_every == 0 or self.epoch == args.epochs):
                 self.evaluate(val, f"epoch {self.epoch}/{args.epochs}{speed}")
                 continue
@@ -372,30 +391,35 @@ class Run:
                     self.skip(error)
                     losses = {}
                 self.step += 1
-                bar.update(len(x))
+                bar.update(args.batch_size)
                 if losses and self.global_step % args.log_every == 0:
                     self.log(losses, bar)
                 for scheduler in self.schedulers.values():
                     scheduler.step()
-                if stop.signum:
+                self.stopped, due = utils.agree(stop.signum, time.monotonic() - self.saved_at > 60 * args.save_every)
+                if self.stopped:
                     break
-                if time.monotonic() - self.saved_at > 60 * args.save_every:
+                if due:
                     self.save("last.pt")
             if self.step == self.n_steps:
                 speed = f", {(self.n_images - first) / (time.monotonic() - started):.1f} images/s"
                 self.epoch, self.step = self.epoch + 1, 0
         bar.close()
-        self.events.close()
+        if self.events:
+            self.events.close()
         if self.evaluated == args.epochs:
             return 0
         self.save("last.pt")
-        name = signal.Signals(stop.signum).name
+        name = signal.Signals(self.stopped).name
         print(f"{name}: saved {self.folder / 'last.pt'}; the same command goes on from there")
-        return 128 + stop.signum
+        return 128 + self.stopped
 
     def log(self, losses: dict[str, Tensor], bar: tqdm) -> None:
         """This step's losses, on the bar and in TensorBoard."""
-        values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
+        means = utils.total(torch.stack(list(losses.values()))) / utils.world_size()
+        if self.events is None:
+            return
+        values = dict(zip(losses, means.tolist(), strict=True))
         for name, value in values.items():
             self.events.scalar(f"loss/{name}", value, self.global_step)
         self.events.scalar("lr", self.schedulers["G"].get_last_lr()[0], self.global_step)
@@ -408,14 +432,21 @@ class Run:
         """
         batches = itertools.takewhile(lambda _: not stop.signum, self.batches(val))
         counts = evaluate(self.model, batches, self.spec, self.device)
-        if stop.signum:
+        (self.stopped,) = utils.agree(stop.signum)
+        if self.stopped:
             return
         losses, self.sums, self.evaluated = self.mean_losses(), {}, self.epoch
-        self.metrics = utils.segmentation_metrics(counts, self.spec)
+        self.metrics = utils.segmentation_metrics(utils.total(counts), self.spec)
         miou = self.metrics["miou"] or 0.0
         if miou > self.best["miou"]:
             self.best = {"miou": miou, "epoch": self.epoch}
             self.save("best.pt")
+        if utils.rank() == 0:
+            self.record(val, losses, title)
+        self.save("last.pt")
+
+    def record(self, val: Stored, losses: dict[str, float], title: str) -> None:
+        """An evaluation's line in metrics.jsonl and on the screen, its curves and pictures in TensorBoard."""
         record = {"epoch": self.epoch, "step": self.global_step, **self.metrics, "losses": losses}
         log = self.folder / "metrics.jsonl"
         before = log.read_text(encoding="utf-8") if log.is_file() else ""
@@ -427,7 +458,6 @@ class Run:
             if value is not None:
                 self.events.scalar(tag, value, self.global_step)
         self.draw(val)
-        self.save("last.pt")
         best = "the best so far" if self.best["epoch"] == self.epoch else f"best {self.best['miou']:.4f}"
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         skipped = f"; {self.skipped} steps skipped" if self.skipped else ""
@@ -440,7 +470,8 @@ class Run:
         variety = np.array([len(np.unique(val.cache.masks[row])) for row in val.rows])
         rich = np.flatnonzero(variety >= np.sort(variety)[-4:][0])
         shown = Subset(val, rich[np.linspace(0, len(rich) - 1, min(4, len(rich))).astype(int)].tolist())
-        x, y = (torch.cat(column) for column in zip(*self.batches(shown), strict=True))
+        how = 0, self.args.channels_last, self.args.normalization
+        x, y = next(data_utils.batches(shown, len(shown), self.device, *how))
         self.model.eval()
         pictures = self.model.pictures(x, y)
         self.model.train()
@@ -500,17 +531,20 @@ def train(args: argparse.Namespace) -> int:
     """--training: a new run, or the rest of one that was stopped."""
     device = utils.pick_device(args.device, args.precision)
     spec = data_utils.load_spec(args.dataset)
+    if args.batch_size % utils.world_size():
+        raise InputError(f"--batch-size {args.batch_size} cannot be divided among {utils.world_size()} processes")
+    utils.meet(device)
     name = args.name or f"{spec.name}_{args.method}_{args.ratio:g}_s{args.seed}"
     if Path(name).name != name or name.startswith(".") or not name.isprintable():
         raise InputError(f"--name {name}: expected the name of a folder in {args.checkpoints}, not a path")
     folder = Path(args.checkpoints) / name
-    with utils.locked(folder, "--checkpoints"):
+    with nullcontext() if utils.rank() else utils.locked(folder, "--checkpoints"):
         return train_in(folder, args, spec, device)
 
 
 def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: torch.device) -> int:
     """Train in a folder that no other process trains in."""
-    state = previous_state(folder, args, spec)
+    state = utils.from_first(None if utils.rank() else previous_state(folder, args, spec))
     if state and state["progress"].get("evaluated") == args.epochs:
         best = state["progress"]["best"]
         print(f"{folder} is finished after {args.epochs} epochs: best mIoU {best['miou']:.4f} at epoch {best['epoch']}")
@@ -530,26 +564,31 @@ def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: 
         print(f"{args.data_root}: {found} of {spec.name}'s {expected} images or exams: {then}")
     sizes = f"{len(parts.labeled)} labeled, {len(parts.unlabeled)} unlabeled, {len(parts.val)} validation images"
     print(f"{args.method} on {spec.name}: {sizes}, {args.size[0]}x{args.size[1]} pixels")
-    print(f"on {device} in {args.precision}; checkpoints and curves go to {folder}", flush=True)
-    cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
+    processes = f"{utils.world_size()} processes, " if utils.world_size() > 1 else ""
+    print(f"{processes}on {device} in {args.precision}; checkpoints and curves go to {folder}", flush=True)
+    with utils.in_turn():
+        cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
     seen = sum(np.bincount(cache.masks[cache.rows[s.id]].ravel(), minlength=256) for s in parts.labeled)
     if absent := [name for k, name in enumerate(spec.classes) if not seen[k]]:
         print(f"no labeled mask shows {utils.first_ten(absent)}: is every value of the masks the class's index?")
     run = Run(args, spec, folder, parts, device)
     if state:
         run.restore(state)
-    else:
-        if source:
-            run.initialize(source)
-        make_run_folder(folder, args, spec, parts)
-    utils.write_manifest(folder, device, started=datetime.now(UTC).isoformat(timespec="seconds"))
+    elif source:
+        run.initialize(source)
+    if utils.rank() == 0:
+        if not state:
+            make_run_folder(folder, args, spec, parts)
+        utils.write_manifest(folder, device, started=datetime.now(UTC).isoformat(timespec="seconds"))
+    if utils.world_size() > 1:
+        distribute(run.model, device)
     if args.compile:
         for network in run.model.children():
             network.compile()
     stop.can_wait = True
     code = run.train(*(Stored(cache, [cache.rows[i] for i in ids]) for ids in parts.ids().values()))
     stop.can_wait = False
-    if code == 0:
+    if code == 0 and utils.rank() == 0:
         utils.write_manifest(folder, device, finished=datetime.now(UTC).isoformat(timespec="seconds"))
         best = f"best mIoU {run.best['miou']:.4f} after epoch {run.best['epoch']}"
         print(f"after the last epoch {utils.format_means(run.metrics)}; {best}")
@@ -715,23 +754,26 @@ def predict(trained: Trained) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed while running, 2 wrong flags, configuration or data, 128 + n after signal n."""
+    if utils.rank():  # of several processes, the first one speaks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         if args.training:
             return train(args)
+        if utils.world_size() > 1:
+            raise InputError("--testing and --predict run in one process: without torchrun")
         return (test if args.testing else predict)(load_trained(args))
     except (InputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        said, code = str(error), 2 if isinstance(error, InputError) else 1
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        said, code = f"{error.filename or 'a file'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:
-        signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
-        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in signs):
+        said, code = utils.failure(error), 1
+        if said is None:
             raise
-        print("error: out of memory; make --batch-size, --size, --ngf or --ndf smaller", file=sys.stderr)
-        return 1
+    if utils.rank() == 0 or said.startswith("out of memory"):
+        print(f"error: {said}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

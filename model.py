@@ -11,25 +11,27 @@ Symbols of the paper, with B images a batch, C channels, K classes, H x W pixels
     D_S, D_I one judgement a pixel, (B, 1, H, W), of masks and of images: 1 is real, 0 is generated
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
 
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
-from utils import IGNORE, ReplayPool
+from utils import IGNORE, ReplayPool, share, total, world_size
 
-# Equations. Expectations and norms are means over images, pixels and channels, as in the released code.
+# Equations. Expectations and norms are means over images, pixels and channels, as in the released code. Where several
+# processes train together, `share` makes the mean of their values the mean over the whole batch.
 
 
 def gen_S(logits: Tensor, y: Tensor) -> Tensor:
     """Eq. 1, 2: pixel-wise cross-entropy H(y, G_IS(x)), mean over the pixels that count; 0 where none does."""
     total = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="sum")
-    return total / (y != IGNORE).sum().clamp(min=1)
+    return total / share((y != IGNORE).sum())
 
 
 def gen_I(fake_x: Tensor, x: Tensor) -> Tensor:
@@ -40,7 +42,7 @@ def gen_I(fake_x: Tensor, x: Tensor) -> Tensor:
 def disc(real: Tensor, fake: Tensor, valid: Tensor | None = None) -> Tensor:
     """Eq. 4, 5, the discriminator's side: (D(real) - 1)^2 + D(fake)^2; `valid` (of real's shape) picks real pixels."""
     error = (real - 1).square()
-    real_term = error.mean() if valid is None else (error * valid).sum() / valid.sum().clamp(min=1)
+    real_term = error.mean() if valid is None else (error * valid).sum() / share(valid.sum())
     return real_term + fake.square().mean()
 
 
@@ -69,7 +71,7 @@ def cycle_S(logits: Tensor, y: Tensor) -> Tensor:
 def judge(logits: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of D's logits (B, 1, H, W) with 1 (real) or 0, mean over the `valid` pixels; 0 of none."""
     error = F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target), reduction="none")
-    return error.mean() if valid is None else (error * valid).sum() / valid.sum().clamp(min=1)
+    return error.mean() if valid is None else (error * valid).sum() / share(valid.sum())
 
 
 def semi(logits: Tensor, judgement: Tensor, threshold: float) -> Tensor:
@@ -123,19 +125,49 @@ class NonFiniteLoss(ArithmeticError):
 
 def descend(optimizer: Optimizer, loss: Tensor, terms: dict[str, Tensor]) -> None:
     """One update of the optimizer's parameters by the loss's gradient; NonFiniteLoss before it where that is needed."""
-    finite = loss.detach().isfinite().to("cpu", non_blocking=loss.is_cuda)
+    finite = (total((~loss.detach().isfinite()).int()) == 0).to("cpu", non_blocking=loss.is_cuda)
     known = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
     optimizer.zero_grad()
     loss.backward()
     if known:
         known.synchronize()  # waits for the forward pass alone, while the backward pass is under way
     if not finite:
-        raise NonFiniteLoss(", ".join(f"{name} {term.item():g}" for name, term in terms.items()))
+        means = {name: total(term.detach()) / world_size() for name, term in terms.items()}
+        raise NonFiniteLoss(", ".join(f"{name} {mean.item():g}" for name, mean in means.items()))
     optimizer.step()
 
 
-# Methods. Each has optimizers, step(x, y, x_u), segment(x) and pictures(x, y). The training loop sets `progress`, the
-# share of the run that is done, before every step.
+class Side(nn.Module):
+    """The networks of one optimizer, and the terms that it descends: what DistributedDataParallel wraps."""
+
+    def __init__(self, networks: Iterable[nn.Module], terms: Callable):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.terms = terms
+
+    def forward(self, *batch):
+        return self.terms(*batch)
+
+
+def distribute(model: nn.Module, device: torch.device) -> None:
+    """Let every process's gradients be averaged in each update, and batch norm's statistics on GPUs.
+
+    On the CPU, which has no such batch norm, each process normalizes its own part of the batch.
+    """
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for key, optimizer in model.optimizers.items():
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        networks = [network for network in model.children() if {id(p) for p in network.parameters()} <= own]
+        model.sides[key] = DistributedDataParallel(
+            Side(networks, model.sides[key]),
+            device_ids=[device] if device.type == "cuda" else None,
+            find_unused_parameters=0 in model.weights.values(),  # networks that only a term without weight needs
+        )
+
+
+# Methods. Each has optimizers, step(x, y, x_u), segment(x) and pictures(x, y); `sides` holds the function of each
+# optimizer's terms. The training loop sets `progress`, the share of the run that is done, before every step.
 
 
 class Supervised(nn.Module):
@@ -145,17 +177,23 @@ class Supervised(nn.Module):
         super().__init__()
         self.bf16 = cfg.precision == "bf16"
         self.G_IS = ResNetGenerator(spec.channels, len(spec.classes), cfg.ngf, cfg.n_blocks, cfg.dropout)
+        self.weights = {"gen_S": 1.0}
         self.optimizers = {"G": generator_optimizer(self.G_IS.parameters(), cfg)}
+        self.sides = {"G": self.generator_terms}
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
         return compute(self.G_IS, x, self.bf16)
 
+    def generator_terms(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Eq. 1, 2."""
+        return {"gen_S": gen_S(self.segment(x), y)}
+
     def step(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
         """One update; returns the loss by the paper's name, detached. Unlabeled images are not looked at."""
-        loss = gen_S(self.segment(x), y)
-        descend(self.optimizers["G"], loss, {"gen_S": loss})
-        return {"gen_S": loss.detach()}
+        terms = self.sides["G"](x, y)
+        descend(self.optimizers["G"], terms["gen_S"], terms)
+        return {"gen_S": terms["gen_S"].detach()}
 
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         """What the networks make of labeled images, by name: masks (B, H, W)."""
@@ -188,6 +226,7 @@ class CycleGAN(nn.Module):
         self.optimizers = {"G": generator_optimizer(generators, cfg)}
         if cfg.lambda4 or cfg.lambda5:
             self.optimizers["D"] = discriminator_optimizer(discriminators, cfg)
+        self.sides = {"G": self.generator_terms, "D": self.discriminator_terms}
         self.pools = {"y": ReplayPool(cfg.pool_size), "x": ReplayPool(cfg.pool_size)}
 
     def segment(self, x: Tensor) -> Tensor:
@@ -252,11 +291,11 @@ class CycleGAN(nn.Module):
 
         Returns the unweighted terms by the paper's names and the discriminators' losses as D_S and D_I, detached.
         """
-        terms, fakes = self.generator_terms(x, y, x_u)
+        terms, fakes = self.sides["G"](x, y, x_u)
         descend(self.optimizers["G"], sum(self.weights[k] * term for k, term in terms.items()), terms)  # Eq. 8
         losses = {}
         if "D" in self.optimizers:
-            losses = self.discriminator_terms(y, x_u, fakes)
+            losses = self.sides["D"](y, x_u, fakes)
             descend(self.optimizers["D"], sum(losses.values()), losses)
         return {name: term.detach() for name, term in (terms | losses).items()}
 
@@ -296,6 +335,7 @@ class AdvSemi(nn.Module):
         self.optimizers = {"G": generator_optimizer(self.G_IS.parameters(), cfg)}
         if cfg.lambda_adv or cfg.lambda_semi_adv or cfg.lambda_semi:
             self.optimizers["D"] = discriminator_optimizer(self.D_S.parameters(), cfg)
+        self.sides = {"G": self.generator_terms, "D": self.discriminator_terms}
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
@@ -334,11 +374,11 @@ class AdvSemi(nn.Module):
 
     def step(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:
         """One update of G_IS with D_S fixed, then of D_S on the same predictions; the unweighted terms, detached."""
-        terms, maps = self.generator_terms(x, y, x_u)
+        terms, maps = self.sides["G"](x, y, x_u)
         descend(self.optimizers["G"], sum(self.weights[k] * term for k, term in terms.items()), terms)
         losses = {}
         if "D" in self.optimizers:
-            losses = self.discriminator_terms(y, maps)
+            losses = self.sides["D"](y, maps)
             descend(self.optimizers["D"], sum(losses.values()), losses)
         return {name: term.detach() for name, term in (terms | losses).items()}
 

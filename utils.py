@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -166,6 +167,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 def pick_device(name: str | None, precision: str) -> torch.device:
     """The device of that name, or the GPU where there is one; --precision tf32 lets its float32 products round."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"cuda:{local_rank()}" if name == "cuda" and world_size() > 1 else name
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -203,6 +205,92 @@ class ReplayPool:
                 fake, self.fakes[slot] = self.fakes[slot], fake.clone()
             returned.append(fake)
         return torch.stack(returned)
+
+
+# Processes: one, or as many as torchrun starts. Each trains on its part of every batch.
+
+
+def rank() -> int:
+    """This process's number; 0 is the one that writes and prints."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, and that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def meet(device: torch.device) -> None:
+    """Connect the processes: gloo for what lies on the CPU, NCCL for what lies on a GPU."""
+    if world_size() > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def share(count: Tensor) -> Tensor:
+    """A count over all processes, at least 1, divided by their number.
+
+    Each process divides its own sum by it: the mean of the quotients is then the mean over all that was counted.
+    """
+    return total(count).clamp(min=1) / world_size()
+
+
+def agree(*values: int) -> list[int]:
+    """The largest of each value over all processes, so that all of them decide alike."""
+    if not dist.is_initialized():
+        return list(values)
+    largest = torch.tensor(values)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def from_first(value):
+    """Process 0's value, on every process."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, device=torch.device("cpu"))
+    return values[0]
+
+
+def from_each(value) -> list:
+    """Every process's value, in order."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def failure(error: Exception) -> str | None:
+    """What a failure of the machine means to who started the run; None for one of the program."""
+    signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
+        return "out of memory; make --batch-size, --size, --ngf or --ndf smaller"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return "another process of this run has ended; the last checkpoint is whole"
+    return None
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """The first process of each machine goes through the body alone, the others then."""
+    if local_rank():
+        agree(0)
+    yield
+    if not local_rank():
+        agree(0)
 
 
 # Files
