@@ -70,6 +70,10 @@ class DatasetSpec:
         table[list(self.void_ids)] = -1 if self.void is None else self.void
         return table
 
+    def file_values(self) -> np.ndarray:
+        """(K,) uint8: each class's value in the mask files, the first one of void."""
+        return np.array([np.flatnonzero(self.lookup() == k)[0] for k in range(len(self.classes))], np.uint8)
+
 
 class Slice(NamedTuple):
     """One short-axis slice of a NIfTI volume."""
@@ -499,8 +503,8 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     return transforms.resize(pixels, list(size), transforms.InterpolationMode.BILINEAR, antialias=True)
 
 
-def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Read, check and resize a sample: image (C, H, W) uint8 or float32 (bilinear), mask (H, W) uint8 (nearest).
+def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Read and check a sample: image (H, W) or (H, W, 3) uint8 or float32, mask (H, W) uint8 of class indices.
 
     Raises InputError that names the file.
     """
@@ -529,7 +533,12 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
             known = ", ".join(map(str, np.flatnonzero(classes >= 0)))
             raise InputError(f"{mask_file}: label {values[~legal][0]} is out of range; expected one of {known}")
         mask = classes[values.astype(np.uint8)].astype(np.uint8)
+    return image, mask
 
+
+def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """A sample at the networks' size: image (C, H, W) uint8 or float32 (bilinear), mask (H, W) uint8 (nearest)."""
+    image, mask = read_sample(sample, spec)
     pixels = resize(as_pixels(image, spec.channels), size)
     labels = torch.from_numpy(mask)[None]
     labels = transforms.resize(labels, list(size), transforms.InterpolationMode.NEAREST_EXACT)
@@ -572,11 +581,14 @@ def read_planes(path: Path, channels: int) -> list[Tensor]:
         return [as_pixels(as_array(image, channels), channels)]
 
 
-def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec) -> None:
-    """Write masks (Z, H, W): a picture's as indexed PNG, a volume's as NIfTI with the volume's header and affine."""
+def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec | None = None) -> None:
+    """Write masks (Z, H, W): a volume's as NIfTI with its header and affine, a picture's as PNG.
+
+    The PNG is indexed with the dataset's palette, or grey where no dataset is given.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     if not is_volume(source):
-        utils.save_mask(place.with_name(f"{place.name}.png"), masks[0], spec.palette)
+        utils.save_mask(place.with_name(f"{place.name}.png"), masks[0], spec and spec.palette)
         return
     volume = nibabel.load(source)
     header = volume.header.copy()
@@ -629,8 +641,8 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
 
     files = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
     labels = spec.channels, spec.ignore, spec.lookup().tolist()
-    readers = decode, as_pixels, as_array, resize, draw_phantom, read_image, read_mask, read_slice, read_volume
-    code = [inspect.getsource(reader) for reader in readers]
+    readers = decode, read_sample, read_image, read_mask, read_slice, read_volume, as_array, as_pixels, resize
+    code = [inspect.getsource(reader) for reader in (*readers, draw_phantom)]
     return hashlib.sha256(json.dumps([files, labels, list(size), code]).encode()).hexdigest()[:16]
 
 

@@ -16,7 +16,7 @@ class Stop:
     can_wait = False  # True while training, where leaving at once would lose steps
 
     def __call__(self, signum: int, _frame) -> None:
-        if self.signum and time.monotonic() < self.heard_at + 1:  # the same one again: torchrun hands it on as well
+        if signum == self.signum and time.monotonic() < self.heard_at + 1:  # torchrun hands on what all have heard
             return
         if self.signum:  # the second one does not wait; what is on disk is whole
             os._exit(128 + signum)
@@ -69,7 +69,7 @@ RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "
 RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
 MODES = ("training", "testing", "predict")
 PROGRESS = ("epoch", "step", "evaluated", "skipped", "best", "metrics")  # of a run, kept in last.pt
-NOT_IN_TOML = {*MODES, "config", "checkpoint", "overwrite", "overlay", "save_probabilities"}
+NOT_IN_TOML = {*MODES, "config", "checkpoint", "overwrite", "overlay", "save_probabilities", "tta", "native_size"}
 
 # Flags
 
@@ -110,6 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--predict", nargs="+", metavar="PATH", help="write the masks of pictures, NIfTI volumes and folders of them")
     flag("--overlay", action="store_true", help="with --predict: also the masks' colours over the pictures")
     flag("--save-probabilities", action="store_true", help="with --predict: also every class's, as .npz")
+    flag("--tta", action="store_true", help="with --predict: the mean over the picture and its mirror image")
+    flag("--native-size", action="store_true", help="with --testing: score at the masks' own size too")
 
     flag = parser.add_argument_group("experiment").add_argument
     flag("--dataset", default="voc", help="a name in config/ or a .toml file")
@@ -252,7 +254,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, spec: DatasetSpec, folder: Path, parts: Split, device: torch.device):
-        self.args, self.spec, self.folder, self.split_hash, self.device = args, spec, folder, parts.hash(), device
+        self.args, self.spec, self.folder, self.parts, self.device = args, spec, folder, parts, device
         utils.seed_everything(args.seed, args.deterministic)
         self.model = METHODS[args.method](spec, args)
         self.model.to(device, memory_format=utils.memory_format(args.channels_last))
@@ -291,7 +293,7 @@ class Run:
             "config": {key: getattr(self.args, key) for key in RESULT},
             "dataset": asdict(self.spec),
             "data_root": self.args.data_root,
-            "split": self.split_hash,
+            "split": self.parts.hash(),
             "epoch": self.epoch,
             "model": self.model.state_dict(),
         }
@@ -368,6 +370,9 @@ class Run:
         args, model = self.args, self.model
         hidden = utils.rank() > 0 or None
         self.events = None if hidden else utils.EventLog(self.folder, self.global_step and self.global_step + 1)
+        if self.events and not self.global_step:
+            about = {"dataset": self.spec.name, "labeled": len(self.parts.labeled), "run": self.folder.name}
+            self.events.settings(about | {key: getattr(args, key) for key in RESULT}, "val/miou")
         done = self.epoch * self.n_images + self.step * args.batch_size
         bar = tqdm(total=args.epochs * self.n_images, initial=done, unit=" images", disable=hidden, dynamic_ncols=True)
         speed = ""
@@ -458,11 +463,45 @@ class Run:
             if value is not None:
                 self.events.scalar(tag, value, self.global_step)
         self.draw(val)
+        if self.best["epoch"] == self.epoch:
+            utils.write_atomically(self.folder / "README.md", self.card())
         best = "the best so far" if self.best["epoch"] == self.epoch else f"best {self.best['miou']:.4f}"
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         skipped = f"; {self.skipped} steps skipped" if self.skipped else ""
         with tqdm.external_write_mode():
             print(f"{title}: {utils.format_means(self.metrics)} ({best}), {terms}{skipped}", flush=True)
+
+    def card(self) -> str:
+        """What best.pt is, for whoever is given this folder."""
+        args, spec, metrics = self.args, self.spec, self.metrics
+        sizes = {role: len(ids) for role, ids in self.parts.ids().items()}
+        rows = [f"| {name} | {100 * iou:.2f} |" for name, iou in metrics["iou"].items() if iou is not None]
+        best = self.folder / "best.pt"
+        return "\n".join(
+            [
+                f"# {self.folder.name}",
+                "",
+                f"`best.pt` segments images of {spec.name} into {len(spec.classes)} classes. It was trained by the",
+                f"method `{args.method}` of main.py with {sizes['labeled']} annotated and {sizes['unlabeled']} other",
+                f"images (ratio {args.ratio:g}, seed {args.seed}) at {args.size[0]}x{args.size[1]} pixels.",
+                "",
+                f"After epoch {self.epoch} of {args.epochs}, on {sizes['val']} validation images, on which the epoch",
+                f"was chosen: mIoU (the mean over the scored classes) {100 * (metrics['miou'] or 0):.2f} per cent.",
+                "",
+                "| class | IoU in per cent |",
+                "| --- | --- |",
+                *rows,
+                "",
+                "```",
+                f"python main.py --predict PICTURES --checkpoint {best}",
+                f"python main.py --training --dataset {self.folder / 'config.toml'} --name again",
+                "```",
+                "",
+                f"The weights are derived from {spec.name}: its terms of use hold for them too. `split.json` lists",
+                "the images, `manifest.json` the versions. Not tested on images of other origin; no medical device.",
+                "",
+            ]
+        )
 
     @torch.inference_mode()
     def draw(self, val: Stored) -> None:
@@ -481,14 +520,14 @@ class Run:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable, spec: DatasetSpec, device: torch.device, visit=None) -> Tensor:
-    """The confusion matrix (K, K) of the model over batches (x, y); `visit(x, y, prediction)` sees each of them."""
+    """The confusion matrix (K, K) of the model over batches (x, y); `visit(x, y, logits)` sees each of them."""
     matrix = utils.ConfusionMatrix(len(spec.classes), device)
     model.eval()
     for x, y in batches:
-        prediction = model.segment(x).argmax(1)
-        matrix.update(prediction, y)
+        logits = model.segment(x)
+        matrix.update(logits.argmax(1), y)
         if visit:
-            visit(x, y, prediction)
+            visit(x, y, logits)
     model.train()
     return matrix.counts
 
@@ -563,9 +602,13 @@ def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: 
         then = "all are used" if standard else "split in the same proportions"
         print(f"{args.data_root}: {found} of {spec.name}'s {expected} images or exams: {then}")
     sizes = f"{len(parts.labeled)} labeled, {len(parts.unlabeled)} unlabeled, {len(parts.val)} validation images"
-    print(f"{args.method} on {spec.name}: {sizes}, {args.size[0]}x{args.size[1]} pixels")
-    processes = f"{utils.world_size()} processes, " if utils.world_size() > 1 else ""
-    print(f"{processes}on {device} in {args.precision}; checkpoints and curves go to {folder}", flush=True)
+    count, threads = utils.world_size(), torch.get_num_threads()
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads} threads"
+    print(f"method:  {args.method}, ratio {args.ratio:g}, seed {args.seed}, {args.epochs} epochs")
+    print(f"data:    {spec.name} in {args.data_root}: {sizes}")
+    print(f"network: {args.size[0]}x{args.size[1]} pixels, ngf {args.ngf}, batches of {args.batch_size}")
+    print(f"device:  {f'{count} processes, each on ' if count > 1 else ''}{machine}, {args.precision}")
+    print(f"files:   {folder}", flush=True)
     with utils.in_turn():
         cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
     seen = sum(np.bincount(cache.masks[cache.rows[s.id]].ravel(), minlength=256) for s in parts.labeled)
@@ -591,6 +634,7 @@ def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: 
     if code == 0 and utils.rank() == 0:
         utils.write_manifest(folder, device, finished=datetime.now(UTC).isoformat(timespec="seconds"))
         best = f"best mIoU {run.best['miou']:.4f} after epoch {run.best['epoch']}"
+        print(utils.format_metrics(run.metrics))
         print(f"after the last epoch {utils.format_means(run.metrics)}; {best}")
         print(f"curves: tensorboard --logdir {folder}")
         print(f"test it: python main.py --testing --checkpoint {folder / 'best.pt'}")
@@ -656,6 +700,11 @@ def load_trained(args: argparse.Namespace) -> Trained:
     return Trained(path, state, args, spec, device, model.eval())
 
 
+def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits (B, K, H, W) at another size, bilinearly, in float32."""
+    return torch.nn.functional.interpolate(logits.float(), size, mode="bilinear")
+
+
 def test(trained: Trained) -> int:
     """--testing: metrics.json, per_class.csv, masks and panels of a checkpoint's validation images."""
     path, state, args, spec = trained.path, trained.state, trained.args, trained.spec
@@ -671,15 +720,20 @@ def test(trained: Trained) -> int:
             old.unlink()
     cache = data_utils.open_cache(spec, samples, tuple(args.size), Path(args.cache), args.workers)
     names = [sample.id for sample in parts.val]
-    waiting = iter(names)
+    waiting, native = iter(parts.val), utils.ConfusionMatrix(len(spec.classes))
     bar = tqdm(total=len(names), desc=f"testing {folder.name}", unit=" images", disable=None)
 
-    def write(x: Tensor, y: Tensor, prediction: Tensor) -> None:
+    def write(x: Tensor, y: Tensor, logits: Tensor) -> None:
+        prediction = logits.argmax(1)
         columns = {"y": y, "G_IS(x)": prediction}
         if hasattr(model, "paint"):
             columns["G_SI(y)"] = model.paint(y)
         for i in range(len(x)):
-            name = next(waiting)
+            sample = next(waiting)
+            name = sample.id
+            if args.native_size:
+                truth = torch.from_numpy(data_utils.read_sample(sample, spec)[1])[None]
+                native.update(enlarge(logits[i : i + 1], truth.shape[-2:]).argmax(1).cpu(), truth)
             utils.save_mask(folder / "masks" / f"{name}.png", prediction[i], spec.palette)
             row = {title: column[i : i + 1] for title, column in columns.items()}
             panel = utils.picture_grid(x[i : i + 1], row, spec.palette)
@@ -694,6 +748,8 @@ def test(trained: Trained) -> int:
     metrics = utils.segmentation_metrics(counts, spec)
     about = {"n_images": len(names), "split": state["split"], "epoch": state["epoch"], "checkpoint": str(path)}
     about |= {"dataset": spec.name, "method": args.method, "ratio": args.ratio, "seed": args.seed}
+    if args.native_size:
+        about["native_size"] = utils.segmentation_metrics(native.counts, spec)
     utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
@@ -702,6 +758,8 @@ def test(trained: Trained) -> int:
     utils.write_atomically(folder / "per_class.csv", table.getvalue())
     print(f"{path} after epoch {state['epoch']}, on {len(names)} validation images of {spec.name}, in per cent:")
     print(utils.format_metrics(metrics))
+    if args.native_size:
+        print(f"at the masks' own size: {utils.format_means(about['native_size'])}")
     painted = ", image painted from the truth" if hasattr(model, "paint") else ""
     print(f"metrics.json, per_class.csv, masks/ and panels/ (image, truth, prediction{painted}) are in {folder}")
     return 0
@@ -728,9 +786,13 @@ def predict(trained: Trained) -> int:
     masks: dict[Path, list[Tensor]] = {}
     while batch := list(itertools.islice(waiting, args.batch_size)):
         x = [data_utils.resize(plane, args.size)[None].to(trained.device) for _, _, plane in batch]
-        logits = trained.model.segment(torch.cat([data_utils.normalize(each, args.normalization) for each in x]))
+        x = torch.cat([data_utils.normalize(each, args.normalization) for each in x])
+        logits = trained.model.segment(x)
+        if args.tta:
+            both = logits.softmax(1), trained.model.segment(x.flip(3)).softmax(1).flip(3)
+            logits = (sum(both) / 2).log()
         for (path, n_planes, plane), one in zip(batch, logits, strict=True):
-            large = torch.nn.functional.interpolate(one[None].float(), plane.shape[-2:], mode="bilinear")[0]
+            large = enlarge(one[None], plane.shape[-2:])[0]
             done = masks.setdefault(path, [])
             done.append(large.argmax(0).to("cpu", torch.uint8))
             place = files[path]
@@ -742,7 +804,11 @@ def predict(trained: Trained) -> int:
                 probabilities.parent.mkdir(parents=True, exist_ok=True)
                 np.savez_compressed(probabilities, large.softmax(0).half().cpu().numpy())
             if len(done) == n_planes:
-                data_utils.save_prediction(folder / "masks" / place, path, torch.stack(masks.pop(path)), spec)
+                volume = torch.stack(masks.pop(path))
+                data_utils.save_prediction(folder / "masks" / place, path, volume, spec)
+                if spec.label_ids:
+                    values = torch.from_numpy(spec.file_values())[volume.long()]
+                    data_utils.save_prediction(folder / "label_ids" / place, path, values)
                 n_written += 1
     for problem in skipped:
         print(f"skipped {problem}")

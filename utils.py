@@ -425,6 +425,16 @@ class EventLog:
         """A point of a curve."""
         self._write(Event(step=step, summary=summary.scalar(tag, value)))
 
+    def settings(self, table: dict, metric: str) -> None:
+        """The settings, in the text tab and in the hparams table, which compares runs by the curve `metric`."""
+        values = {key: value for key, value in table.items() if value is not None}
+        rows = [f"| {key} | {value} |" for key, value in values.items()]
+        self._write(Event(summary=summary.text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))))
+        plain = {k: v if isinstance(v, (str, int, float)) else " ".join(map(str, v)) for k, v in values.items()}
+        experiment, session, _end = summary.hparams(plain, {metric: None})
+        for part in experiment, session:
+            self._write(Event(summary=part))
+
     def image(self, tag: str, picture: Tensor, step: int) -> None:
         """A picture (3, H, W) in [0, 1]."""
         self._write(Event(step=step, summary=summary.image(tag, picture.numpy())))
@@ -481,10 +491,11 @@ def flat_palette(palette: tuple[tuple[int, int, int], ...]) -> list[int]:
     return [value for colour in colours for value in colour]
 
 
-def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> None:
-    """Write an (H, W) mask as an indexed PNG: the pixel values are the class indices."""
+def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...] | None) -> None:
+    """Write an (H, W) mask as a PNG whose pixel values are the mask's: indexed, or grey without a palette."""
     image = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
-    image.putpalette(flat_palette(palette))
+    if palette:
+        image.putpalette(flat_palette(palette))
     image.save(path)
 
 

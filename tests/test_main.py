@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import make_acdc, make_folder, make_tiny, make_voc, same, write_indexed, write_volume
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 import model
@@ -265,6 +266,52 @@ def test_written_masks_give_the_reported_miou():
     assert metrics["miou"] == pytest.approx((inter / union)[union > 0].mean())
 
 
+def test_native_size_scores_enlarged_logits_against_the_masks_as_they_are(capsys):
+    assert run("--training", *TINY, "--method", "supervised", "--epochs", "9", "--lr", "0.01") == 0
+    assert run("--testing") == 0
+    small = json.loads(Path("results/tiny_supervised_0.2_s0/metrics.json").read_text())
+    assert "native_size" not in small
+    assert run("--testing", "--native-size") == 0
+    metrics = json.loads(Path("results/tiny_supervised_0.2_s0/metrics.json").read_text())
+    trained = main.load_trained(main.parse_args(["--testing"]))
+    counts = np.zeros((4, 4))
+    for name in json.loads(Path("checkpoints/tiny_supervised_0.2_s0/split.json").read_text())["val"]:
+        image, mask = main.data_utils.draw_phantom(int(name.removeprefix("phantom_")))
+        x = main.data_utils.resize(torch.from_numpy(image)[None], (16, 16))[None]
+        with torch.inference_mode():
+            logits = trained.model.segment(main.data_utils.normalize(x))
+        large = torch.nn.functional.interpolate(logits, (96, 96), mode="bilinear").argmax(1)[0].numpy()
+        np.add.at(counts, (mask, large), 1)
+    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    expected = np.nanmean(counts.diagonal() / union)
+    assert metrics["native_size"]["miou"] == pytest.approx(expected, abs=2e-3)
+    assert f"at the masks' own size: mIoU {metrics['native_size']['miou']:.4f}" in capsys.readouterr().out
+    assert metrics["miou"] == small["miou"] != metrics["native_size"]["miou"]
+
+
+def test_a_run_says_what_it_is():
+    assert run("--training", *TINY, "--epochs", "2", "--ratio", "0.5", "--name", "one") == 0
+    folder = Path("checkpoints/one")
+    card = (folder / "README.md").read_text()
+    best = max(
+        (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()),
+        key=lambda line: line["miou"],
+    )
+    assert f"{100 * best['miou']:.2f} per cent" in card
+    assert f"After epoch {best['epoch']} of 2, on 4 validation images" in card
+    assert "10 annotated and 10 other" in card
+    commands = [line for line in card.splitlines() if line.startswith("python main.py ")]
+    assert len(commands) == 2
+    for command in commands:
+        main.parse_args(command.split()[2:])
+    assert run("--predict", "one.png", "--checkpoint", commands[0].split()[-1]) == 2  # the picture is not there
+    events = EventAccumulator(str(folder)).Reload()
+    text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| lambda2 | 0.05 |" in text
+    assert "| labeled | 10 |" in text
+    assert "_hparams_/session_start_info" in events.summary_metadata
+
+
 def seen_by_step(monkeypatch, method: str, look) -> list:
     """What `look(model, x, y)` finds at the start of each training step, from now on."""
     seen, step = [], main.METHODS[method].step
@@ -440,6 +487,39 @@ def test_a_volumes_slices_are_predicted_as_pictures_are():
     assert labels.any()
     for z in range(2):
         assert np.array_equal(labels[:, :, z].T, np.array(Image.open(masks / f"p{z}.png")))
+
+
+def test_mirrored_predictions_are_averaged_where_that_is_asked():
+    assert run("--training", *TINY, "--ngf", "8", "--method", "supervised", "--epochs", "9", "--lr", "0.01") == 0
+    checkpoint = ["--checkpoint", "checkpoints/tiny_supervised_0.2_s0/last.pt"]
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16), np.uint8)
+    Image.fromarray(pixels).save("one.png")
+    assert run("--predict", "one.png", "--tta", "--save-probabilities", *checkpoint) == 0
+    (file,) = Path("results").glob("*/predict/probabilities/one.npz")
+    trained = main.load_trained(main.parse_args(["--predict", "one.png", *checkpoint]))
+    both = torch.from_numpy(np.stack([pixels, pixels[:, ::-1]]))[:, None]
+    with torch.inference_mode():
+        straight, mirrored = trained.model.segment(main.data_utils.normalize(both)).softmax(1).numpy()
+    expected = (straight + mirrored[:, :, ::-1]) / 2
+    assert np.allclose(np.load(file)["arr_0"], expected, atol=2e-3)
+    assert not np.allclose(straight, expected, atol=1e-2)
+
+
+def test_predictions_are_also_written_in_the_mask_files_own_values(tmp_path):
+    make_folder(tmp_path / "data/mine", 8)
+    for path in (tmp_path / "data/mine/masks").iterdir():
+        write_indexed(path, np.where(np.array(Image.open(path)), 200, 7))
+    Path("mine.toml").write_text('[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\nlabel_ids = [7, 200]\n')
+    flags = ["--dataset", "mine.toml", "--method", "supervised", "--epochs", "20", "--lr", "0.01", "--ratio", "1"]
+    assert run("--training", *TINY, *flags) == 0
+    assert run("--predict", "data/mine/images") == 0
+    seen = set()
+    for path in Path("results/mine_supervised_1_s0/predict/masks").iterdir():
+        values = Image.open(path.parents[1] / "label_ids" / path.name)
+        assert values.mode == "L"
+        assert np.array_equal(np.array(values), np.array([7, 200])[np.array(Image.open(path))])
+        seen |= {*np.unique(values)}
+    assert seen == {7, 200}
 
 
 def test_nothing_to_predict_is_an_error(capsys):
@@ -777,7 +857,8 @@ def test_a_strangers_checkpoint_is_one_error_line(capsys, change, named):
         lambda state: state.pop("optimizers"),
         lambda state: state.update(progress={"epoch": 1}),
         lambda state: state["optimizers"]["G"].update(param_groups=[]),
-        lambda state: state.update(rng=torch.ones(3)),
+        lambda state: state["processes"][0].update(rng=torch.ones(3)),
+        lambda state: state.update(processes=[]),
         lambda state: state.update(schedulers={"G": 3}),
     ],
 )
