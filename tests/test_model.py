@@ -623,3 +623,19 @@ def test_pictures_show_masks_and_images_of_every_network():
     torch.testing.assert_close(ours.pictures(x, y), expected)
     partial = build("supervised").float()
     assert torch.equal(partial.pictures(x, y)["G_IS(x)"], partial.G_IS(x).argmax(1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_never_makes_the_program_wait_for_the_gpu(method, precision):
+    ours = build(method, "--precision", precision).float().cuda()
+    ours.progress = 1.0
+    x, y, x_u = batch(64, 64)
+    data = x.float().cuda(), y.cuda(), x_u.float().cuda()
+    ours.step(*data)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours.step(*data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
