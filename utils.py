@@ -278,8 +278,8 @@ def failure(error: Exception) -> str | None:
     signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return (
-            "out of memory; half of --batch-size or of the area of --size needs half of it, --ngf 32 instead of 64 a third"
-            " less, --precision bf16 a sixth less or better (docs/performance.md); --ndf 32 helps too"
+            "out of memory; half of --batch-size or of --size's area needs half, --ngf 32 instead of 64 two thirds, "
+            "--precision bf16 five sixths or less (docs/performance.md)"
         )
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process of this run has ended; the last checkpoint is whole"

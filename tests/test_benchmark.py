@@ -1,15 +1,11 @@
 """tools/benchmark.py: its plain step is the same mathematics, and what it prints is what it measured."""
 
 import json
-import sys
-from pathlib import Path
 
+import benchmark
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
-import benchmark
 import main
 from data_utils import load_spec
 from utils import InputError
