@@ -2,12 +2,12 @@
 
 import json
 
-import benchmark
 import pytest
 import torch
 
 import main
 from data_utils import load_spec
+from tools import benchmark
 from utils import InputError
 
 CPU = torch.device("cpu")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data_utils
 import utils
-from data_utils import DatasetSpec, Sample, Slice, naming
+from data_utils import DatasetSpec, Sample, naming
 from main import Parser, number
 from utils import InputError, TrainingError, first_ten
 
@@ -206,9 +206,7 @@ def prepare_voc(root: Path, sources: list[Path], download: bool) -> None:
 def look(spec: DatasetSpec, sample: Sample) -> tuple[np.ndarray | None, str | None]:
     """The pixels of each class, at IGNORE those that do not count; or None and what main.py would say is wrong."""
     try:
-        data_utils.decode(sample, spec, (1, 1))  # makes every check; the shares are those before resizing
-        read = data_utils.read_slice if isinstance(sample.mask, Slice) else data_utils.read_mask
-        return np.bincount(spec.lookup()[read(sample.mask).astype(np.uint8)].ravel(), minlength=256), None
+        return np.bincount(data_utils.read_sample(sample, spec)[1].ravel(), minlength=256), None
     except InputError as error:
         return None, str(error)
 
