@@ -745,6 +745,12 @@ class Stored(Dataset):
         """Image i alone, (C, H, W)."""
         return torch.from_numpy(self.cache.images[self.rows[i]].copy())
 
+    def of_many_classes(self, n: int) -> list[int]:
+        """n images (or all, where there are fewer) whose masks show many classes, spread over the data."""
+        variety = np.array([len(np.unique(self.cache.masks[row])) for row in self.rows])
+        rich = np.flatnonzero(variety >= np.sort(variety)[-n:][0])
+        return rich[np.linspace(0, len(rich) - 1, min(n, len(rich))).astype(int)].tolist()
+
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         return self.image(i), torch.from_numpy(self.cache.masks[self.rows[i]].copy())
 

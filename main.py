@@ -57,7 +57,7 @@ from tqdm import tqdm
 import data_utils
 import utils
 from arch.generators import MIN_SIZE
-from data_utils import DatasetSpec, Epoch, Split, Stored, read_toml
+from data_utils import DatasetSpec, Epoch, Sample, Split, Stored, read_toml
 from model import METHODS, NonFiniteLoss, distribute
 from utils import IGNORE, InputError, TrainingError
 
@@ -178,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--checkpoints", default="checkpoints", metavar="DIR", help="a folder a run")
     flag("--results", default="results", metavar="DIR", help="what --testing and --predict write")
     flag("--cache", default="data/cache", metavar="DIR", help="decoded and resized images")
-    flag("--checkpoint", metavar="FILE", help="use this file, not the most recent run's best.pt")
+    flag("--checkpoint", metavar="FILE", help="use this file, or folder's best.pt, not the most recent run's")
     flag("--overwrite", action="store_true", help="delete the run's folder and start anew")
     flag("--eval-every", type=count, default=1, metavar="N", help="epochs between evaluations")
     flag("--save-every", type=weight, default=10.0, metavar="MIN", help="minutes between checkpoints")
@@ -506,9 +506,7 @@ class Run:
     @torch.inference_mode()
     def draw(self, val: Stored) -> None:
         """TensorBoard's grid: four fixed validation images of many classes, and what the networks make of them."""
-        variety = np.array([len(np.unique(val.cache.masks[row])) for row in val.rows])
-        rich = np.flatnonzero(variety >= np.sort(variety)[-4:][0])
-        shown = Subset(val, rich[np.linspace(0, len(rich) - 1, min(4, len(rich))).astype(int)].tolist())
+        shown = Subset(val, val.of_many_classes(4))
         how = 0, self.args.channels_last, self.args.normalization
         x, y = next(data_utils.batches(shown, len(shown), self.device, *how))
         self.model.eval()
@@ -648,7 +646,8 @@ def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: 
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """--checkpoint, or best.pt of the most recent run that --name, --dataset, --method, --ratio and --seed mean."""
     if args.checkpoint:
-        return Path(args.checkpoint)
+        path = Path(args.checkpoint)
+        return path / "best.pt" if path.is_dir() else path
     wanted = {key: args.given[key] for key in ("name", "method", "ratio", "seed") if key in args.given}
     if "dataset" in args.given:
         wanted["dataset"] = Path(args.dataset).stem
@@ -700,6 +699,16 @@ def load_trained(args: argparse.Namespace) -> Trained:
     return Trained(path, state, args, spec, device, model.eval())
 
 
+def split_again(trained: Trained) -> tuple[list[Sample], Split]:
+    """All samples, and the split that a checkpoint was trained with; InputError where the files are others."""
+    args, spec = trained.args, trained.spec
+    samples = data_utils.index(spec, Path(args.data_root), args.split)
+    parts = data_utils.split(samples, args.ratio, args.seed, spec, args.split, args.label_unit)
+    if parts.hash() != trained.state["split"]:
+        raise InputError(f"--data-root {args.data_root}: holds other files than {trained.path} was trained with")
+    return samples, parts
+
+
 def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits (B, K, H, W) at another size, bilinearly, in float32."""
     return torch.nn.functional.interpolate(logits.float(), size, mode="bilinear")
@@ -709,10 +718,7 @@ def test(trained: Trained) -> int:
     """--testing: metrics.json, per_class.csv, masks and panels of a checkpoint's validation images."""
     path, state, args, spec = trained.path, trained.state, trained.args, trained.spec
     device, model = trained.device, trained.model
-    samples = data_utils.index(spec, Path(args.data_root), args.split)
-    parts = data_utils.split(samples, args.ratio, args.seed, spec, args.split, args.label_unit)
-    if parts.hash() != state["split"]:
-        raise InputError(f"--data-root {args.data_root}: holds other files than {path} was trained with")
+    samples, parts = split_again(trained)
     folder = Path(args.results) / path.resolve().parent.name
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
@@ -818,17 +824,25 @@ def predict(trained: Trained) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 failed while running, 2 wrong flags, configuration or data, 128 + n after signal n."""
+def do(argv: list[str]) -> int:
+    """What a command line of this program asks for."""
+    args = parse_args(argv)
+    if args.training:
+        return train(args)
+    if utils.world_size() > 1:
+        raise InputError("--testing and --predict run in one process: without torchrun")
+    return (test if args.testing else predict)(load_trained(args))
+
+
+def main(argv: list[str] | None = None, command: Callable[[list[str]], int] = do) -> int:
+    """Do a command, this program's or a tool's; what is wrong becomes one error line.
+
+    Exit code: 0 done, 1 failed while running, 2 wrong flags, configuration or data, 128 + n after signal n.
+    """
     if utils.rank():  # of several processes, the first one speaks
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     try:
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        if args.training:
-            return train(args)
-        if utils.world_size() > 1:
-            raise InputError("--testing and --predict run in one process: without torchrun")
-        return (test if args.testing else predict)(load_trained(args))
+        return command(sys.argv[1:] if argv is None else argv)
     except (InputError, TrainingError) as error:
         said, code = str(error), 2 if isinstance(error, InputError) else 1
     except OSError as error:

@@ -1,0 +1,255 @@
+"""tools/figures.py: what the pictures show is what the runs predicted and logged."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny
+from PIL import Image
+
+import data_utils
+import main
+from data_utils import load_spec
+
+pytest.importorskip("matplotlib")
+from tools import figures
+
+SMALL = "--dataset tiny.toml --ngf 4 --ndf 2 --n-blocks 1 --workers 0 --device cpu".split()
+A, B, FULL, LARGE, SEED = (f"checkpoints/{name}" for name in ("a", "b", "full", "large", "seed"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with trained runs on 6 validation phantoms, `seed` with others, `large` of another size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        make_tiny(12, 6)
+        partial = ["--method", "supervised", "--epochs", "2"]
+        for flags in (
+            ["--name", "a", "--ratio", "0.5", "--epochs", "3", "--size", "16", "20", "--normalization", "half"],
+            ["--name", "b", "--ratio", "0.5", "--size", "16", "20", *partial],
+            ["--name", "full", "--ratio", "1", "--size", "16", "20", *partial],
+            ["--name", "large", "--ratio", "0.5", "--size", "20", "20", *partial],
+            ["--name", "seed", "--ratio", "0.5", "--size", "16", "20", "--seed", "1", *partial],
+        ):
+            assert main.main(["--training", *SMALL, *flags]) == 0
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn from now on."""
+    seen = []
+    for name in "draw_rows", "draw_curves":
+        draw = getattr(figures, name)
+        monkeypatch.setattr(figures, name, lambda *args, draw=draw: seen.append(draw(*args)) or seen[-1])
+    return seen
+
+
+def run(*words: str) -> int:
+    return main.main(list(words), figures.figures)
+
+
+def error_of(capsys, *words: str) -> str:
+    """The one error line of a command that must end with exit code 2."""
+    capsys.readouterr()
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def validation(run: str) -> list[str]:
+    return json.loads(Path(run, "split.json").read_text())["val"]
+
+
+def panels(figure, path: str) -> list[np.ndarray]:
+    """Each panel of a written figure at the networks' size: the middle of each of its squares of 16x16 pixels."""
+    picture, found = np.array(Image.open(path).convert("RGB")), []
+    for axes in figure.axes:
+        box = axes.get_window_extent()
+        bottom, top, left, right = (round(v) for v in (box.y0, box.y1, box.x0, box.x1))
+        large = picture[len(picture) - top : len(picture) - bottom, left:right]
+        assert large.shape == (256, 320, 3)
+        found.append(large[8::16, 8::16])
+    return found
+
+
+def test_rows_show_images_truths_and_the_masks_that_testing_writes(runs, drawn, capsys):
+    ids = [validation(A)[4], validation(A)[1]]
+    assert run("rows", A, f"{B}/last.pt", FULL, "--out", "new/rows.png", "--ids", *ids) == 0
+    assert f"tiny, from top to bottom: {ids[0]}, {ids[1]}\n" in capsys.readouterr().out
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes[:5]] == ["Image", "Ground truth", "Ours", "Partial", "Full"]
+    shown = panels(figure, "new/rows.png")
+    assert len(shown) == 2 * 5
+
+    spec, shapes = load_spec("tiny.toml"), set()
+    samples = {sample.id: sample for sample in data_utils.index(spec, Path("none"))}
+    for row, name in enumerate(ids):
+        image, truth = data_utils.decode(samples[name], spec, (16, 20))
+        palette = np.array(spec.palette, np.uint8)
+        expected = [image.expand(3, -1, -1).permute(1, 2, 0).numpy(), palette[truth.numpy()]]
+        for checkpoint in f"{A}/best.pt", f"{B}/last.pt", f"{FULL}/best.pt":
+            assert main.main(["--testing", "--checkpoint", checkpoint]) == 0
+            mask = np.array(Image.open(Path("results") / Path(checkpoint).parent.name / "masks" / f"{name}.png"))
+            shapes.add(mask.tobytes())
+            expected.append(palette[mask])
+        for column in range(5):
+            assert (shown[5 * row + column] == expected[column]).all(), (row, column)
+    assert len(shapes) == 6  # else a wrong column would not show
+
+
+def test_by_default_images_of_many_classes_are_shown_and_nothing_else_is_predicted(runs, drawn, capsys, monkeypatch):
+    segment, predicted = main.METHODS["supervised"].segment, []
+    monkeypatch.setattr(main.METHODS["supervised"], "segment", lambda s, x: predicted.append(len(x)) or segment(s, x))
+    assert run("rows", B, "--out", "rows.png", "--n", "2") == 0
+    chosen = re.search("bottom: (.*)\n", capsys.readouterr().out)[1].split(", ")
+    assert sum(predicted) == len(chosen) == 2
+    assert len(drawn[0].axes) == 2 * 3
+    spec = load_spec("tiny.toml")
+    samples = {sample.id: sample for sample in data_utils.index(spec, Path("none"))}
+    variety = {name: len(data_utils.decode(samples[name], spec, (16, 20))[1].unique()) for name in validation(B)}
+    assert min(variety[name] for name in chosen) >= sorted(variety.values())[-2]
+    assert run("rows", B, "--out", "rows.png", "--n", "99") == 0
+    assert len(drawn[1].axes) == 6 * 3
+
+
+def test_each_network_sees_the_images_as_it_was_trained(runs, monkeypatch):
+    seen, normalize = [], data_utils.normalize
+    monkeypatch.setattr(data_utils, "normalize", lambda x, how: seen.append(how) or normalize(x, how))
+    assert run("rows", B, A, FULL, "--out", "rows.png") == 0
+    assert seen == ["range", "half", "range"]
+
+
+def test_the_legend_has_the_classes_that_are_shown_in_their_colours():
+    spec = load_spec("phantom")
+    masks = [torch.tensor([[[0, 3], [0, 255]]], dtype=torch.uint8), torch.tensor([[[0, 2], [0, 0]]])]
+    figure = figures.draw_rows([torch.zeros(1, 2, 2, dtype=torch.uint8)], ["y", "run"], masks, spec)
+    (legend,) = figure.legends
+    names = [text.get_text().strip() for text in legend.get_texts()]
+    assert names == ["background", "myocardium", "left ventricle", "ignored"]
+    colours = [[round(255 * v) for v in patch.get_facecolor()[:3]] for patch in legend.get_patches()]
+    assert colours == [[0, 0, 0], [240, 200, 80], [200, 60, 60], [224, 224, 192]]
+
+
+def test_deep_images_are_shown_from_their_darkest_to_their_brightest_value():
+    image = torch.tensor([[[100.0, 300.0], [200.0, 100.0]]])
+    masks = [torch.zeros(2, 2, 2, dtype=torch.uint8)]
+    figure = figures.draw_rows([image, torch.full((1, 2, 2), 7.0)], ["y"], masks, load_spec("phantom"))
+    assert figure.axes[0].images[0].get_array()[..., 0].tolist() == [[0, 255], [128, 0]]
+    assert figure.axes[2].images[0].get_array().max() == 0
+
+
+@pytest.mark.parametrize("dataset", ["voc", "cityscapes"])
+def test_text_overlaps_nothing(dataset):
+    spec = load_spec(dataset)
+    mask = torch.arange(len(spec.classes)).repeat(8, 4)[None]
+    image = torch.zeros(3, 8, mask.shape[-1], dtype=torch.uint8)
+    titles = ["Ground truth", "a name of many words for a run", "a_name_without_words_for_a_run"]
+    figure = figures.draw_rows([image, image], titles, [torch.cat([mask, mask])] * 3, spec)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    boxes = [legend.get_window_extent(), *(axes.get_window_extent() for axes in figure.axes)]
+    boxes += [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
+    assert len(boxes) == 1 + 8 + 4
+    for i, box in enumerate(boxes):
+        assert min(box.x0, box.y0, figure.bbox.x1 - box.x1, figure.bbox.y1 - box.y1) >= 0
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+@pytest.mark.parametrize(
+    ("runs_", "titles"),
+    [
+        (["a supervised 0.2", "b cyclegan 0.2", "c advsemi 0.2", "d supervised 1"], "Partial|Ours|Hung et al.|Full"),
+        (["a cyclegan 0.2", "b cyclegan 0.125"], "Ours, 20 %|Ours, 12.5 %"),
+        (["a cyclegan 0.2", "b cyclegan 0.2"], "a|b"),
+        (["a cyclegan 0.2", "a cyclegan 0.2"], "a/best.pt|a/best.pt"),
+    ],
+)
+def test_titles_are_table_1s_as_far_as_they_tell_the_runs_apart(runs_, titles):
+    named = []
+    for text in runs_:
+        folder, method, ratio = text.split()
+        named.append(
+            SimpleNamespace(path=Path(folder, "best.pt"), args=SimpleNamespace(method=method, ratio=float(ratio)))
+        )
+    assert figures.titles_of(named) == titles.split("|")
+
+
+def test_only_images_that_every_run_validates_on_are_shown(runs, capsys):
+    common = {*validation(A)} & {*validation(SEED)}
+    others = [name for name in validation(A) if name not in common]
+    assert common
+    assert others
+    assert run("rows", A, SEED, "--out", "rows.png", "--n", "99") == 0
+    assert {*re.search("bottom: (.*)\n", capsys.readouterr().out)[1].split(", ")} == common
+    error = error_of(capsys, "rows", A, SEED, "--out", "rows.png", "--ids", others[0])
+    assert f"--ids {others[0]}: not among the {len(common)} images" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (
+            f"rows {A} {LARGE}",
+            "large/best.pt (tiny at 20x20) cannot stand in one figure: they differ in size",
+        ),
+        (f"rows {A} checkpoints/other.pt", "(other at 16x20) cannot stand in one figure: they differ in name, palette"),
+        (f"rows {A} --ids phantom_9999", "--ids phantom_9999"),
+        (f"rows {A} {B} --titles one", "--titles: 1 for 2 runs"),
+        (f"rows {A} --n 0", "--n"),
+        (f"rows {A} --out x.gif", "--out x.gif"),
+        (f"rows {A} --device tpu9", "--device tpu9"),
+        ("rows nothere", "checkpoint nothere: no such file"),
+        (f"curves {A} --n 3", "--n"),
+        ("curves nothere", "metrics.jsonl: No such file"),
+        ("curves broken", "broken/metrics.jsonl: not the log of a run"),
+        ("curves empty", "empty/metrics.jsonl: no mIoU"),
+        (f"heatmap {A}", "heatmap"),
+    ],
+)
+def test_a_wrong_command_is_one_error_line(runs, capsys, words, named):
+    state = torch.load(f"{A}/best.pt")
+    state["dataset"] |= {"name": "other", "palette": [[9, 9, 9]] * 4}
+    torch.save(state, "checkpoints/other.pt")
+    for folder, text in ("broken", '{"epoch": 1}\n'), ("empty", '{"epoch": 1, "miou": null, "losses": {}}\n'):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "metrics.jsonl").write_text(text)
+    words = words.split()
+    assert named in error_of(capsys, *words, *([] if "--out" in words else ["--out", "x.png"]))
+    assert not Path("x.png").exists()
+
+
+def test_curves_are_the_values_of_metrics_jsonl(runs, drawn):
+    assert run("curves", A, f"{B}/best.pt", "--out", "curves.png") == 0
+    assert Image.open("curves.png").format == "PNG"
+    (figure,) = drawn
+    logs = [[json.loads(line) for line in Path(r, "metrics.jsonl").read_text().splitlines()] for r in (A, B)]
+    assert [axes.get_title() for axes in figure.axes] == ["mIoU (star: its best)", *logs[0][0]["losses"]]
+    miou, gen_S, *rest = figure.axes
+    for axes, value in (miou, lambda line: line["miou"]), (gen_S, lambda line: line["losses"]["gen_S"]):
+        for drawn_line, log in zip(axes.lines, logs, strict=True):
+            assert drawn_line.get_xdata().tolist() == [line["epoch"] for line in log]
+            assert drawn_line.get_ydata().tolist() == [value(line) for line in log]
+    assert [len(axes.lines) for axes in rest] == [1] * len(rest)  # Partial has no other loss
+    assert all(line.get_color() == "C0" for axes in rest for line in axes.lines)
+    assert [line.get_color() for line in miou.lines] == ["C0", "C1"]
+    texts = [text.get_text().strip() for text in figure.legends[0].get_texts()]
+    for star, text, name, log in zip(miou.collections, texts, "ab", logs, strict=True):
+        best = max(log, key=lambda line: line["miou"])
+        assert star.get_offsets().tolist() == [[best["epoch"], best["miou"]]]
+        assert text == f"{name}: best {best['miou']:.4f} at epoch {best['epoch']}"
+
+
+def test_an_evaluation_without_a_scored_class_is_left_out_of_the_miou(tmp_path):
+    lines = [{"epoch": e, "miou": m, "losses": {"gen_S": 1 / e}} for e, m in ((1, 0.25), (2, None), (4, 0.125))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    curves = figures.read_curves(tmp_path)
+    assert curves == {"mIoU": {1: 0.25, 4: 0.125}, "gen_S": {1: 1.0, 2: 0.5, 4: 0.25}}
+    figure = figures.draw_curves(["one", "two"], [curves, curves])
+    assert figure.axes[0].collections[1].get_offsets().tolist() == [[1, 0.25]]
