@@ -186,8 +186,8 @@ def time_evaluation(args: argparse.Namespace, spec: DatasetSpec, data: Stored, d
     return {"images_per_s": len(data) / took}
 
 
-def benchmark(argv: list[str]) -> dict:
-    """Everything that was asked for; printed, and returned as it goes into --json."""
+def benchmark(argv: list[str]) -> int:
+    """Everything that was asked for: printed, and written to --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--options", nargs="+", default=["fp32", "bf16"], help="PRECISION[+compile][+channels-last]")
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
@@ -240,11 +240,8 @@ def benchmark(argv: list[str]) -> dict:
             print(f"evaluation alone: {result['evaluation']['images_per_s']:.0f} images a second")
     if ours.json:
         utils.write_atomically(ours.json, json.dumps(result, indent=1) + "\n")
-    return result
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        benchmark(sys.argv[1:])
-    except utils.InputError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main.main(command=benchmark))

@@ -31,6 +31,7 @@ from torchvision.datasets import SBDataset, VOCSegmentation
 from tqdm import tqdm
 
 import data_utils
+import main
 import utils
 from data_utils import DatasetSpec, Sample, naming
 from main import Parser, number
@@ -267,7 +268,7 @@ def print_shares(spec: DatasetSpec, pixels: dict[str, np.ndarray]) -> None:
 # The command
 
 
-def run(argv: list[str]) -> None:
+def run(argv: list[str]) -> int:
     """Prepare and verify."""
     about = argparse.RawDescriptionHelpFormatter
     parser = Parser("prepare.py", description=__doc__, allow_abbrev=False, formatter_class=about)
@@ -294,19 +295,13 @@ def run(argv: list[str]) -> None:
         else:
             take(args.dataset, root, sources)
     verify(data_utils.load_spec(args.dataset), root, args.workers)
+    return 0
 
 
 def prepare(argv: list[str]) -> int:
     """Exit code: 0 usable, 1 failed while running, 2 wrong flags or data, 130 interrupted."""
     try:
-        run(argv)
-        return 0
-    except (InputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return main.main(argv, run)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
