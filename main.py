@@ -167,7 +167,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", help="cpu, cuda, cuda:1; cuda where there is one if not given")
-    flag("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of the generators; losses stay fp32")
+    flag("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help="of products; losses stay fp32")
     flag("--compile", action=switch, default=False, help="torch.compile the networks")
     flag("--channels-last", action=switch, default=False, help="store activations channels last")
     flag("--deterministic", action=switch, default=False, help="kernels that repeat bit for bit")
@@ -624,8 +624,7 @@ def train_in(folder: Path, args: argparse.Namespace, spec: DatasetSpec, device: 
     if utils.world_size() > 1:
         distribute(run.model, device)
     if args.compile:
-        for network in run.model.children():
-            network.compile()
+        utils.compile_networks(run.model)
     stop.can_wait = True
     code = run.train(*(Stored(cache, [cache.rows[i] for i in ids]) for ids in parts.ids().values()))
     stop.can_wait = False

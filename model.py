@@ -270,20 +270,22 @@ class CycleGAN(nn.Module):
             fakes["y"] = one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype)
         with frozen(self.D_S, self.D_I):
             if "disc_S" in on:
-                terms["disc_S"] = fool(self.D_S(fakes["y"]))
+                terms["disc_S"] = fool(compute(self.D_S, fakes["y"], self.bf16))
             if "disc_I" in on:
-                terms["disc_I"] = fool(self.D_I(fakes["x"]))
+                terms["disc_I"] = fool(compute(self.D_I, fakes["x"], self.bf16))
         return {name: terms[name] for name in self.weights if name in terms}, fakes
 
     def discriminator_terms(self, y: Tensor, x_u: Tensor, fakes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Eq. 4 and 5 on the generators' fakes, detached. Real and fake go separately: batch norm would mix them."""
         terms = {}
         if self.weights["disc_S"]:
-            real = self.D_S(one_hot(y, self.n_classes, x_u.dtype))
-            fake = self.D_S(self.pools["y"](fakes["y"].detach()))
+            real = compute(self.D_S, one_hot(y, self.n_classes, x_u.dtype), self.bf16)
+            fake = compute(self.D_S, self.pools["y"](fakes["y"].detach()), self.bf16)
             terms["D_S"] = disc(real, fake, valid=(y != IGNORE).unsqueeze(1))
         if self.weights["disc_I"]:
-            terms["D_I"] = disc(self.D_I(x_u), self.D_I(self.pools["x"](fakes["x"].detach())))
+            real = compute(self.D_I, x_u, self.bf16)
+            fake = compute(self.D_I, self.pools["x"](fakes["x"].detach()), self.bf16)
+            terms["D_I"] = disc(real, fake)
         return terms
 
     def step(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:
@@ -353,8 +355,9 @@ class AdvSemi(nn.Module):
         maps, terms = logits.softmax(1), {"gen_S": gen_S(logits[: len(x)], y)}
         with frozen(self.D_S):
             if "adv" in on:
-                terms["adv"] = judge(self.D_S(maps[: len(x)]), 1.0, valid=(y != IGNORE).unsqueeze(1))
-            judgement = self.D_S(maps[len(x) :]) if uses_x_u else None
+                judgement = compute(self.D_S, maps[: len(x)], self.bf16)
+                terms["adv"] = judge(judgement, 1.0, valid=(y != IGNORE).unsqueeze(1))
+            judgement = compute(self.D_S, maps[len(x) :], self.bf16) if uses_x_u else None
         if "semi_adv" in on:
             terms["semi_adv"] = judge(judgement, 1.0)
         if "semi" in on:
@@ -368,8 +371,8 @@ class AdvSemi(nn.Module):
         """
         valid = (y != IGNORE).unsqueeze(1)
         valid_maps = torch.cat([valid, valid.new_ones(len(maps) - len(y), *valid.shape[1:])])
-        fake = judge(self.D_S(maps.detach()), 0.0, valid_maps)
-        real = judge(self.D_S(one_hot(y, self.n_classes, maps.dtype)), 1.0, valid)
+        fake = judge(compute(self.D_S, maps.detach(), self.bf16), 0.0, valid_maps)
+        real = judge(compute(self.D_S, one_hot(y, self.n_classes, maps.dtype), self.bf16), 1.0, valid)
         return {"D_S": (fake + real) / 2}
 
     def step(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:

@@ -178,6 +178,13 @@ def pick_device(name: str | None, precision: str) -> torch.device:
     return device
 
 
+def compile_networks(model: nn.Module) -> None:
+    """torch.compile each network in place, for the few shapes that a run has: training's, evaluation's last batch."""
+    torch._dynamo.config.cache_size_limit = 64  # the generators share their code, and so its limit of 8 variants
+    for network in model.children():
+        network.compile(dynamic=False)
+
+
 def memory_format(channels_last: bool) -> torch.memory_format:
     """How activations lie in memory."""
     return torch.channels_last if channels_last else torch.contiguous_format

@@ -589,17 +589,16 @@ def test_terms_come_in_the_type_of_the_images(dtype):
         assert {loss.dtype for loss in losses.values()} == {dtype}
 
 
-def test_bf16_runs_the_generators_in_bf16_with_losses_in_fp32_close_to_those_of_fp32():
+def test_bf16_runs_every_network_in_bf16_with_losses_in_fp32_close_to_those_of_fp32():
     x, y, x_u = (data.float() if data.is_floating_point() else data for data in batch())
     losses = {}
     for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
         partial, ours = (build(method, "--precision", precision).float() for method in ("supervised", "cyclegan"))
-        seen = {"G": set(), "D": set()}
-        for kind, networks in ("G", (partial.G_IS, ours.G_IS, ours.G_SI)), ("D", (ours.D_S, ours.D_I)):
-            for network in networks:
-                network.register_forward_hook(lambda _, __, output, types=seen[kind]: types.add(output.dtype))
+        seen = []
+        for network in (partial.G_IS, *(getattr(ours, name) for name in NETWORKS)):
+            network.register_forward_hook(lambda _, __, output, types=seen: types.append(output.dtype))
         losses[precision] = [partial.step(x, y)["gen_S"], *ours.step(x, y, x_u).values()]
-        assert seen == {"G": {dtype}, "D": {torch.float32}}
+        assert seen == [dtype] * (1 + 3 + 2 + 4)
     torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.02, atol=0)  # which checks float32 too
 
 

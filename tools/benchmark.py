@@ -131,8 +131,7 @@ def time_steps(option: str, ours: argparse.Namespace, args: argparse.Namespace, 
     settings, plain_settings = with_option(args, option), with_option(args, "fp32")
     pairs = [(build(METHODS[args.method], settings, spec, device), settings)]
     if settings.compile:
-        for network in pairs[0][0].children():
-            network.compile()
+        utils.compile_networks(pairs[0][0])
     if ours.plain:
         pairs.append((build(PlainCycleGAN, plain_settings, spec, device), plain_settings))
         pairs[1][0].six_calls = ours.plain == 6
