@@ -286,7 +286,7 @@ def failure(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return (
             "out of memory; half of --batch-size or of --size's area needs half, --ngf 32 instead of 64 two thirds, "
-            "--precision bf16 five sixths or less (docs/performance.md)"
+            "--precision bf16 three quarters (docs/performance.md)"
         )
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process of this run has ended; the last checkpoint is whole"

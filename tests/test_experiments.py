@@ -631,3 +631,16 @@ def test_unfinished_runs_are_not_kept():
     (finished / "manifest.json").write_text('{"command": "main.py"}')
     assert run("keep --scale small --out kept") == 0
     assert [path.name for path in Path("kept/small").iterdir()] == ["phantom_supervised_0.2_s0"]
+
+
+KEPT = Path(main.__file__).parent / "docs" / "results"
+
+
+@pytest.mark.parametrize("folder", [path for path in KEPT.iterdir() if path.is_dir()], ids=lambda path: path.name)
+def test_the_committed_report_is_that_of_the_committed_runs(folder):
+    assert run(f"report --checkpoints {folder} --out again") == 0
+    rebuilt = [path for path in Path("again").iterdir() if path.suffix in (".md", ".csv")]
+    assert len(rebuilt) == 4
+    for path in rebuilt:
+        assert path.read_bytes() == (KEPT / path.name).read_bytes()
+    assert {path.name for path in Path("again").glob("*.png")} == {p.name for p in KEPT.glob(f"{folder.name}_*.png")}

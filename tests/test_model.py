@@ -627,7 +627,7 @@ def test_pictures_show_masks_and_images_of_every_network():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_never_makes_the_program_wait_for_the_gpu(method, precision):
+def test_a_step_hides_no_synchronization_with_the_gpu(method, precision):
     ours = build(method, "--precision", precision).float().cuda()
     ours.progress = 1.0
     x, y, x_u = batch(64, 64)

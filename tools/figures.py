@@ -33,9 +33,9 @@ import main
 import utils
 from data_utils import DatasetSpec, Stored
 from main import Trained
+from tools.report import Key
 from utils import IGNORE, InputError
 
-METHODS = {"supervised": "Partial", "advsemi": "Hung et al.", "cyclegan": "Ours"}  # their names in Table 1
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
 LINE, LETTER = 0.175, 0.085  # inches: height of a line of text, width of a wide letter
 
@@ -58,7 +58,7 @@ def add_legend(figure: Figure, place: str, columns: int, labels: list[str], colo
 
 def titles_of(runs: list[Trained]) -> list[str]:
     """Table 1's names of the runs; where two are the same, with the ratio, or the folder, or the whole path."""
-    names = ["Full" if (r.args.method, r.args.ratio) == ("supervised", 1) else METHODS[r.args.method] for r in runs]
+    names = [Key("", run.args.method, run.args.ratio).title for run in runs]
     shares = [f"{name}, {100 * run.args.ratio:g} %" for name, run in zip(names, runs, strict=True)]
     folders = [run.path.resolve().parent.name for run in runs]
     differ = (titles for titles in (names, shares, folders) if len({*titles}) == len(runs))

@@ -406,7 +406,8 @@ def draw(panels: dict[str, list[tuple]], x_label: str, path: Path) -> None:
             look = {"color": COLOURS[title], "linestyle": style, "linewidth": 1, "capsize": 3}
             ax.errorbar(x, y, error if any(error) else None, **look, marker="." if len(points) < 20 else None)
         ax.set_title(heading, fontsize="medium")
-        ax.set_xlim(left=0)
+        ax.set_xlim(0, None if x_label == "steps" else 105)
+        ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
@@ -445,6 +446,7 @@ def keep(folder: Path, out: Path) -> None:
         source, kept = folder / run.name, out / scale / run.name
         kept.mkdir(parents=True, exist_ok=True)
         manifest = json.loads((source / "manifest.json").read_text())
+        manifest.pop("platform", None)
         manifest["command"] = without_paths(manifest["command"], run.config, scale)
         config = without_paths((source / "config.toml").read_text(), run.config, scale)
         files = {"config.toml": config, "manifest.json": json.dumps(manifest, indent=1)}
