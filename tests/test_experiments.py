@@ -611,9 +611,7 @@ def test_a_report_from_kept_files_is_the_same_bytes(monkeypatch, here):
     manifest = json.loads((kept / "manifest.json").read_text())
     before = json.loads((run_folder / "manifest.json").read_text())
     del before["platform"]  # a machine's
-    assert manifest == before | {
-        "command": "main.py --data-root data/tiny"
-    }
+    assert manifest == before | {"command": "main.py --data-root data/tiny"}
 
 
 def test_commands_are_kept_without_a_machines_paths():
