@@ -463,9 +463,10 @@ class Run:
             if value is not None:
                 self.events.scalar(tag, value, self.global_step)
         self.draw(val)
+        best = f"best {self.best['miou']:.4f}"
         if self.best["epoch"] == self.epoch:
             utils.write_atomically(self.folder / "README.md", self.card())
-        best = "the best so far" if self.best["epoch"] == self.epoch else f"best {self.best['miou']:.4f}"
+            best = "the best so far"
         terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         skipped = f"; {self.skipped} steps skipped" if self.skipped else ""
         with tqdm.external_write_mode():

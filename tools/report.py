@@ -406,8 +406,10 @@ def draw(panels: dict[str, list[tuple]], x_label: str, path: Path) -> None:
             look = {"color": COLOURS[title], "linestyle": style, "linewidth": 1, "capsize": 3}
             ax.errorbar(x, y, error if any(error) else None, **look, marker="." if len(points) < 20 else None)
         ax.set_title(heading, fontsize="medium")
-        ax.set_xlim(0, None if x_label == "steps" else 105)
         ax.set_ylim(bottom=0)
+        ax.set_xlim(left=0)
+        if x_label != "steps":
+            ax.set(xlim=(0, 105), ylim=(0, 1.05 * ax.get_ylim()[1]))
         ax.grid(alpha=0.3)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
