@@ -58,7 +58,7 @@ import data_utils
 import utils
 from arch.generators import MIN_SIZE
 from data_utils import DatasetSpec, Epoch, Sample, Split, Stored, read_toml
-from model import METHODS, NonFiniteLoss, distribute
+from model import METHODS, NonFiniteLoss, diagnose, distribute
 from utils import IGNORE, InputError, TrainingError
 
 # Settings that change the result: kept in a checkpoint, compared when a run goes on, fixed when it is tested.
@@ -66,6 +66,7 @@ RESULT = ("method", "ratio", "seed", "size", "epochs", "decay_epoch", "batch_siz
 RESULT += ("split", "label_unit", "normalization", "ignored", "ngf", "ndf", "n_blocks", "dropout")
 RESULT += ("optimizer", "momentum", "weight_decay", "schedule", "disc_lr", "disc_betas")
 RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
+RESULT += ("lambda6", "ema", "confidence", "ramp_up", "cycle_input", "cycle_s_trains")
 RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
 MODES = ("training", "testing", "predict")
 PROGRESS = ("epoch", "step", "evaluated", "skipped", "best", "metrics")  # of a run, kept in last.pt
@@ -115,7 +116,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     flag = parser.add_argument_group("experiment").add_argument
     flag("--dataset", default="voc", help="a name in config/ or a .toml file")
-    methods = "cyclegan is Ours; supervised is Partial or Full; advsemi is Hung et al."
+    methods = "cyclegan: Ours; supervised: Partial or Full; advsemi: Hung et al.; meanteacher: CutMix consistency"
     flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
     flag("--ratio", type=share, default=0.2, help="share of the training images that are labeled")
     flag("--seed", type=number(int, 0, 2**32), default=0, help="of the split, the weights and the order")
@@ -158,6 +159,18 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--semi-threshold", type=part, default=0.2, metavar="T", help="D's confidence from which it does")
     flag("--semi-start", type=part, default=0.25, metavar="P", help="part of the run after which that begins")
 
+    flag = parser.add_argument_group("beyond the paper").add_argument
+    consistency = "weight of CutMix consistency on unlabeled images; 1 for meanteacher, 0 for cyclegan if not given"
+    flag("--lambda6", type=weight, metavar="W", help=consistency)
+    average = "decay of the moving average of G_IS, which then is evaluated; 0: none; 0.99 with --lambda6 if not given"
+    flag("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help=average)
+    flag("--confidence", type=part, default=0.9, metavar="P", help="of the average in a pixel that --lambda6 uses")
+    flag("--ramp-up", type=part, default=0.0, metavar="P", help="part of the run over which unlabeled terms grow")
+    cycle = "what G_SI sees of G_IS(x'): argmax sends G_IS no gradient of L_cycle^I"
+    flag("--cycle-input", default="softmax", choices=["softmax", "argmax"], help=cycle)
+    trains = "what L_cycle^S trains: both generators, or G_IS alone"
+    flag("--cycle-s-trains", default="both", choices=["both", "G_IS"], help=trains)
+
     flag = parser.add_argument_group("networks").add_argument
     flag("--ngf", type=count, default=64, help="width of the generators' first layer")
     flag("--ndf", type=count, default=64, help="width of the discriminators' first layer")
@@ -183,6 +196,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--eval-every", type=count, default=1, metavar="N", help="epochs between evaluations")
     flag("--save-every", type=weight, default=10.0, metavar="MIN", help="minutes between checkpoints")
     flag("--log-every", type=count, default=20, metavar="N", help="steps between loss values")
+    told = "with every evaluation: each term's gradient in G_IS, the discriminators' answers"
+    flag("--diagnose", action=switch, default=False, help=told)
     then = "what a loss that is not finite does to the run; skip leaves that step out"
     flag("--on-nonfinite", default="stop", choices=["stop", "skip"], help=then)
     return parser
@@ -238,6 +253,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.decay_epoch = args.epochs // 4 if args.decay_epoch is None else args.decay_epoch
     args.disc_lr = args.lr if args.disc_lr is None else args.disc_lr
     args.disc_betas = args.disc_betas or args.betas
+    args.lambda6 = float(args.method == "meanteacher") if args.lambda6 is None else args.lambda6
+    args.ema = 0.99 * (args.lambda6 > 0) if args.ema is None else args.ema
     args.data_root = args.data_root or f"data/{Path(args.dataset).stem}"
     return args
 
@@ -274,6 +291,7 @@ class Run:
         self.metrics: dict = {}  # of the last evaluation
         self.sums: dict[str, Tensor] = {}  # of each loss since then
         self.saved_at = time.monotonic()
+        self.diagnosis: dict[str, dict[str, float]] = {}  # of the last evaluation, where it is asked for
         self.stopped = 0  # the signal that every process has agreed to end at
 
     @property
@@ -341,13 +359,17 @@ class Run:
         print(f"resuming at epoch {self.epoch + 1}, step {self.step}")
 
     def initialize(self, state: dict) -> None:
-        """Take over the networks of another run's checkpoint: all from one of the same method, else G_IS."""
+        """Take over the networks of another run's checkpoint: all from one of the same method, else G_IS.
+
+        The average of G_IS starts from that run's average, or from its G_IS where it kept none.
+        """
         weights, same = state["model"], state["config"].get("method") == self.args.method
-        shared = [name for name, _ in self.model.named_children()] if same else ["G_IS"]
-        for name in shared:
-            network = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+        names = [name for name, _ in self.model.named_children() if same or name in ("G_IS", "teacher")]
+        for name in names:
+            of = name if name != "teacher" or any(k.startswith("teacher.") for k in weights) else "G_IS"
+            network = {k.removeprefix(f"{of}."): v for k, v in weights.items() if k.startswith(f"{of}.")}
             utils.load_weights(getattr(self.model, name), network, f"--init {self.args.init}: {name}")
-        print(f"starting from {', '.join(shared)} of {self.args.init}")
+        print(f"starting from {', '.join(names)} of {self.args.init}")
 
     def mean_losses(self) -> dict[str, float]:
         """Each loss's mean since the last evaluation. It waits for the device: not for every step."""
@@ -379,6 +401,8 @@ class Run:
         model.train()
         while not self.stopped:
             if self.evaluated < self.epoch and (self.epoch % args.eval_every == 0 or self.epoch == args.epochs):
+                first = Subset(Epoch(labeled, unlabeled, args.seed, 0, args.batch_size), range(args.batch_size))
+                self.diagnosis = diagnose(model, next(iter(self.batches(first)))) if args.diagnose else {}
                 self.evaluate(val, f"epoch {self.epoch}/{args.epochs}{speed}")
                 continue
             if self.epoch == args.epochs:
@@ -452,13 +476,15 @@ class Run:
 
     def record(self, val: Stored, losses: dict[str, float], title: str) -> None:
         """An evaluation's line in metrics.jsonl and on the screen, its curves and pictures in TensorBoard."""
-        record = {"epoch": self.epoch, "step": self.global_step, **self.metrics, "losses": losses}
+        record = {"epoch": self.epoch, "step": self.global_step, **self.metrics, "losses": losses, **self.diagnosis}
         log = self.folder / "metrics.jsonl"
         before = log.read_text(encoding="utf-8") if log.is_file() else ""
         utils.write_atomically(log, f"{before}{json.dumps(record | {'skipped': self.skipped})}\n")
         curves = {f"val/{key}": self.metrics[key] for key in ("miou", "miou_all", "miou_official", "pixel_accuracy")}
         for kind in "iou", "dice":
             curves |= {f"{kind}/{name}": value for name, value in self.metrics[kind].items()}
+        for kind, values in self.diagnosis.items():
+            curves |= {f"{kind}/{name}": value for name, value in values.items()}
         for tag, value in curves.items():
             if value is not None:
                 self.events.scalar(tag, value, self.global_step)

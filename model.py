@@ -1,4 +1,4 @@
-"""The method: Eq. 1 to 9 as pure functions, and one class for each row of Table 1.
+"""The method: Eq. 1 to 9 as pure functions, and one class for each row of Table 1 and for what goes beyond it.
 
 Symbols of the paper, with B images a batch, C channels, K classes, H x W pixels:
 
@@ -11,6 +11,7 @@ Symbols of the paper, with B images a batch, C channels, K classes, H x W pixels
     D_S, D_I one judgement a pixel, (B, 1, H, W), of masks and of images: 1 is real, 0 is generated
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -19,10 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
 from utils import IGNORE, ReplayPool, share, total, world_size
+
+UNLABELED = ("cycle_I", "disc_S", "disc_I", "cutmix")  # the terms for which unlabeled images are looked at
 
 # Equations. Expectations and norms are means over images, pixels and channels, as in the released code. Where several
 # processes train together, `share` makes the mean of their values the mean over the whole batch.
@@ -84,6 +88,41 @@ def semi(logits: Tensor, judgement: Tensor, threshold: float) -> Tensor:
     return gen_S(logits, logits.argmax(1).masked_fill(unsure, IGNORE))
 
 
+# Beyond the paper: consistency under CutMix (French et al. 2020) with a mean teacher (Tarvainen and Valpola 2017).
+
+
+def boxes(x: Tensor) -> Tensor:
+    """A box for each image, of any place, each side a quarter to three quarters of the image's: bool (B, 1, H, W)."""
+    inside = []
+    for n in x.shape[-2:]:
+        side = 0.25 + 0.5 * torch.rand(len(x), 1, device=x.device)
+        start = (1 - side) * torch.rand(len(x), 1, device=x.device)
+        at = (torch.arange(n, device=x.device) + 0.5) / n
+        inside.append((start <= at) & (at < start + side))
+    return (inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1)
+
+
+def perturb(x: Tensor) -> Tensor:
+    """Another contrast (± 20 %) and brightness (± 0.1) for each image, and noise of deviation 0.1: (B, C, H, W)."""
+    contrast, brightness = (2 * torch.rand(2, len(x), 1, 1, 1, dtype=x.dtype, device=x.device) - 1).unbind()
+    return x * (1 + 0.2 * contrast) + 0.1 * brightness + 0.1 * torch.randn_like(x)
+
+
+def cutmix(student: Callable, teacher: Callable, x_u: Tensor, confidence: float) -> Tensor:
+    """Cross-entropy of the student on mixed and perturbed images with the teacher's masks, mixed in the same way.
+
+    A box of each image shows the next image of the batch. Pixels where the teacher's largest probability is under
+    `confidence` count as 0 in the mean. Networks map (B, C, H, W) to logits (B, K, H, W).
+    """
+    with torch.no_grad():
+        sure, y = teacher(x_u).softmax(1).max(1)
+        y = y.masked_fill(sure < confidence, IGNORE)
+        box = boxes(x_u)
+        x_mixed = perturb(torch.where(box, x_u.roll(1, 0), x_u))
+        y_mixed = torch.where(box.squeeze(1), y.roll(1, 0), y)
+    return F.cross_entropy(student(x_mixed), y_mixed, ignore_index=IGNORE, reduction="sum") / y.numel()
+
+
 def one_hot(y: Tensor, n_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Masks (B, H, W) to (B, K, H, W); IGNORE becomes the zero vector."""
     return (y.unsqueeze(1) == torch.arange(n_classes, device=y.device).view(1, -1, 1, 1)).to(dtype)
@@ -117,6 +156,35 @@ def generator_optimizer(parameters: Iterable[nn.Parameter], cfg) -> Optimizer:
 def discriminator_optimizer(parameters: Iterable[nn.Parameter], cfg) -> Optimizer:
     """Section 3.3's Adam, that of the generators unless flags say otherwise."""
     return Adam(parameters, cfg.disc_lr, tuple(cfg.disc_betas), fused=True)
+
+
+def averaged(network: nn.Module, decay: float) -> nn.Module | None:
+    """A copy that will be the network's exponential moving average; None where the decay is 0."""
+    return copy.deepcopy(network).requires_grad_(False) if decay else None
+
+
+@torch.no_grad()
+def follow(average: nn.Module | None, network: nn.Module, decay: float) -> None:
+    """Move an average towards its network: decay * average + (1 - decay) * network."""
+    if average is not None:
+        get_ema_multi_avg_fn(decay)(list(average.parameters()), list(network.parameters()), None)
+
+
+def in_use(model: nn.Module) -> nn.Module:
+    """A method's G_IS; once it is trained, the average of G_IS where it keeps one."""
+    return model.G_IS if model.training or model.teacher is None else model.teacher
+
+
+def student_and_teacher(model: nn.Module) -> tuple[Callable, Callable]:
+    """A method's G_IS, and the average of G_IS (G_IS itself where none is kept): images to logits."""
+    networks = model.G_IS, model.G_IS if model.teacher is None else model.teacher
+    return tuple(lambda x, network=network: compute(network, x, model.bf16) for network in networks)
+
+
+def ramped(weights: dict[str, float], progress: float, ramp_up: float) -> dict[str, float]:
+    """The weights of Eq. 8, those of unlabeled images growing linearly over the first part `ramp_up` of the run."""
+    grown = min(1.0, progress / ramp_up) if ramp_up else 1.0
+    return {name: weight * grown if name in UNLABELED else weight for name, weight in weights.items()}
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -166,8 +234,28 @@ def distribute(model: nn.Module, device: torch.device) -> None:
         )
 
 
+def diagnose(model: nn.Module, batch: tuple[Tensor, ...]) -> dict[str, dict[str, float]]:
+    """What a batch (x, y, x_u) tells of a method, without an update and without a trace in the random numbers.
+
+    "gradients": the norm, in G_IS's parameters, of the gradient of each term without its weight; 0 where none is sent.
+    "answers": the mean of what the discriminators say to real and generated masks and images, of the CycleGAN.
+    """
+    devices = [batch[0].device] if batch[0].is_cuda else []
+    with torch.random.fork_rng(devices):
+        terms = model.generator_terms(*batch)
+        terms = terms[0] if isinstance(terms, tuple) else terms
+        norms = {}
+        for name, term in terms.items():
+            grads = ()
+            if term.requires_grad:
+                grads = torch.autograd.grad(term, list(model.G_IS.parameters()), retain_graph=True, allow_unused=True)
+            norms[name] = sum(grad.double().square().sum().item() for grad in grads if grad is not None) ** 0.5
+        return {"gradients": norms, "answers": model.answers(*batch) if hasattr(model, "answers") else {}}
+
+
 # Methods. Each has optimizers, step(x, y, x_u), segment(x) and pictures(x, y); `sides` holds the function of each
-# optimizer's terms. The training loop sets `progress`, the share of the run that is done, before every step.
+# optimizer's terms. The training loop sets `progress`, the share of the run that is done, before every step. `teacher`
+# is the moving average of G_IS, or None: where it is kept, it is what is evaluated.
 
 
 class Supervised(nn.Module):
@@ -177,15 +265,16 @@ class Supervised(nn.Module):
         super().__init__()
         self.bf16 = cfg.precision == "bf16"
         self.G_IS = ResNetGenerator(spec.channels, len(spec.classes), cfg.ngf, cfg.n_blocks, cfg.dropout)
+        self.ema, self.teacher = cfg.ema, averaged(self.G_IS, cfg.ema)
         self.weights = {"gen_S": 1.0}
         self.optimizers = {"G": generator_optimizer(self.G_IS.parameters(), cfg)}
         self.sides = {"G": self.generator_terms}
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
-        return compute(self.G_IS, x, self.bf16)
+        return compute(in_use(self), x, self.bf16)
 
-    def generator_terms(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
         """Eq. 1, 2."""
         return {"gen_S": gen_S(self.segment(x), y)}
 
@@ -193,6 +282,7 @@ class Supervised(nn.Module):
         """One update; returns the loss by the paper's name, detached. Unlabeled images are not looked at."""
         terms = self.sides["G"](x, y)
         descend(self.optimizers["G"], terms["gen_S"], terms)
+        follow(self.teacher, self.G_IS, self.ema)
         return {"gen_S": terms["gen_S"].detach()}
 
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -203,11 +293,15 @@ class Supervised(nn.Module):
 class CycleGAN(nn.Module):
     """Ours: two generators and two discriminators trained alternately on Eq. 8. A weight of 0 takes its term out."""
 
+    progress = 0.0
+
     def __init__(self, spec, cfg):
         super().__init__()
         self.n_classes = len(spec.classes)
         self.bf16 = cfg.precision == "bf16"
-        self.hard_fakes = cfg.disc_input == "argmax"
+        self.hard_fakes, self.hard_cycle = cfg.disc_input == "argmax", cfg.cycle_input == "argmax"
+        self.cycle_S_both = cfg.cycle_s_trains == "both"
+        self.ramp_up, self.confidence = cfg.ramp_up, cfg.confidence
         self.weights = {
             "gen_S": 1.0,
             "gen_I": cfg.lambda1,
@@ -216,8 +310,11 @@ class CycleGAN(nn.Module):
             "disc_S": cfg.lambda4,
             "disc_I": cfg.lambda5,
         }
+        if cfg.lambda6:
+            self.weights["cutmix"] = cfg.lambda6
         K, C = self.n_classes, spec.channels
         self.G_IS = ResNetGenerator(C, K, cfg.ngf, cfg.n_blocks, cfg.dropout)
+        self.ema, self.teacher = cfg.ema, averaged(self.G_IS, cfg.ema)
         self.G_SI = ResNetGenerator(K, C, cfg.ngf, cfg.n_blocks, cfg.dropout, tanh=True)
         self.D_S = PixelDiscriminator(K, cfg.ndf, cfg.disc_norm)
         self.D_I = PixelDiscriminator(C, cfg.ndf, cfg.disc_norm)
@@ -231,7 +328,7 @@ class CycleGAN(nn.Module):
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
-        return compute(self.G_IS, x, self.bf16)
+        return compute(in_use(self), x, self.bf16)
 
     def paint(self, y: Tensor) -> Tensor:
         """G_SI: masks (B, H, W), one-hot masks or softmax maps (B, K, H, W) to images (B, C, H, W)."""
@@ -255,14 +352,15 @@ class CycleGAN(nn.Module):
             fakes["y"] = logits[len(x) :].softmax(1)  # (B, K, H, W)
 
         masks = [one_hot(y, self.n_classes, x.dtype)] if uses_y else []
-        masks += [fakes["y"]] if "cycle_I" in on else []
+        if "cycle_I" in on:
+            masks += [one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype) if self.hard_cycle else fakes["y"]]
         images = self.paint(torch.cat(masks)) if masks else None
         if uses_y:
             fakes["x"] = images[: len(y)]  # (B, C, H, W)
         if "gen_I" in on:
             terms["gen_I"] = gen_I(fakes["x"], x)
         if "cycle_S" in on:
-            terms["cycle_S"] = cycle_S(self.segment(fakes["x"]), y)
+            terms["cycle_S"] = cycle_S(self.segment(fakes["x"] if self.cycle_S_both else fakes["x"].detach()), y)
         if "cycle_I" in on:
             terms["cycle_I"] = cycle_I(images[-len(x_u) :], x_u)
 
@@ -273,7 +371,17 @@ class CycleGAN(nn.Module):
                 terms["disc_S"] = fool(compute(self.D_S, fakes["y"], self.bf16))
             if "disc_I" in on:
                 terms["disc_I"] = fool(compute(self.D_I, fakes["x"], self.bf16))
+        if "cutmix" in on:
+            terms["cutmix"] = cutmix(*student_and_teacher(self), x_u, self.confidence)
         return {name: terms[name] for name in self.weights if name in terms}, fakes
+
+    @torch.no_grad()
+    def answers(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, float]:
+        """Means of what D_S and D_I say to real and to generated masks and images."""
+        real, fake = one_hot(y, self.n_classes, x.dtype), self.segment(x_u).softmax(1)
+        judged = {"D_S(y)": (self.D_S, real), "D_S(G_IS(x'))": (self.D_S, fake)}
+        judged |= {"D_I(x')": (self.D_I, x_u), "D_I(G_SI(y))": (self.D_I, self.paint(y))}
+        return {name: compute(D, shown, self.bf16).mean().item() for name, (D, shown) in judged.items()}
 
     def discriminator_terms(self, y: Tensor, x_u: Tensor, fakes: dict[str, Tensor]) -> dict[str, Tensor]:
         """Eq. 4 and 5 on the generators' fakes, detached. Real and fake go separately: batch norm would mix them."""
@@ -294,7 +402,9 @@ class CycleGAN(nn.Module):
         Returns the unweighted terms by the paper's names and the discriminators' losses as D_S and D_I, detached.
         """
         terms, fakes = self.sides["G"](x, y, x_u)
-        descend(self.optimizers["G"], sum(self.weights[k] * term for k, term in terms.items()), terms)  # Eq. 8
+        weights = ramped(self.weights, self.progress, self.ramp_up)
+        descend(self.optimizers["G"], sum(weights[k] * term for k, term in terms.items()), terms)  # Eq. 8
+        follow(self.teacher, self.G_IS, self.ema)
         losses = {}
         if "D" in self.optimizers:
             losses = self.sides["D"](y, x_u, fakes)
@@ -333,6 +443,7 @@ class AdvSemi(nn.Module):
             "semi": cfg.lambda_semi,
         }
         self.G_IS = ResNetGenerator(spec.channels, self.n_classes, cfg.ngf, cfg.n_blocks, cfg.dropout)
+        self.ema, self.teacher = cfg.ema, averaged(self.G_IS, cfg.ema)
         self.D_S = FCDiscriminator(self.n_classes, cfg.ndf)
         self.optimizers = {"G": generator_optimizer(self.G_IS.parameters(), cfg)}
         if cfg.lambda_adv or cfg.lambda_semi_adv or cfg.lambda_semi:
@@ -341,7 +452,7 @@ class AdvSemi(nn.Module):
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
-        return compute(self.G_IS, x, self.bf16)
+        return compute(in_use(self), x, self.bf16)
 
     def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """G_IS's terms that have a weight, unweighted, with D_S fixed; and the softmax maps of x, then of x_u if used.
@@ -379,6 +490,7 @@ class AdvSemi(nn.Module):
         """One update of G_IS with D_S fixed, then of D_S on the same predictions; the unweighted terms, detached."""
         terms, maps = self.sides["G"](x, y, x_u)
         descend(self.optimizers["G"], sum(self.weights[k] * term for k, term in terms.items()), terms)
+        follow(self.teacher, self.G_IS, self.ema)
         losses = {}
         if "D" in self.optimizers:
             losses = self.sides["D"](y, maps)
@@ -390,4 +502,43 @@ class AdvSemi(nn.Module):
         return {"G_IS(x)": self.segment(x).argmax(1)}
 
 
-METHODS = {"supervised": Supervised, "cyclegan": CycleGAN, "advsemi": AdvSemi}
+class MeanTeacher(nn.Module):
+    """What a user would take instead: G_IS learns from labels, and from masks of its own average under CutMix."""
+
+    progress = 0.0
+
+    def __init__(self, spec, cfg):
+        super().__init__()
+        self.bf16 = cfg.precision == "bf16"
+        self.ramp_up, self.confidence = cfg.ramp_up, cfg.confidence
+        self.weights = {"gen_S": 1.0, "cutmix": cfg.lambda6}
+        self.G_IS = ResNetGenerator(spec.channels, len(spec.classes), cfg.ngf, cfg.n_blocks, cfg.dropout)
+        self.ema, self.teacher = cfg.ema, averaged(self.G_IS, cfg.ema)
+        self.optimizers = {"G": generator_optimizer(self.G_IS.parameters(), cfg)}
+        self.sides = {"G": self.generator_terms}
+
+    def segment(self, x: Tensor) -> Tensor:
+        """Logits (B, K, H, W)."""
+        return compute(in_use(self), x, self.bf16)
+
+    def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:
+        """Eq. 1, 2, and the consistency of unlabeled images."""
+        terms = {"gen_S": gen_S(self.segment(x), y)}
+        if self.weights["cutmix"]:
+            terms["cutmix"] = cutmix(*student_and_teacher(self), x_u, self.confidence)
+        return terms
+
+    def step(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:
+        """One update of G_IS, which its average then follows; the unweighted terms, detached."""
+        terms = self.sides["G"](x, y, x_u)
+        weights = ramped(self.weights, self.progress, self.ramp_up)
+        descend(self.optimizers["G"], sum(weights[k] * term for k, term in terms.items()), terms)
+        follow(self.teacher, self.G_IS, self.ema)
+        return {name: term.detach() for name, term in terms.items()}
+
+    def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """What G_IS makes of labeled images, by name: masks (B, H, W)."""
+        return {"G_IS(x)": self.segment(x).argmax(1)}
+
+
+METHODS = {"supervised": Supervised, "cyclegan": CycleGAN, "advsemi": AdvSemi, "meanteacher": MeanTeacher}

@@ -25,6 +25,7 @@ def runs(tmp_path_factory):
         patch.chdir(tmp_path_factory.mktemp("runs"))
         make_tiny(8, 2)
         train("--dataset", "tiny.toml", "--name", "phantom")
+        train("--dataset", "tiny.toml", "--name", "average", "--method", "meanteacher", "--lr", "0.01")
         half = "--method", "supervised", "--normalization", "half"
         Path("rgb.toml").write_text('[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n')
         rgb = "--data-root", make_folder(Path("rgb"), 8), "--precision", "bf16"
@@ -41,7 +42,8 @@ def segment(name: str, pixels: torch.Tensor) -> torch.Tensor:
     """The trained network's logits in float32."""
     trained = main.load_trained(main.parse_args(["--testing", "--checkpoint", f"checkpoints/{name}", "--device=cpu"]))
     with torch.no_grad():
-        return trained.model.G_IS(normalize(pixels, trained.args.normalization))
+        network = trained.model.teacher if name == "average" else trained.model.G_IS
+        return network(normalize(pixels, trained.args.normalization))
 
 
 def batches(channels: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -51,7 +53,12 @@ def batches(channels: int, dtype: torch.dtype) -> list[torch.Tensor]:
     return [torch.randint(20, 200, shape).to(dtype) for shape in shapes]
 
 
-RUNS = {"phantom": (1, "uint8", 4), "rgb": (3, "uint8", 2), "nifti": (1, "float32", 4)}  # channels, type, classes
+RUNS = {  # channels, type, classes
+    "phantom": (1, "uint8", 4),
+    "average": (1, "uint8", 4),
+    "rgb": (3, "uint8", 2),
+    "nifti": (1, "float32", 4),
+}
 
 
 @pytest.mark.parametrize("name", RUNS)

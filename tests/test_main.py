@@ -128,6 +128,25 @@ def test_hung_preset_is_their_optimization():
     assert args.epochs * -(-unlabeled // 10) == pytest.approx(20_000, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", (0, 0)),
+        ("--method supervised", (0, 0)),
+        ("--method supervised --ema 0.9", (0, 0.9)),
+        ("--lambda6 0.5", (0.5, 0.99)),
+        ("--lambda6 0.5 --ema 0", (0.5, 0)),
+        ("--method meanteacher", (1, 0.99)),
+        ("--method meanteacher --lambda6 2 --ema 0.999", (2, 0.999)),
+        ("--config best.toml", (1, 0.99)),
+    ],
+)
+def test_consistency_and_the_average_come_with_the_method_or_when_asked_for(flags, expected):
+    flags = flags.replace("best.toml", str(Path(main.__file__).parent / "config" / "best.toml"))
+    args = main.parse_args(["--training", "--dataset", "voc", *flags.split()])
+    assert (args.lambda6, args.ema) == expected
+
+
 def test_discriminators_follow_the_generators_rate_unless_told_otherwise():
     flags = ["--training", "--dataset", "phantom", "--lr", "0.01", "--betas", "0.1", "0.2"]
     args = main.parse_args(flags)
@@ -199,7 +218,7 @@ def test_a_wrong_command_is_one_error_line(capsys, flags, named):
 # Runs
 
 
-@pytest.mark.parametrize("method", ["cyclegan", "supervised", "advsemi"])
+@pytest.mark.parametrize("method", main.METHODS)
 def test_a_run_trains_and_is_tested(capsys, method):
     flags = [*TINY, "--method", method, "--ratio", "0.5"]
     assert run("--training", *flags, "--epochs", "2", "--log-every", "1") == 0
@@ -215,6 +234,8 @@ def test_a_run_trains_and_is_tested(capsys, method):
         terms += ["gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I", "D_S", "D_I"]
     if method == "advsemi":
         terms += ["adv", "semi_adv", "semi", "D_S"]
+    if method == "meanteacher":
+        terms += ["cutmix"]
     assert list(lines[0]["losses"]) == terms
     ids = json.loads((folder / "split.json").read_text())
     assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == [10, 10, 4]
@@ -362,6 +383,22 @@ def test_ignored_pixels_may_train_as_background_and_are_never_scored(tmp_path, m
     assert set.union(*seen) == labels
     (line,) = map(json.loads, Path("checkpoints/voc_supervised_0.5_s0/metrics.jsonl").read_text().splitlines())
     assert line["iou"]["background"] in (None, 0)  # no pixel's truth
+
+
+def test_a_diagnosis_stands_beside_the_metrics_and_changes_nothing():
+    flags = ["--training", *TINY, "--epochs", "2", "--lambda6", "1", "--confidence", "0"]
+    assert run(*flags, "--name", "plain") == 0
+    assert run(*flags, "--name", "told", "--diagnose") == 0
+    assert same(trained("plain")["model"]["G_IS.layers.1.weight"], trained("told")["model"]["G_IS.layers.1.weight"])
+    plain, told = (Path("checkpoints", name, "metrics.jsonl").read_text() for name in ("plain", "told"))
+    told = [json.loads(line) for line in told.splitlines()]
+    for line in told:
+        gradients, answers = line.pop("gradients"), line.pop("answers")
+        assert set(gradients) == {"gen_S", "gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I", "cutmix"}
+        assert gradients["gen_S"] > 0 == gradients["gen_I"]
+        assert set(answers) == {"D_S(y)", "D_S(G_IS(x'))", "D_I(x')", "D_I(G_SI(y))"}
+    assert [json.loads(line) for line in plain.splitlines()] == told
+    assert run("--training", *TINY, "--method", "supervised", "--ratio", "1", "--epochs", "1", "--diagnose") == 0
 
 
 def test_normalization_holds_for_training_and_for_both_evaluations(monkeypatch):
@@ -541,6 +578,7 @@ def trained(name: str) -> dict:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(capsys, monkeypatch, device):
     flags = [*TINY, "--epochs", "2", "--dropout", "0.5", "--pool-size", "3", "--lr", "0.01"]
+    flags += ["--lambda6", "1", "--confidence", "0", "--ramp-up", "0.5", "--diagnose"]
     flags += ["--device", device, "--deterministic"]
     assert run("--training", *flags, "--name", "whole") == 0
 
@@ -630,6 +668,15 @@ def test_init_takes_over_the_shared_networks(capsys):
     assert run(*small, "--method", "advsemi", "--init", "checkpoints/more/best.pt", "--name", "other") == 0
     hung = trained("other")["model"]  # G_IS alone: their D_S is another network
     assert all(torch.allclose(hung[key], weights[key], atol=1e-6) for key in weights)
+    capsys.readouterr()
+    assert run(*small, "--ema", "0.5", "--init", "checkpoints/more/best.pt", "--name", "first") == 0
+    assert "starting from G_IS, teacher, G_SI, D_S, D_I" in capsys.readouterr().out
+    first = trained("first")["model"]  # its average begins where G_IS did
+    average = {key.replace("teacher", "G_IS"): value for key, value in first.items() if key.startswith("teacher")}
+    assert all(torch.allclose(average[key], weights[key], atol=1e-6) for key in weights)
+    assert run(*small, "--method", "meanteacher", "--init", "checkpoints/first/best.pt", "--name", "second") == 0
+    second = trained("second")["model"]
+    assert all(torch.allclose(second[key], first[key], atol=1e-6) for key in second)
     assert "other networks" in error_of(capsys, "--training", *TINY, "--ngf", "3", "--init", source, "--name", "no")
 
 

@@ -28,7 +28,7 @@ LN2 = math.log(2)
 
 def build(method, *flags):
     """Tiny networks in float64, always from the same seed; voc.toml leaves the parser's defaults, the paper's."""
-    tiny = ["--training", "--dataset", "voc", "--ngf", "4", "--ndf", "4", "--n-blocks", "1"]
+    tiny = ["--training", "--dataset", "voc", "--method", method, "--ngf", "4", "--ndf", "4", "--n-blocks", "1"]
     torch.manual_seed(0)
     return METHODS[method](SPEC, main.parse_args([*tiny, *flags])).double()
 
@@ -480,6 +480,182 @@ def test_adversarial_gradients_reach_G_IS_through_D_S_and_leave_nothing_in_it():
         assert max(p.grad.abs().max() for p in ours.G_IS.parameters() if p.grad is not None) > 1e-9
 
 
+# Beyond the paper
+
+
+def test_boxes_are_rectangles_of_a_quarter_to_three_quarters_of_each_side():
+    x = torch.zeros(200, 1, 40, 60)
+    inside = model.boxes(x)
+    assert (inside.shape, inside.dtype) == ((200, 1, 40, 60), torch.bool)
+    rows, columns = inside.any(3), inside.any(2)
+    assert torch.equal(inside, rows.unsqueeze(3) & columns.unsqueeze(2))
+    for line, n in (rows, 40), (columns, 60):
+        line = line[:, 0].int()
+        assert (line.diff(dim=1, prepend=torch.zeros(200, 1), append=torch.zeros(200, 1)).abs().sum(1) == 2).all()
+        assert n / 4 - 1 <= line.sum(1).min() < n / 3
+        assert 2 * n / 3 < line.sum(1).max() <= 3 * n / 4 + 1
+        assert line.any(0).all()  # at every place
+
+
+def test_perturbed_images_differ_in_contrast_brightness_and_noise():
+    x = torch.linspace(-1, 1, 10000, dtype=torch.float64).view(1, 1, 100, 100).expand(300, 1, 100, 100)
+    moved = model.perturb(x)
+    brightness = moved.mean((1, 2, 3))
+    contrast = (moved * x).mean((1, 2, 3)) / (x * x).mean((1, 2, 3))
+    noise = moved - contrast.view(-1, 1, 1, 1) * x - brightness.view(-1, 1, 1, 1)
+    for value, low, high in (brightness, -0.1, 0.1), (contrast, 0.8, 1.2):
+        assert low - 0.005 < value.min() < value.max() < high + 0.005
+        assert value.max() - value.min() > 0.9 * (high - low)
+        assert value.mean() == pytest.approx((low + high) / 2, abs=0.03)
+    torch.testing.assert_close(noise.std((1, 2, 3)), torch.full((300,), 0.1, dtype=torch.float64), rtol=0, atol=0.005)
+
+
+def test_cutmix_by_hand(monkeypatch):
+    box = torch.zeros(2, 1, 1, 4, dtype=torch.bool)
+    box[0, ..., 0], box[1, ..., 2:] = True, True
+    monkeypatch.setattr(model, "boxes", lambda x: box)
+    monkeypatch.setattr(model, "perturb", lambda x: x + 100)
+    even, odd = [0.0, 0.0], [math.log(3), 0.0]  # probabilities (1/2, 1/2) and (3/4, 1/4)
+    sure = [0.0, math.log(9)]  # 1/10 and 9/10
+    said = tensor([sure, odd, sure, even], [odd, sure, sure, odd]).movedim(-1, 1).unsqueeze(2).requires_grad_()
+    x_u, seen = torch.arange(8.0).view(2, 1, 1, 4), []
+    answer = tensor([odd] * 4, [odd, even, odd, even]).movedim(-1, 1).unsqueeze(2).requires_grad_()
+    loss = model.cutmix(lambda x: seen.append(x) or answer, lambda x: seen.append(x) or said, x_u, 0.8)
+    # the teacher: image 0 is class 1, not sure, class 1, not sure; image 1 is not sure, class 1, class 1, not sure
+    assert torch.equal(seen[0], x_u)
+    assert (seen[1] - 100).flatten().tolist() == [4, 1, 2, 3, 4, 5, 2, 3]
+    # mixed masks: not sure, not sure, 1, not sure; not sure, 1, 1 of image 0, not sure
+    assert loss.item() == pytest.approx((math.log(4) + math.log(2) + math.log(4)) / 8)
+    loss.backward()
+    assert said.grad is None
+    assert answer.grad.any()
+
+
+def test_nothing_is_learned_from_a_teacher_that_is_not_sure():
+    ours = build("meanteacher", "--confidence", "1")
+    assert ours.step(*batch())["cutmix"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_average_follows_G_IS_and_is_what_is_evaluated(method):
+    ours, (x, y, x_u) = build(method, "--ema", "0.75", "--lr", "0.01"), batch()
+    expected = [p.detach().clone() for p in ours.G_IS.parameters()]
+    for _ in range(3):
+        ours.step(x, y, x_u)
+        expected = [0.75 * a + 0.25 * p.detach() for a, p in zip(expected, ours.G_IS.parameters(), strict=True)]
+    torch.testing.assert_close(list(ours.teacher.parameters()), expected, **CLOSE)
+    assert not any(p.requires_grad for p in ours.teacher.parameters())
+    assert torch.equal(ours.segment(x), ours.G_IS(x))
+    ours.eval()
+    assert torch.equal(ours.segment(x), ours.teacher(x))
+    assert not torch.equal(ours.segment(x), ours.G_IS(x))
+    assert model.in_use(ours) is ours.teacher
+    assert build(method, "--ema", "0").teacher is None
+
+
+def test_mean_teacher_descends_both_terms_with_their_weights():
+    ours, data = build("meanteacher", "--lambda6", "0.7", "--confidence", "0.3"), batch()
+    ours.optimizers["G"] = torch.optim.SGD(ours.G_IS.parameters(), lr=1e-3)
+    for p in ours.teacher.parameters():
+        p.data *= 3  # so that it is sure of something, and not the student
+    weights = list(ours.G_IS.parameters())
+    before = [p.detach().clone() for p in weights]
+    torch.manual_seed(5)
+    own = model.cutmix(ours.G_IS, ours.teacher, data[2], 0.3)
+    total = cross_entropy(ours.G_IS(data[0]), data[1]) + 0.7 * own
+    grads = torch.autograd.grad(total, weights)
+    torch.manual_seed(5)
+    losses = ours.step(*data)
+    assert own > 0
+    torch.testing.assert_close(losses["cutmix"], own.detach(), **CLOSE)
+    torch.testing.assert_close(weights, [p - 1e-3 * g for p, g in zip(before, grads, strict=True)], **CLOSE)
+
+
+def test_consistency_is_a_seventh_term_of_the_cyclegan():
+    ours, data = build("cyclegan", "--lambda6", "0.7", "--confidence", "0.3"), batch()
+    assert ours.weights == {**build("cyclegan").weights, "cutmix": 0.7}
+    torch.manual_seed(5)
+    terms, _ = ours.generator_terms(*data)
+    torch.manual_seed(5)
+    torch.testing.assert_close(terms["cutmix"], model.cutmix(ours.G_IS, ours.teacher, data[2], 0.3), **CLOSE)
+    assert list(terms) == [*TERMS, "cutmix"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "term", "in_G_IS", "in_G_SI"),
+    [
+        ([], "cycle_I", True, True),
+        (["--cycle-input", "argmax"], "cycle_I", False, True),
+        ([], "cycle_S", True, True),
+        (["--cycle-s-trains", "G_IS"], "cycle_S", True, False),
+    ],
+)
+def test_which_generators_the_cycles_train(flags, term, in_G_IS, in_G_SI):
+    ours, data = build("cyclegan", *flags), batch()
+    value = ours.generator_terms(*data)[0][term]
+    value.backward()
+    for network, reached in (ours.G_IS, in_G_IS), (ours.G_SI, in_G_SI):
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in network.parameters()) == reached
+    expected = terms_by_hand(ours, *data)[term]
+    if "argmax" in flags:
+        expected = (ours.G_SI(hot(ours.G_IS(data[2]).argmax(1))) - data[2]).abs().mean()
+    torch.testing.assert_close(value, expected, **CLOSE)
+
+
+def test_weights_of_unlabeled_images_grow_over_the_first_part_of_a_run():
+    ours, data = build("cyclegan", "--ramp-up", "0.5", "--lambda6", "2"), batch()
+    for progress, grown in (0.0, 0.0), (0.125, 0.25), (0.5, 1.0), (0.9, 1.0):
+        weights = model.ramped(ours.weights, progress, 0.5)
+        assert weights == {
+            "gen_S": 1.0, "gen_I": 1.0, "cycle_S": 0.05,
+            "cycle_I": grown, "disc_S": grown, "disc_I": grown, "cutmix": 2 * grown,
+        }  # fmt: skip
+        assert model.ramped(ours.weights, progress, 0.0) == ours.weights
+    for method, on in ("cyclegan", ["gen_S", "gen_I", "cycle_S"]), ("meanteacher", ["gen_S"]):
+        ours = build(method, "--ramp-up", "0.5", "--confidence", "0", "--lambda6", "2")
+        parts = {"G_IS", "G_SI"} & {name for name, _ in ours.named_children()}
+        weights = parameters(ours, *sorted(parts))
+        ours.optimizers["G"], before = torch.optim.SGD(weights, lr=1e-3), [p.detach().clone() for p in weights]
+        terms = {"gen_S": cross_entropy(ours.G_IS(data[0]), data[1])}
+        terms |= terms_by_hand(ours, *data) if method == "cyclegan" else {}
+        total = sum((0.05 if name == "cycle_S" else 1) * terms[name] for name in on)
+        grads = torch.autograd.grad(total, weights)
+        ours.step(*data)  # progress is 0
+        torch.testing.assert_close(weights, [p - 1e-3 * g for p, g in zip(before, grads, strict=True)], **CLOSE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_diagnosis_has_each_terms_gradient_and_leaves_no_trace(method):
+    flags = ["--lambda6", "0.7", "--confidence", "0", "--semi-start", "0"]
+    ours, twin, data = build(method, *flags), build(method, *flags), batch(64, 96)
+    torch.manual_seed(5)
+    told = model.diagnose(ours, data)
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(3))
+    assert all(p.grad is None for p in ours.parameters())
+    torch.manual_seed(5)
+    terms = twin.generator_terms(*data)
+    terms = terms[0] if isinstance(terms, tuple) else terms
+    assert list(told["gradients"]) == list(terms)
+    for name, term in terms.items():
+        twin.zero_grad()
+        if term.requires_grad:
+            term.backward(retain_graph=True)
+        grads = [p.grad.flatten() for p in twin.G_IS.parameters() if p.grad is not None and p.grad.any()]
+        assert told["gradients"][name] == pytest.approx(torch.cat(grads).norm().item() if grads else 0, rel=1e-9)
+    if method == "cyclegan":
+        (_, y, x_u), D_S, D_I = data, ours.D_S, ours.D_I
+        judged = {
+            "D_S(y)": D_S(hot(y)), "D_S(G_IS(x'))": D_S(ours.G_IS(x_u).softmax(1)),
+            "D_I(x')": D_I(x_u), "D_I(G_SI(y))": D_I(ours.G_SI(hot(y))),
+        }  # fmt: skip
+        assert told["answers"] == pytest.approx({name: value.mean().item() for name, value in judged.items()})
+        assert told["gradients"]["gen_I"] == told["gradients"]["disc_I"] == 0 < told["gradients"]["disc_S"]
+    else:
+        assert told["answers"] == {}
+
+
 # Methods
 
 
@@ -508,6 +684,7 @@ def test_supervised_steps_are_adam_on_eq_1():
         ("supervised", {"G": ["G_IS"]}),
         ("cyclegan", {"G": ["G_IS", "G_SI"], "D": ["D_S", "D_I"]}),
         ("advsemi", {"G": ["G_IS"], "D": ["D_S"]}),
+        ("meanteacher", {"G": ["G_IS"]}),
     ],
 )
 def test_optimizers_are_the_papers_adam_each_on_its_own_networks(method, networks):
@@ -533,7 +710,7 @@ def test_generators_may_have_hung_et_als_sgd_and_discriminators_an_adam_of_their
     (group,) = optimizers["G"].param_groups
     assert type(optimizers["G"]) is torch.optim.SGD
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (2.5e-4, 0.8, 5e-4)
-    if method != "supervised":
+    if method in ("cyclegan", "advsemi"):
         (group,) = optimizers["D"].param_groups
         assert type(optimizers["D"]) is torch.optim.Adam
         assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-4, (0.9, 0.99), 0)

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
 import utils
-from tools import report
+from data_utils import load_spec
+from tools import report, study
 from tools.report import ABLATIONS, Cell, paper_cells
 from utils import InputError
 
@@ -39,6 +40,7 @@ SCALES = {
         "phantom": "--lambda3 1 --lambda4 1 --lambda5 1",  # config/phantom.toml with the paper's weights
         "*": "",  # a TOML of one's own says it all
     },
+    "study": study.REGIME,  # variants in place of cells: tools/study.py
     "smoke": {"*": "--size 32 32 --ngf 4 --n-blocks 1 --epochs 1"},  # a minute a run: does every part work?
 }
 RATIOS = [1.0, 0.5, 0.3, 0.2, 0.1]
@@ -131,8 +133,35 @@ def run_all(commands: dict[str, list[str]], folder: Path, at_once: int) -> int:
     return 1 if failed else 0
 
 
+def commands_of(args: argparse.Namespace, scale: str, seeds: Iterable[int], extra: list[str]) -> dict[str, list[str]]:
+    """main.py's flags by the name of the run, seed by seed; tables share runs."""
+    if scale == "study":
+        if args.table or args.methods or args.ablations:
+            raise InputError("--scale study: has --variants in place of --table, --methods and --ablations")
+        if not args.dataset:
+            raise InputError("--scale study: give --dataset")
+        load_spec(args.dataset)
+        own = [*(["--data-root", args.data_root] if args.data_root else []), *extra]
+        names = study.select(args.variants, args.ratios)
+        every = [study.flags_of(args.dataset, *of, seed) for seed in seeds for of in names]
+        return {flags[-1]: [*flags[:-4], *own, *flags[-4:]] for flags in every}
+    if args.variants:
+        raise InputError("--variants: are of --scale study")
+    cells = select(args.table, args.dataset, args.methods, args.ratios, args.ablations)
+    if args.data_root and len({cell.dataset for cell in cells}) > 1:
+        raise InputError("--data-root: is one dataset's; give --dataset")
+    commands = {}
+    for seed in seeds:
+        commands |= {cell.key.run(seed): flags_of(cell, scale, seed, args.data_root, extra) for cell in cells}
+    return commands
+
+
 def show(args: argparse.Namespace, scale: str) -> int:
     """list: a line a cell."""
+    args.data_root = None
+    if scale == "study":
+        print(*(f"{name:32} {command(flags)}" for name, flags in commands_of(args, scale, [0], []).items()), sep="\n")
+        return 0
     lines = ["table  dataset     method       labeled  without   paper  command"]
     for cell in select(args.table, args.dataset, args.methods, args.ratios, args.ablations):
         key, labeled = cell.key, f"{100 * cell.ratio:g} %"
@@ -144,14 +173,9 @@ def show(args: argparse.Namespace, scale: str) -> int:
 
 def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     """run: train the cells, seed by seed."""
-    cells = select(args.table, args.dataset, args.methods, args.ratios, args.ablations)
     if own := main.parse_args(["--training", *extra]).given.keys() & FIXED:
         raise InputError(f"--{min(own).replace('_', '-')} after --: say it before, or run main.py by hand")
-    if args.data_root and len({cell.dataset for cell in cells}) > 1:
-        raise InputError("--data-root: is one dataset's; give --dataset")
-    commands = {}  # tables share runs
-    for seed in args.seeds:
-        commands |= {cell.key.run(seed): flags_of(cell, scale, seed, args.data_root, extra) for cell in cells}
+    commands = commands_of(args, scale, args.seeds, extra)
     for flags in commands.values():
         main.parse_args(flags)
     if args.dry_run:
@@ -181,6 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
             flag("--methods", nargs="+", choices=list(main.METHODS), help="all if not given")
             flag("--ratios", nargs="+", type=share, metavar="R", help="shares of labeled images; all if not given")
             flag("--ablations", nargs="+", choices=list(ABLATIONS), help="terms that Table 2 leaves out")
+            flag("--variants", nargs="+", metavar="V", help="of --scale study; all if not given")
         else:
             flag("--checkpoints", metavar="DIR", help="the runs, a folder named as their scale; checkpoints/SCALE")
             flag("--out", default="docs/results", metavar="DIR", help="where to write; docs/results if not given")
@@ -206,7 +231,12 @@ def experiments(argv: list[str]) -> int:
         raise InputError(f"--checkpoints {folder}: expected a folder named {scale}, as --scale says")
     utils.make_folder(out, "--out")
     try:
-        (report.write if args.action == "report" else report.keep)(folder, out)
+        of_study = folder.resolve().name == "study"
+        if args.action == "report":
+            (study if of_study else report).write(folder, out)
+        else:
+            runs = study.read_runs(folder) if of_study else report.read_runs(folder)[0]
+            report.keep([run for run in runs if run.finished], folder, out)
     except ImportError as error:
         raise InputError(f"{error}: pip install -r tools/requirements.txt") from error
     return 0

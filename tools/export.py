@@ -28,6 +28,7 @@ import main
 import utils
 from arch.generators import MIN_SIZE, ResNetGenerator
 from data_utils import normalize
+from model import in_use
 from utils import InputError, TrainingError
 
 TOLERANCE = 1e-3  # of the largest logit; another order of float sums makes about 1e-6
@@ -106,7 +107,7 @@ def export(argv: list[str]) -> int:
     model.bf16 = False  # the file computes in float32, whatever --precision was
     dtype = getattr(torch, ours.input or ("float32" if spec.layout == "acdc" else "uint8"))
 
-    program = trace(Deployed(model.G_IS.requires_grad_(False), how), spec.channels, dtype)
+    program = trace(Deployed(in_use(model).requires_grad_(False), how), spec.channels, dtype)
     about = {"classes": json.dumps(spec.classes), "palette": json.dumps(spec.palette)}
     utils.write_atomically(ours.file, as_bytes(program, ours.file.suffix, about))
 

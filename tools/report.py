@@ -23,6 +23,8 @@ from utils import InputError
 ABLATIONS = {"cycle_S": "lambda2", "cycle_I": "lambda3", "disc_S": "lambda4", "disc_I": "lambda5"}  # Table 2
 TITLES = {"voc": "PASCAL VOC 2012", "cityscapes": "Cityscapes", "acdc": "ACDC"}
 COLOURS = {"Full": "0.5", "Hung et al.": "tab:green", "Partial": "tab:blue", "Ours": "tab:red"}  # in the paper's order
+COLOURS["Mean teacher"] = "tab:purple"
+NAMES = {"advsemi": "Hung et al.", "cyclegan": "Ours", "meanteacher": "Mean teacher"}
 
 # The paper
 
@@ -38,8 +40,7 @@ class Key(NamedTuple):
     @property
     def title(self) -> str:
         """The paper's name of the method."""
-        partial = "Full" if self.ratio == 1 else "Partial"
-        return {"supervised": partial, "advsemi": "Hung et al.", "cyclegan": "Ours"}[self.method]
+        return NAMES.get(self.method) or ("Full" if self.ratio == 1 else "Partial")
 
     @property
     def place(self) -> tuple:
@@ -126,7 +127,15 @@ class Run:
     def settings(self) -> dict:
         """All that runs of a method must share to stand in one table."""
         own = {"method", "ratio", "seed", ABLATIONS.get(self.key.without)}
-        return {key: self.config.get(key) for key in ("dataset", *main.RESULT) if key not in own}
+        known = {**usual(self.config), **self.config}  # an older run has fewer flags
+        return {key: known[key] for key in ("dataset", *main.RESULT) if key not in own}
+
+
+def usual(config: dict) -> dict:
+    """main.py's defaults for a run of this method, epochs, learning rate and betas."""
+    flags = {"decay_epoch": config["epochs"] // 4, "disc_lr": config["lr"], "disc_betas": config["betas"]}
+    flags |= {"lambda6": float(config["method"] == "meanteacher"), "ema": 0.99 * (config.get("lambda6", 0) > 0)}
+    return vars(main.build_parser().parse_args([])) | flags
 
 
 def read_run(folder: Path) -> Run:
@@ -245,13 +254,12 @@ def class_rows(runs: list[Run]) -> list[dict]:
 
 def recorded(runs: list[Run]) -> str:
     """The settings of a dataset's runs as flags, by method: size, epochs, and what is not main.py's default."""
-    usual, changed = vars(main.build_parser().parse_args([])) | {"size": None, "epochs": None}, {}
+    changed: dict[str, dict] = {}
     for run in runs:
-        same = {key: run.config[key.removeprefix("disc_")] for key in ("disc_lr", "disc_betas")}
-        same["decay_epoch"] = run.config["epochs"] // 4
+        same = usual(run.config) | {"size": None, "epochs": None}
         of_method = changed.setdefault(run.key.method, {})
         for key, value in run.settings.items():
-            if key != "dataset" and value not in (None, same.get(key, usual[key])):
+            if key != "dataset" and value not in (None, same[key]):
                 of_method[key] = value if isinstance(value, list) else [value]
     methods: dict[str, list[str]] = {}
     for method, settings in changed.items():
@@ -441,9 +449,9 @@ def write(folder: Path, out: Path) -> None:
         print(f"left out, as they are not named as cells: {utils.first_ten(others)}")
 
 
-def keep(folder: Path, out: Path) -> None:
+def keep(runs: list[Run], folder: Path, out: Path) -> None:
     """Copy what tells of a folder's finished runs to out/NAME/RUN, without this machine's paths."""
-    scale, runs = folder.resolve().name, [run for run in read_runs(folder)[0] if run.finished]
+    scale = folder.resolve().name
     for run in runs:
         source, kept = folder / run.name, out / scale / run.name
         kept.mkdir(parents=True, exist_ok=True)
