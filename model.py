@@ -26,7 +26,7 @@ from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
 from utils import IGNORE, ReplayPool, share, total, world_size
 
-UNLABELED = ("cycle_I", "disc_S", "disc_I", "cutmix", "cycle_P")  # the terms for which unlabeled images are looked at
+UNLABELED = ("cycle_I", "disc_S", "disc_I", "cutmix")  # the terms for which unlabeled images are looked at
 
 # Equations. Expectations and norms are means over images, pixels and channels, as in the released code. Where several
 # processes train together, `share` makes the mean of their values the mean over the whole batch.
@@ -312,20 +312,12 @@ class CycleGAN(nn.Module):
         }
         if cfg.lambda6:
             self.weights["cutmix"] = cfg.lambda6
-        if cfg.lambda7:
-            self.weights["cycle_P"] = cfg.lambda7
-        self.straight, self.disc_noise, self.balance = cfg.cycle_input == "straight", cfg.disc_noise, cfg.balance
-        self.norms: dict[str, Tensor] = {}  # of the terms' gradients in G_IS, running means
         K, C = self.n_classes, spec.channels
         self.G_IS = ResNetGenerator(C, K, cfg.ngf, cfg.n_blocks, cfg.dropout)
         self.ema, self.teacher = cfg.ema, averaged(self.G_IS, cfg.ema)
         self.G_SI = ResNetGenerator(K, C, cfg.ngf, cfg.n_blocks, cfg.dropout, tanh=True)
-        if cfg.disc == "fc":
-            self.D_S, self.D_I = FCDiscriminator(K, cfg.ndf), FCDiscriminator(C, cfg.ndf)
-        else:
-            kernel = 3 if cfg.disc == "3x3" else 1
-            self.D_S = PixelDiscriminator(K, cfg.ndf, cfg.disc_norm, kernel)
-            self.D_I = PixelDiscriminator(C, cfg.ndf, cfg.disc_norm, kernel)
+        self.D_S = PixelDiscriminator(K, cfg.ndf, cfg.disc_norm)
+        self.D_I = PixelDiscriminator(C, cfg.ndf, cfg.disc_norm)
         generators = [*self.G_IS.parameters(), *self.G_SI.parameters()]
         discriminators = [*self.D_S.parameters(), *self.D_I.parameters()]
         self.optimizers = {"G": generator_optimizer(generators, cfg)}
@@ -361,9 +353,7 @@ class CycleGAN(nn.Module):
 
         masks = [one_hot(y, self.n_classes, x.dtype)] if uses_y else []
         if "cycle_I" in on:
-            hard = one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype)
-            soft = hard + fakes["y"] - fakes["y"].detach() if self.straight else fakes["y"]
-            masks += [hard if self.hard_cycle else soft]
+            masks += [one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype) if self.hard_cycle else fakes["y"]]
         images = self.paint(torch.cat(masks)) if masks else None
         if uses_y:
             fakes["x"] = images[: len(y)]  # (B, C, H, W)
@@ -371,12 +361,6 @@ class CycleGAN(nn.Module):
             terms["gen_I"] = gen_I(fakes["x"], x)
         if "cycle_S" in on:
             terms["cycle_S"] = cycle_S(self.segment(fakes["x"] if self.cycle_S_both else fakes["x"].detach()), y)
-        if "cycle_P" in on:  # Eq. 7 with the average's masks of unlabeled images in place of y
-            with torch.no_grad():
-                sure, y_u = student_and_teacher(self)[1](x_u).softmax(1).max(1)
-            painted = self.paint(y_u)
-            painted = painted if self.cycle_S_both else painted.detach()
-            terms["cycle_P"] = cycle_S(self.segment(painted), y_u.masked_fill(sure < self.confidence, IGNORE))
         if "cycle_I" in on:
             terms["cycle_I"] = cycle_I(images[-len(x_u) :], x_u)
 
@@ -384,27 +368,12 @@ class CycleGAN(nn.Module):
             fakes["y"] = one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype)
         with frozen(self.D_S, self.D_I):
             if "disc_S" in on:
-                terms["disc_S"] = fool(compute(self.D_S, self.noisy(fakes["y"]), self.bf16))
+                terms["disc_S"] = fool(compute(self.D_S, fakes["y"], self.bf16))
             if "disc_I" in on:
-                terms["disc_I"] = fool(compute(self.D_I, self.noisy(fakes["x"]), self.bf16))
+                terms["disc_I"] = fool(compute(self.D_I, fakes["x"], self.bf16))
         if "cutmix" in on:
             terms["cutmix"] = cutmix(*student_and_teacher(self), x_u, self.confidence)
         return {name: terms[name] for name in self.weights if name in terms}, fakes
-
-    def noisy(self, shown: Tensor) -> Tensor:
-        """What a discriminator sees: with normal noise where that is asked."""
-        return shown + self.disc_noise * torch.randn_like(shown) if self.disc_noise else shown
-
-    def rebalance(self, terms: dict[str, Tensor]) -> None:
-        """Weights that keep each term's gradient in G_IS at a share `balance` of gen_S's, as running means."""
-        for name, term in terms.items():
-            if name != "gen_I" and name != "disc_I":
-                parameters = list(self.G_IS.parameters())
-                grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-                norm = sum(grad.square().sum() for grad in grads if grad is not None).sqrt()
-                self.norms[name] = self.norms[name].lerp(norm, 0.05) if name in self.norms else norm
-        for name in self.norms.keys() - {"gen_S"}:
-            self.weights[name] = (self.balance * self.norms["gen_S"] / self.norms[name].clamp(min=1e-8)).item()
 
     @torch.no_grad()
     def answers(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, float]:
@@ -418,14 +387,12 @@ class CycleGAN(nn.Module):
         """Eq. 4 and 5 on the generators' fakes, detached. Real and fake go separately: batch norm would mix them."""
         terms = {}
         if self.weights["disc_S"]:
-            real = compute(self.D_S, self.noisy(one_hot(y, self.n_classes, x_u.dtype)), self.bf16)
-            fake = self.pools["y"](fakes["y"].detach())
-            fake = compute(self.D_S, self.noisy(fake), self.bf16)
+            real = compute(self.D_S, one_hot(y, self.n_classes, x_u.dtype), self.bf16)
+            fake = compute(self.D_S, self.pools["y"](fakes["y"].detach()), self.bf16)
             terms["D_S"] = disc(real, fake, valid=(y != IGNORE).unsqueeze(1))
         if self.weights["disc_I"]:
-            real = compute(self.D_I, self.noisy(x_u), self.bf16)
-            fake = self.pools["x"](fakes["x"].detach())
-            fake = compute(self.D_I, self.noisy(fake), self.bf16)
+            real = compute(self.D_I, x_u, self.bf16)
+            fake = compute(self.D_I, self.pools["x"](fakes["x"].detach()), self.bf16)
             terms["D_I"] = disc(real, fake)
         return terms
 
@@ -435,8 +402,6 @@ class CycleGAN(nn.Module):
         Returns the unweighted terms by the paper's names and the discriminators' losses as D_S and D_I, detached.
         """
         terms, fakes = self.sides["G"](x, y, x_u)
-        if self.balance:
-            self.rebalance(terms)
         weights = ramped(self.weights, self.progress, self.ramp_up)
         descend(self.optimizers["G"], sum(weights[k] * term for k, term in terms.items()), terms)  # Eq. 8
         follow(self.teacher, self.G_IS, self.ema)

@@ -13,19 +13,19 @@ class PixelDiscriminator(nn.Module):
     "instance" (the released code, which then gives the last two convolutions a bias).
     """
 
-    def __init__(self, in_channels: int, ndf: int = 64, norm: str = "batch", kernel: int = 1):
+    def __init__(self, in_channels: int, ndf: int = 64, norm: str = "batch"):
         super().__init__()
         norms = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
         if norm not in norms:
             raise ValueError(f"norm is {norm!r}: expected one of {sorted(norms)}")
         bias = norm == "instance"
         self.layers = nn.Sequential(
-            nn.Conv2d(in_channels, ndf, kernel, padding="same"),
+            nn.Conv2d(in_channels, ndf, 1),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(ndf, 2 * ndf, kernel, padding="same", bias=bias),
+            nn.Conv2d(ndf, 2 * ndf, 1, bias=bias),
             norms[norm](2 * ndf),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(2 * ndf, 1, kernel, padding="same", bias=bias),
+            nn.Conv2d(2 * ndf, 1, 1, bias=bias),
         )
         self.apply(init_weights)
 
