@@ -66,7 +66,7 @@ RESULT = ("method", "ratio", "seed", "size", "epochs", "decay_epoch", "batch_siz
 RESULT += ("split", "label_unit", "normalization", "ignored", "ngf", "ndf", "n_blocks", "dropout")
 RESULT += ("optimizer", "momentum", "weight_decay", "schedule", "disc_lr", "disc_betas")
 RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
-RESULT += ("lambda6", "ema", "confidence", "ramp_up", "cycle_input", "cycle_s_trains")
+RESULT += ("lambda6", "ema", "confidence", "ramp_up", "cycle_s_trains")
 RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
 MODES = ("training", "testing", "predict")
 PROGRESS = ("epoch", "step", "evaluated", "skipped", "best", "metrics")  # of a run, kept in last.pt
@@ -164,10 +164,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--lambda6", type=weight, metavar="W", help=consistency)
     average = "decay of the moving average of G_IS, which then is evaluated; 0: none; 0.99 with --lambda6 if not given"
     flag("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help=average)
-    flag("--confidence", type=part, default=0.9, metavar="P", help="of the average in a pixel that --lambda6 uses")
+    flag("--confidence", type=part, default=0.7, metavar="P", help="of the average in a pixel that --lambda6 uses")
     flag("--ramp-up", type=part, default=0.0, metavar="P", help="part of the run over which unlabeled terms grow")
-    cycle = "what G_SI sees of G_IS(x'): argmax sends G_IS no gradient of L_cycle^I"
-    flag("--cycle-input", default="softmax", choices=["softmax", "argmax"], help=cycle)
     trains = "what L_cycle^S trains: both generators, or G_IS alone"
     flag("--cycle-s-trains", default="both", choices=["both", "G_IS"], help=trains)
 

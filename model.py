@@ -299,7 +299,7 @@ class CycleGAN(nn.Module):
         super().__init__()
         self.n_classes = len(spec.classes)
         self.bf16 = cfg.precision == "bf16"
-        self.hard_fakes, self.hard_cycle = cfg.disc_input == "argmax", cfg.cycle_input == "argmax"
+        self.hard_fakes = cfg.disc_input == "argmax"
         self.cycle_S_both = cfg.cycle_s_trains == "both"
         self.ramp_up, self.confidence = cfg.ramp_up, cfg.confidence
         self.weights = {
@@ -352,8 +352,7 @@ class CycleGAN(nn.Module):
             fakes["y"] = logits[len(x) :].softmax(1)  # (B, K, H, W)
 
         masks = [one_hot(y, self.n_classes, x.dtype)] if uses_y else []
-        if "cycle_I" in on:
-            masks += [one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype) if self.hard_cycle else fakes["y"]]
+        masks += [fakes["y"]] if "cycle_I" in on else []
         images = self.paint(torch.cat(masks)) if masks else None
         if uses_y:
             fakes["x"] = images[: len(y)]  # (B, C, H, W)

@@ -142,7 +142,7 @@ def commands_of(args: argparse.Namespace, scale: str, seeds: Iterable[int], extr
             raise InputError("--scale study: give --dataset")
         load_spec(args.dataset)
         own = [*(["--data-root", args.data_root] if args.data_root else []), *extra]
-        names = study.select(args.variants, args.ratios)
+        names = study.select(args.dataset, args.variants, args.ratios)
         every = [study.flags_of(args.dataset, *of, seed) for seed in seeds for of in names]
         return {flags[-1]: [*flags[:-4], *own, *flags[-4:]] for flags in every}
     if args.variants:

@@ -5,6 +5,7 @@ folder of a run is <dataset>_<variant>_<ratio>_s<seed>, and a name that is not l
 """
 
 import os
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,7 +22,7 @@ REGIME = {
     "*": "",  # a TOML of one's own says it all
 }
 EVERYWHERE = "--precision bf16 --diagnose"
-RATIO = 0.05
+RATIOS = {"phantom": 0.1, "acdc": 0.05, "*": 0.1}  # of labels, if not given
 PAPER = "--lambda3 1 --lambda4 1 --lambda5 1"  # config/phantom.toml has others
 BEST = Path(main.__file__).parent / "config" / "best.toml"
 VARIANTS = {
@@ -36,7 +37,15 @@ VARIANTS = {
     "without_disc_S": f"{PAPER} --lambda4 0",
     "without_disc_I": f"{PAPER} --lambda5 0",
     "meanteacher": "--method meanteacher --ramp-up 0.25",
+    "meanteacher_sure": "--method meanteacher --ramp-up 0.25 --confidence 0.9",
     "best": "--config BEST",
+    "best_with_cycle_I": "--config BEST --lambda3 1",
+    "best_with_disc_I": "--config BEST --lambda5 0.1",
+    "best_both_trained": "--config BEST --cycle-s-trains both",
+    "best_without_cutmix": "--config BEST --lambda6 0",
+    "best_without_average": "--config BEST --ema 0",
+    "best_without_ramp": "--config BEST --ramp-up 0",
+    "best_sure": "--config BEST --confidence 0.9",
 }
 WEIGHTS = {"gen_S": "", "gen_I": "lambda1", "cycle_S": "lambda2", "cycle_I": "lambda3"}
 WEIGHTS |= {"disc_S": "lambda4", "disc_I": "lambda5", "cutmix": "lambda6"}
@@ -44,12 +53,13 @@ OF_REGIME = {"size", "epochs", "decay_epoch", "batch_size", "lr", "disc_lr", "di
 OF_REGIME |= {"ngf", "ndf", "n_blocks"}
 
 
-def select(variants: Iterable[str] | None, ratios: Iterable[float] | None) -> list[tuple[str, float]]:
+def select(dataset: str, variants: Iterable[str] | None, ratios: Iterable[float] | None) -> list[tuple[str, float]]:
     """(variant, ratio) in order; Full has one ratio. InputError where a variant is not known."""
     if unknown := sorted({*(variants or ())} - VARIANTS.keys()):
         raise InputError(f"--variants {unknown[0]}: expected some of {', '.join(VARIANTS)}")
     names = [name for name in VARIANTS if not variants or name in variants]
-    return list(dict.fromkeys((name, 1.0 if name == "full" else r) for r in ratios or [RATIO] for name in names))
+    ratios = ratios or [RATIOS.get(Path(dataset).stem, RATIOS["*"])]
+    return list(dict.fromkeys((name, 1.0 if name == "full" else ratio) for ratio in ratios for name in names))
 
 
 def flags_of(dataset: str, variant: str, ratio: float, seed: int) -> list[str]:
@@ -100,6 +110,10 @@ def rows(runs: list[Run]) -> list[dict]:
     for run in runs:
         of = run.config["dataset"]["name"], run.config["ratio"], variant_of(run)
         done.setdefault(of, {})[run.config["seed"]] = run
+    dropped: dict[str, list] = {}  # flags that main.py no longer has: most runs have their default
+    for key, value in (item for run in runs for item in settings_of(run).items() if item[0] not in main.RESULT):
+        dropped.setdefault(key, []).append(value)
+    common = {key: statistics.mode(values) for key, values in dropped.items()}
     place, table = {name: k for k, name in enumerate(VARIANTS)}, []
     for dataset, ratio, variant in sorted(done, key=lambda of: (*of[:2], place.get(of[2], len(place)), of[2])):
         mine, partial = done[dataset, ratio, variant], done.get((dataset, ratio, "partial"), {})
@@ -111,13 +125,13 @@ def rows(runs: list[Run]) -> list[dict]:
         row |= {"paired": len(gains), "gain": report.mean_and_sd(gains, "-")[0]}
         row["gain_low"], row["gain_high"] = report.interval(gains)
         row["steps"] = report.span(run.lines[-1]["step"] for run in mine.values())
-        table.append(row | {"flags": own_flags(next(iter(mine.values())))})
+        table.append(row | {"flags": own_flags(next(iter(mine.values())), common)})
     return table
 
 
-def own_flags(run: Run) -> str:
-    """A run's settings as flags, without the regime's and main.py's defaults."""
-    usual = report.usual(run.config)
+def own_flags(run: Run, common: dict) -> str:
+    """A run's settings as flags, without the regime's, main.py's defaults and what dropped flags have in common."""
+    usual = report.usual(run.config) | common
     told = {key: value for key, value in settings_of(run).items() if key not in OF_REGIME and value != usual.get(key)}
     return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in told.items())
 
