@@ -253,3 +253,20 @@ def test_an_evaluation_without_a_scored_class_is_left_out_of_the_miou(tmp_path):
     assert curves == {"mIoU": {1: 0.25, 4: 0.125}, "gen_S": {1: 1.0, 2: 0.5, 4: 0.25}}
     figure = figures.draw_curves(["one", "two"], [curves, curves])
     assert figure.axes[0].collections[1].get_offsets().tolist() == [[1, 0.25]]
+
+
+def test_grids_are_tensorboards_at_the_first_and_the_last_evaluation(runs, capsys, monkeypatch):
+    seen, read = [], figures.read_grids
+    monkeypatch.setattr(figures, "read_grids", lambda *args: seen.append(read(*args)) or seen[-1])
+    assert run("grids", A, f"{B}/best.pt", "--out", "grids.png", "--n", "2") == 0
+    steps = [
+        [json.loads(line)["step"] for line in Path(f"{run}/metrics.jsonl").read_text().splitlines()] for run in (A, B)
+    ]
+    assert [[step for step, _ in grids] for grids in seen] == [[of[0], of[-1]] for of in steps]
+    assert seen[0][0][1].size[0] > seen[1][0][1].size[0]  # six columns, three columns
+    assert seen[0][0][1].tobytes() != seen[0][1][1].tobytes()
+    with Image.open("grids.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+    assert len(read(Path(A), 3)) == len(read(Path(A), 9)) == 3
+    Path("empty").mkdir(exist_ok=True)
+    assert "no TensorBoard events" in error_of(capsys, "grids", "empty", "--out", "x.png")

@@ -1,7 +1,8 @@
-"""Pictures of runs: rows of images with their predictions as in the paper's Figures 3 to 7, and training's curves.
+"""Pictures of runs: rows of images with their predictions as in the paper's Figures 3 to 7, and training's course.
 
     python tools/figures.py rows checkpoints/partial checkpoints/ours --out rows.png --n 4
     python tools/figures.py curves checkpoints/partial checkpoints/ours --out curves.png
+    python tools/figures.py grids checkpoints/ours --out grids.png --n 3
 
 A RUN is a run's folder, whose best.pt is taken, or a checkpoint; FILE ends in .png, .pdf or .svg. The pictures of
 `rows` are the networks' input, at the run's --size; the legend has the classes that they show.
@@ -26,6 +27,7 @@ except ImportError:
     print("error: figures need matplotlib: pip install -r tools/requirements.txt", file=sys.stderr)
     sys.exit(2)
 import torch
+from PIL import Image
 from torch import Tensor
 
 import data_utils
@@ -198,11 +200,46 @@ def curves(ours: Namespace) -> Figure:
     return draw_curves(titles, [read_curves(Path(run)) for run in ours.runs])
 
 
+# Grids
+
+
+def read_grids(run: Path, n: int) -> list[tuple[int, Image.Image]]:
+    """TensorBoard's grid of validation images with its step, at n evaluations from the first to the last."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run if run.is_dir() else run.parent
+    events = EventAccumulator(str(folder), {"images": 0}).Reload()
+    if "validation" not in events.Tags()["images"]:
+        raise InputError(f"{folder}: holds no TensorBoard events with pictures; a RUN is a run's folder")
+    grids = events.Images("validation")
+    chosen = sorted({round(k * (len(grids) - 1) / max(1, n - 1)) for k in range(n)})
+    return [(grids[k].step, Image.open(io.BytesIO(grids[k].encoded_image_string))) for k in chosen]
+
+
+def grids(ours: Namespace) -> Figure:
+    """The figure of the command `grids`: a row a run, a column an evaluation."""
+    runs = [read_grids(Path(run), ours.n) for run in ours.runs]
+    titles = ours.titles or [Path(run).resolve().name for run in ours.runs]
+    width, height = runs[0][0][1].size
+    columns = max(map(len, runs))
+    figure = Figure((6 * columns, len(runs) * (6 * height / width + 0.3)), 100, layout="constrained")
+    axes = figure.subplots(len(runs), columns, squeeze=False)
+    for ax in axes.ravel():
+        ax.set_axis_off()
+    for row, title, run in zip(axes, titles, runs, strict=True):
+        for ax, (step, picture) in zip(row, run, strict=False):
+            ax.imshow(picture, interpolation="nearest")
+            ax.set_title(f"{title}, step {step}", fontsize=10)
+    return figure
+
+
 def figures(argv: list[str]) -> int:
     """The command line: draw, then write."""
     parser = main.Parser("tools/figures.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="rows | curves")
-    for draw, about in (rows, "images, truths and predictions"), (curves, "mIoU and losses by epoch"):
+    commands = parser.add_subparsers(required=True, metavar="rows | curves | grids")
+    abouts = {rows: "images, truths and predictions", curves: "mIoU and losses by epoch"}
+    abouts[grids] = "what the networks make of four validation images, as training goes on"
+    for draw, about in abouts.items():
         command = commands.add_parser(draw.__name__, help=about, description=about, allow_abbrev=False)
         command.set_defaults(draw=draw)
         flag = command.add_argument
@@ -211,9 +248,11 @@ def figures(argv: list[str]) -> int:
         flag("--titles", nargs="+", metavar="TITLE", help="of the runs, in their order")
         if draw is rows:
             flag("--ids", nargs="+", metavar="ID", help="validation images to show")
-            flag("--n", type=main.number(int, 1, 100), default=4, help="how many to show without --ids; 4")
             for name in "--data-root", "--cache", "--device":
                 flag(name, help="as main.py's")
+        if draw is not curves:
+            what = {rows: "images to show without --ids; 4", grids: "evaluations to show; 4"}[draw]
+            flag("--n", type=main.number(int, 1, 100), default=4, help=what)
     ours = parser.parse_args(argv)
     if ours.out.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"--out {ours.out}: the name must end in .png, .pdf or .svg")
