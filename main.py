@@ -252,7 +252,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args.disc_lr = args.lr if args.disc_lr is None else args.disc_lr
     args.disc_betas = args.disc_betas or args.betas
     args.lambda6 = float(args.method == "meanteacher") if args.lambda6 is None else args.lambda6
-    args.ema = 0.99 * (args.lambda6 > 0) if args.ema is None else args.ema
+    consistent = args.lambda6 > 0 and args.method in ("cyclegan", "meanteacher")
+    args.ema = 0.99 * consistent if args.ema is None else args.ema
     args.data_root = args.data_root or f"data/{Path(args.dataset).stem}"
     return args
 

@@ -139,6 +139,7 @@ def test_hung_preset_is_their_optimization():
         ("--method meanteacher", (1, 0.99)),
         ("--method meanteacher --lambda6 2 --ema 0.999", (2, 0.999)),
         ("--config best.toml", (1, 0.99)),
+        ("--config best.toml --method supervised", (1, 0)),
     ],
 )
 def test_consistency_and_the_average_come_with_the_method_or_when_asked_for(flags, expected):

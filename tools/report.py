@@ -134,7 +134,8 @@ class Run:
 def usual(config: dict) -> dict:
     """main.py's defaults for a run of this method, epochs, learning rate and betas."""
     flags = {"decay_epoch": config["epochs"] // 4, "disc_lr": config["lr"], "disc_betas": config["betas"]}
-    flags |= {"lambda6": float(config["method"] == "meanteacher"), "ema": 0.99 * (config.get("lambda6", 0) > 0)}
+    consistent = config.get("lambda6", 0) > 0 and config["method"] in ("cyclegan", "meanteacher")
+    flags |= {"lambda6": float(config["method"] == "meanteacher"), "ema": 0.99 * consistent}
     return vars(main.build_parser().parse_args([])) | flags
 
 

@@ -49,6 +49,7 @@ VARIANTS = {
 }
 WEIGHTS = {"gen_S": "", "gen_I": "lambda1", "cycle_S": "lambda2", "cycle_I": "lambda3"}
 WEIGHTS |= {"disc_S": "lambda4", "disc_I": "lambda5", "cutmix": "lambda6"}
+NEEDS = {"confidence": "lambda6", "cycle_s_trains": "lambda2", "cycle_input": "lambda3"}  # of no effect without it
 OF_REGIME = {"size", "epochs", "decay_epoch", "batch_size", "lr", "disc_lr", "disc_betas", "precision"}
 OF_REGIME |= {"ngf", "ndf", "n_blocks"}
 
@@ -84,7 +85,8 @@ def settings_of(run: Run) -> dict:
     """What a run's flags say of the result, those that main.py no longer has too."""
     known = vars(main.build_parser().parse_args([]))
     told = {key: value for key, value in run.config.items() if key in main.RESULT or key not in known}
-    return {key: value for key, value in told.items() if key not in ("ratio", "seed", "dataset")}
+    idle = {key for key, weight in NEEDS.items() if not run.config.get(weight)}
+    return {key: value for key, value in told.items() if key not in {"ratio", "seed", "dataset", *idle}}
 
 
 def read_runs(folder: Path) -> list[Run]:
