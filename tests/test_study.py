@@ -126,6 +126,7 @@ def test_the_report_compares_with_partial_of_the_same_seeds():
     for seed, miou in {0: 0.56, 1: 0.62, 3: 0.1}.items():
         make_run("best", seed, miou)
     make_run("mine", 0, 0.4, more=["--lambda4", "0.25"])
+    make_run("meanteacher", 1, 0.65)
     make_run("full", 0, 0.9, ratio=1)
     make_run("partial", 0, 0.8, ratio=0.5)
     make_run("paper", 0, 0.2, dataset="acdc")
@@ -139,17 +140,18 @@ def test_the_report_compares_with_partial_of_the_same_seeds():
     flags = "--lambda2 1.0 --lambda3 0.0 --lambda4 0.0 --lambda5 0.0 --lambda6 1.0 --ramp-up 0.25 "
     gain = f"+0.0400 [{low:+.4f}, {high:+.4f}] (n = 2)"
     of_5 = [
-        ["full", "0.9000", "-", "1", "20", "`--method supervised`"],
-        ["partial", "0.6000 ± 0.1000", "-", "3", "20", "`--method supervised`"],
-        ["best", "0.4267 ± 0.2845", gain, "3", "20", f"`{flags}--cycle-s-trains G_IS`"],
-        ["mine", "0.4000", "-0.1000", "1", "20", "`--tried new --lambda4 0.25`"],
+        ["full", "0.9000", "-", "-", "1", "20", "`--method supervised`"],
+        ["partial", "0.6000 ± 0.1000", "-", "-0.0500 (n = 1)", "3", "20", "`--method supervised`"],
+        ["meanteacher", "0.6500", "+0.0500", "-", "1", "20", "`--method meanteacher --ramp-up 0.25`"],
+        ["best", "0.4267 ± 0.2845", gain, "-0.0300 (n = 1)", "3", "20", f"`{flags}--cycle-s-trains G_IS`"],
+        ["mine", "0.4000", "-0.1000", "-", "1", "20", "`--tried new --lambda4 0.25`"],
     ]
     assert rows_of(page, "phantom, 5 % labeled") == of_5
     assert [row[0] for row in rows_of(page, "phantom, 50 % labeled")] == ["full", "partial"]
-    assert rows_of(page, "ACDC, 5 % labeled") == [["paper", "0.2000", "-", "1", "20", ""]]
+    assert rows_of(page, "ACDC, 5 % labeled") == [["paper", "0.2000", "-", "-", "1", "20", ""]]
     table = list(csv.DictReader(Path("out/study.csv").read_text().splitlines()))
     (best,) = [row for row in table if row["variant"] == "best"]
-    assert [best[key] for key in ("n", "paired", "last", "gain")] == ["3", "2", "0.426667", "0.04"]
+    assert [best[key] for key in ("n", "partial_n", "last", "partial")] == ["3", "2", "0.426667", "0.04"]
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert pictures == [f"study_{name}_{kind}.png" for name in ("acdc", "phantom") for kind in ("gradients", "answers")]
     for name in pictures:

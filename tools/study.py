@@ -49,6 +49,7 @@ VARIANTS = {
 }
 WEIGHTS = {"gen_S": "", "gen_I": "lambda1", "cycle_S": "lambda2", "cycle_I": "lambda3"}
 WEIGHTS |= {"disc_S": "lambda4", "disc_I": "lambda5", "cutmix": "lambda6"}
+REFERENCES = ("partial", "meanteacher")
 NEEDS = {"confidence": "lambda6", "cycle_s_trains": "lambda2", "cycle_input": "lambda3"}  # of no effect without it
 OF_REGIME = {"size", "epochs", "decay_epoch", "batch_size", "lr", "disc_lr", "disc_betas", "precision"}
 OF_REGIME |= {"ngf", "ndf", "n_blocks"}
@@ -107,7 +108,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def rows(runs: list[Run]) -> list[dict]:
-    """A row a dataset, ratio and variant: mIoU over seeds, and the difference to Partial paired by seed."""
+    """A row a dataset, ratio and variant: mIoU over seeds, and the differences to REFERENCES paired by seed."""
     done: dict[tuple, dict[int, Run]] = {}
     for run in runs:
         of = run.config["dataset"]["name"], run.config["ratio"], variant_of(run)
@@ -118,14 +119,15 @@ def rows(runs: list[Run]) -> list[dict]:
     common = {key: statistics.mode(values) for key, values in dropped.items()}
     place, table = {name: k for k, name in enumerate(VARIANTS)}, []
     for dataset, ratio, variant in sorted(done, key=lambda of: (*of[:2], place.get(of[2], len(place)), of[2])):
-        mine, partial = done[dataset, ratio, variant], done.get((dataset, ratio, "partial"), {})
+        mine = done[dataset, ratio, variant]
         row = {"dataset": dataset, "ratio": ratio, "variant": variant, "n": len(mine)}
         for which in "last", "best":
             row[which], row[f"{which}_sd"] = report.mean_and_sd([getattr(run, which) for run in mine.values()])
-        gains = [run.last - partial[seed].last for seed, run in mine.items() if seed in partial]
-        gains = [] if variant == "partial" else gains
-        row |= {"paired": len(gains), "gain": report.mean_and_sd(gains, "-")[0]}
-        row["gain_low"], row["gain_high"] = report.interval(gains)
+        for name in REFERENCES:
+            other = done.get((dataset, ratio, name), {}) if variant != name else {}
+            gains = [run.last - other[seed].last for seed, run in mine.items() if seed in other]
+            row |= {f"{name}_n": len(gains), name: report.mean_and_sd(gains, "-")[0]}
+            row[f"{name}_low"], row[f"{name}_high"] = report.interval(gains)
         row["steps"] = report.span(run.lines[-1]["step"] for run in mine.values())
         table.append(row | {"flags": own_flags(next(iter(mine.values())), common)})
     return table
@@ -142,9 +144,9 @@ def page(runs: list[Run], table: list[dict]) -> str:
     """The report's text, from rows."""
     text = f"""# Results: study
 
-mIoU on the validation set after the last epoch: mean ± sample standard deviation over n seeds, and the difference to \
-Partial of the same seeds with the 95 % interval of Student's t. The last column has what distinguishes a variant, as \
-flags. Written by `tools/experiments.py report` from {len(runs)} runs.
+mIoU on the validation set after the last epoch: mean ± sample standard deviation over n seeds, and the differences to \
+Partial and to the mean teacher of the same seeds with the 95 % interval of Student's t. The last column has what \
+distinguishes a variant, as flags. Written by `tools/experiments.py report` from {len(runs)} runs.
 
 """
     for dataset, ratio in dict.fromkeys((row["dataset"], row["ratio"]) for row in table):
@@ -158,17 +160,20 @@ flags. Written by `tools/experiments.py report` from {len(runs)} runs.
         text += f"Images: {images}. {config['size'][0]}x{config['size'][1]} pixels, `--ngf {config['ngf']} --n-blocks "
         text += f"{config['n_blocks']} --epochs {config['epochs']} --lr {config['lr']:g} --precision "
         text += f"{config['precision']}`.\n\n"
-        titles = ["variant", "mIoU", "minus Partial", "n", "steps", "flags"]
+        titles = ["variant", "mIoU", "minus Partial", "minus mean teacher", "n", "steps", "flags"]
         text += report.markdown(
             titles, ([r["variant"], *numbers(r), f"`{r['flags']}`" * bool(r["flags"])] for r in mine)
         )
     return text
 
 
-def numbers(row: dict) -> tuple[str, str, str, str]:
+def numbers(row: dict) -> list[str]:
     """A row's cells between its name and its flags."""
-    gain = report.difference(row, "gain") + f" (n = {row['paired']})" * (row["paired"] not in (0, row["n"]))
-    return report.score(row, "last"), gain, str(row["n"]), row["steps"]
+    gains = [
+        report.difference(row, name) + f" (n = {row[f'{name}_n']})" * (row[f"{name}_n"] not in (0, row["n"]))
+        for name in REFERENCES
+    ]
+    return [report.score(row, "last"), *gains, str(row["n"]), row["steps"]]
 
 
 def draw(runs: list[Run], kind: str, path: Path) -> bool:
