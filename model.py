@@ -376,10 +376,13 @@ class CycleGAN(nn.Module):
 
     @torch.no_grad()
     def answers(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, float]:
-        """Means of what D_S and D_I say to real and to generated masks and images."""
-        real, fake = one_hot(y, self.n_classes, x.dtype), self.segment(x_u).softmax(1)
-        judged = {"D_S(y)": (self.D_S, real), "D_S(G_IS(x'))": (self.D_S, fake)}
-        judged |= {"D_I(x')": (self.D_I, x_u), "D_I(G_SI(y))": (self.D_I, self.paint(y))}
+        """Means of what D_S and D_I, where they are trained, say to real and to generated masks and images."""
+        judged = {}
+        if self.weights["disc_S"]:
+            judged["D_S(y)"] = self.D_S, one_hot(y, self.n_classes, x.dtype)
+            judged["D_S(G_IS(x'))"] = self.D_S, self.segment(x_u).softmax(1)
+        if self.weights["disc_I"]:
+            judged |= {"D_I(x')": (self.D_I, x_u), "D_I(G_SI(y))": (self.D_I, self.paint(y))}
         return {name: compute(D, shown, self.bf16).mean().item() for name, (D, shown) in judged.items()}
 
     def discriminator_terms(self, y: Tensor, x_u: Tensor, fakes: dict[str, Tensor]) -> dict[str, Tensor]:

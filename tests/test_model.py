@@ -649,6 +649,7 @@ def test_a_diagnosis_has_each_terms_gradient_and_leaves_no_trace(method):
         }  # fmt: skip
         assert told["answers"] == pytest.approx({name: value.mean().item() for name, value in judged.items()})
         assert told["gradients"]["gen_I"] == told["gradients"]["disc_I"] == 0 < told["gradients"]["disc_S"]
+        assert list(model.diagnose(build(method, "--lambda4", "0"), data)["answers"]) == [*judged][2:]
     else:
         assert told["answers"] == {}
 

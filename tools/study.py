@@ -82,6 +82,11 @@ def variant_of(run: Run) -> str:
     return run.name[len(start) : -len(end)] if run.name.startswith(start) and run.name.endswith(end) else ""
 
 
+def order(variant: str) -> tuple[int, str]:
+    """To sort by: VARIANTS as they stand there, then others by name."""
+    return [*VARIANTS, variant].index(variant), variant
+
+
 def settings_of(run: Run) -> dict:
     """What a run's flags say of the result, those that main.py no longer has too."""
     known = vars(main.build_parser().parse_args([]))
@@ -117,8 +122,8 @@ def rows(runs: list[Run]) -> list[dict]:
     for key, value in (item for run in runs for item in settings_of(run).items() if item[0] not in main.RESULT):
         dropped.setdefault(key, []).append(value)
     common = {key: statistics.mode(values) for key, values in dropped.items()}
-    place, table = {name: k for k, name in enumerate(VARIANTS)}, []
-    for dataset, ratio, variant in sorted(done, key=lambda of: (*of[:2], place.get(of[2], len(place)), of[2])):
+    table = []
+    for dataset, ratio, variant in sorted(done, key=lambda of: (*of[:2], *order(of[2]))):
         mine = done[dataset, ratio, variant]
         row = {"dataset": dataset, "ratio": ratio, "variant": variant, "n": len(mine)}
         for which in "last", "best":
@@ -182,21 +187,24 @@ def draw(runs: list[Run], kind: str, path: Path) -> bool:
     from matplotlib.lines import Line2D
 
     runs = [run for run in runs if run.config["seed"] == 0 and len(run.lines[-1].get(kind, {})) > 1]
+    if kind == "answers":  # of discriminators that are trained
+        runs = [run for run in runs if run.config["lambda4"] or run.config["lambda5"]]
     if not runs:
         return False
+    runs = sorted(runs, key=lambda run: (run.config["ratio"], *order(variant_of(run))))
     columns, n_rows = min(4, len(runs)), -(-len(runs) // 4)
     figure = Figure((3.2 * columns + 0.8, 2.7 * n_rows + 0.9), layout="constrained")
     axes = figure.subplots(n_rows, columns, squeeze=False, sharey=True).ravel()
-    names = [*dict.fromkeys(name for run in runs for name in run.lines[-1][kind])]
+    names = dict.fromkeys(name for run in runs for name, value in run.lines[-1][kind].items() if value)
     colours = {name: f"C{k}" for k, name in enumerate(names)}
     for ax, run in zip(axes, runs, strict=False):
-        for name in run.lines[-1][kind]:
+        for name in colours.keys() & run.lines[-1][kind].keys():
             weight = run.config[WEIGHTS[name]] if WEIGHTS.get(name) else 1.0
             points = [(line["step"], weight * line[kind][name]) for line in run.lines]
-            if any(y for _, y in points):
-                ax.plot(*zip(*points, strict=True), marker=".", linewidth=1, color=colours[name])
+            ax.plot(*zip(*points, strict=True), marker=".", linewidth=1, color=colours[name])
         ax.set_title(f"{variant_of(run)}, {100 * run.config['ratio']:g} %", fontsize="medium")
-        ax.set_yscale("log" if kind == "gradients" else "linear")
+        if kind == "gradients":
+            ax.set(yscale="log", ylim=(0.002, 20))
         ax.grid(alpha=0.3)
     for ax in axes[len(runs) :]:
         ax.set_axis_off()
