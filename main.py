@@ -66,7 +66,7 @@ RESULT = ("method", "ratio", "seed", "size", "epochs", "decay_epoch", "batch_siz
 RESULT += ("split", "label_unit", "normalization", "ignored", "ngf", "ndf", "n_blocks", "dropout")
 RESULT += ("optimizer", "momentum", "weight_decay", "schedule", "disc_lr", "disc_betas")
 RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
-RESULT += ("lambda6", "ema", "confidence", "ramp_up", "cycle_s_trains")
+RESULT += ("lambda6", "ema", "confidence", "cutmix_on", "ramp_up", "cycle_s_trains")
 RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
 MODES = ("training", "testing", "predict")
 PROGRESS = ("epoch", "step", "evaluated", "skipped", "best", "metrics")  # of a run, kept in last.pt
@@ -165,6 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
     average = "decay of the moving average of G_IS, which then is evaluated; 0: none; 0.99 with --lambda6 if not given"
     flag("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help=average)
     flag("--confidence", type=part, default=0.7, metavar="P", help="of the average in a pixel that --lambda6 uses")
+    shown = "images of --lambda6: labeled ones have their true masks"
+    flag("--cutmix-on", default="unlabeled", choices=["unlabeled", "both", "labeled"], help=shown)
     flag("--ramp-up", type=part, default=0.0, metavar="P", help="part of the run over which unlabeled terms grow")
     trains = "what L_cycle^S trains: both generators, or G_IS alone"
     flag("--cycle-s-trains", default="both", choices=["both", "G_IS"], help=trains)

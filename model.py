@@ -108,19 +108,22 @@ def perturb(x: Tensor) -> Tensor:
     return x * (1 + 0.2 * contrast) + 0.1 * brightness + 0.1 * torch.randn_like(x)
 
 
-def cutmix(student: Callable, teacher: Callable, x_u: Tensor, confidence: float) -> Tensor:
-    """Cross-entropy of the student on mixed and perturbed images with the teacher's masks, mixed in the same way.
+def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of the student on mixed and perturbed images with the masks mixed in the same way.
 
-    A box of each image shows the next image of the batch. Pixels where the teacher's largest probability is under
-    `confidence` count as 0 in the mean. Networks map (B, C, H, W) to logits (B, K, H, W).
+    A box of each image shows the next image of the batch. Ignored pixels count as 0 in the mean over all pixels.
     """
-    with torch.no_grad():
-        sure, y = teacher(x_u).softmax(1).max(1)
-        y = y.masked_fill(sure < confidence, IGNORE)
-        box = boxes(x_u)
-        x_mixed = perturb(torch.where(box, x_u.roll(1, 0), x_u))
-        y_mixed = torch.where(box.squeeze(1), y.roll(1, 0), y)
+    box = boxes(x)
+    x_mixed = perturb(torch.where(box, x.roll(1, 0), x))
+    y_mixed = torch.where(box.squeeze(1), y.roll(1, 0), y)
     return F.cross_entropy(student(x_mixed), y_mixed, ignore_index=IGNORE, reduction="sum") / y.numel()
+
+
+@torch.no_grad()
+def pseudo_masks(teacher: Callable, x_u: Tensor, confidence: float) -> Tensor:
+    """The teacher's masks (B, H, W), IGNORE where its largest probability is under `confidence`."""
+    sure, y_u = teacher(x_u).softmax(1).max(1)
+    return y_u.masked_fill(sure < confidence, IGNORE)
 
 
 def one_hot(y: Tensor, n_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -175,10 +178,24 @@ def in_use(model: nn.Module) -> nn.Module:
     return model.G_IS if model.training or model.teacher is None else model.teacher
 
 
-def student_and_teacher(model: nn.Module) -> tuple[Callable, Callable]:
-    """A method's G_IS, and the average of G_IS (G_IS itself where none is kept): images to logits."""
-    networks = model.G_IS, model.G_IS if model.teacher is None else model.teacher
-    return tuple(lambda x, network=network: compute(network, x, model.bf16) for network in networks)
+def consistency(model: nn.Module, x: Tensor, y: Tensor, x_u: Tensor) -> Tensor:
+    """The term `cutmix` of a method: G_IS on unlabeled images with the masks of its average (its own without one).
+
+    --cutmix-on both adds labeled images with their true masks; labeled has them alone, as a control.
+    """
+
+    def student(images: Tensor) -> Tensor:
+        return compute(model.G_IS, images, model.bf16)
+
+    def teacher(images: Tensor) -> Tensor:
+        return compute(model.G_IS if model.teacher is None else model.teacher, images, model.bf16)
+
+    if model.cutmix_on == "labeled":
+        return cutmix(student, x, y)
+    y_u = pseudo_masks(teacher, x_u, model.confidence)
+    if model.cutmix_on == "both":
+        x_u, y_u = torch.cat([x, x_u]), torch.cat([y, y_u])
+    return cutmix(student, x_u, y_u)
 
 
 def ramped(weights: dict[str, float], progress: float, ramp_up: float) -> dict[str, float]:
@@ -301,7 +318,7 @@ class CycleGAN(nn.Module):
         self.bf16 = cfg.precision == "bf16"
         self.hard_fakes = cfg.disc_input == "argmax"
         self.cycle_S_both = cfg.cycle_s_trains == "both"
-        self.ramp_up, self.confidence = cfg.ramp_up, cfg.confidence
+        self.ramp_up, self.confidence, self.cutmix_on = cfg.ramp_up, cfg.confidence, cfg.cutmix_on
         self.weights = {
             "gen_S": 1.0,
             "gen_I": cfg.lambda1,
@@ -371,7 +388,7 @@ class CycleGAN(nn.Module):
             if "disc_I" in on:
                 terms["disc_I"] = fool(compute(self.D_I, fakes["x"], self.bf16))
         if "cutmix" in on:
-            terms["cutmix"] = cutmix(*student_and_teacher(self), x_u, self.confidence)
+            terms["cutmix"] = consistency(self, x, y, x_u)
         return {name: terms[name] for name in self.weights if name in terms}, fakes
 
     @torch.no_grad()
@@ -512,7 +529,7 @@ class MeanTeacher(nn.Module):
     def __init__(self, spec, cfg):
         super().__init__()
         self.bf16 = cfg.precision == "bf16"
-        self.ramp_up, self.confidence = cfg.ramp_up, cfg.confidence
+        self.ramp_up, self.confidence, self.cutmix_on = cfg.ramp_up, cfg.confidence, cfg.cutmix_on
         self.weights = {"gen_S": 1.0, "cutmix": cfg.lambda6}
         self.G_IS = ResNetGenerator(spec.channels, len(spec.classes), cfg.ngf, cfg.n_blocks, cfg.dropout)
         self.ema, self.teacher = cfg.ema, averaged(self.G_IS, cfg.ema)
@@ -527,7 +544,7 @@ class MeanTeacher(nn.Module):
         """Eq. 1, 2, and the consistency of unlabeled images."""
         terms = {"gen_S": gen_S(self.segment(x), y)}
         if self.weights["cutmix"]:
-            terms["cutmix"] = cutmix(*student_and_teacher(self), x_u, self.confidence)
+            terms["cutmix"] = consistency(self, x, y, x_u)
         return terms
 
     def step(self, x: Tensor, y: Tensor, x_u: Tensor) -> dict[str, Tensor]:

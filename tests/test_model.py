@@ -520,7 +520,9 @@ def test_cutmix_by_hand(monkeypatch):
     said = tensor([sure, odd, sure, even], [odd, sure, sure, odd]).movedim(-1, 1).unsqueeze(2).requires_grad_()
     x_u, seen = torch.arange(8.0).view(2, 1, 1, 4), []
     answer = tensor([odd] * 4, [odd, even, odd, even]).movedim(-1, 1).unsqueeze(2).requires_grad_()
-    loss = model.cutmix(lambda x: seen.append(x) or answer, lambda x: seen.append(x) or said, x_u, 0.8)
+    y_u = model.pseudo_masks(lambda x: seen.append(x) or said, x_u, 0.8)
+    assert y_u.tolist() == [[[1, IGNORE, 1, IGNORE]], [[IGNORE, 1, 1, IGNORE]]]
+    loss = model.cutmix(lambda x: seen.append(x) or answer, x_u, y_u)
     # the teacher: image 0 is class 1, not sure, class 1, not sure; image 1 is not sure, class 1, class 1, not sure
     assert torch.equal(seen[0], x_u)
     assert (seen[1] - 100).flatten().tolist() == [4, 1, 2, 3, 4, 5, 2, 3]
@@ -529,7 +531,22 @@ def test_cutmix_by_hand(monkeypatch):
     loss.backward()
     assert said.grad is None
     assert answer.grad.any()
-    assert model.cutmix(lambda _: answer, lambda _: torch.zeros_like(said), x_u, 0.5) > 0  # as sure as that is enough
+    assert (model.pseudo_masks(torch.zeros_like, x_u.expand(2, 2, 1, 4), 0.5) == 0).all()  # as sure as that is enough
+
+
+@pytest.mark.parametrize("on", ["labeled", "both"])
+def test_labeled_images_are_mixed_with_their_true_masks(on):
+    ours, (x, y, x_u) = build("meanteacher", "--cutmix-on", on, "--confidence", "0.3"), batch()
+    for p in ours.teacher.parameters():
+        p.data *= 3
+    torch.manual_seed(5)
+    images, masks = (x, y), (y, model.pseudo_masks(ours.teacher, x_u, 0.3))
+    if on == "both":
+        expected = model.cutmix(ours.G_IS, torch.cat([x, x_u]), torch.cat(masks))
+    else:
+        expected = model.cutmix(ours.G_IS, *images)
+    torch.manual_seed(5)
+    torch.testing.assert_close(ours.step(x, y, x_u)["cutmix"], expected.detach(), **CLOSE)
 
 
 def test_nothing_is_learned_from_a_teacher_that_is_not_sure():
@@ -562,7 +579,7 @@ def test_mean_teacher_descends_both_terms_with_their_weights():
     weights = list(ours.G_IS.parameters())
     before = [p.detach().clone() for p in weights]
     torch.manual_seed(5)
-    own = model.cutmix(ours.G_IS, ours.teacher, data[2], 0.3)
+    own = model.cutmix(ours.G_IS, data[2], model.pseudo_masks(ours.teacher, data[2], 0.3))
     total = cross_entropy(ours.G_IS(data[0]), data[1]) + 0.7 * own
     grads = torch.autograd.grad(total, weights)
     torch.manual_seed(5)
@@ -578,7 +595,8 @@ def test_consistency_is_a_seventh_term_of_the_cyclegan():
     torch.manual_seed(5)
     terms, _ = ours.generator_terms(*data)
     torch.manual_seed(5)
-    torch.testing.assert_close(terms["cutmix"], model.cutmix(ours.G_IS, ours.teacher, data[2], 0.3), **CLOSE)
+    y_u = model.pseudo_masks(ours.teacher, data[2], 0.3)
+    torch.testing.assert_close(terms["cutmix"], model.cutmix(ours.G_IS, data[2], y_u), **CLOSE)
     assert list(terms) == [*TERMS, "cutmix"]
 
 

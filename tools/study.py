@@ -38,6 +38,8 @@ VARIANTS = {
     "without_disc_I": f"{PAPER} --lambda5 0",
     "meanteacher": "--method meanteacher --ramp-up 0.25",
     "meanteacher_sure": "--method meanteacher --ramp-up 0.25 --confidence 0.9",
+    "meanteacher_labeled": "--method meanteacher --ramp-up 0.25 --cutmix-on labeled",
+    "meanteacher_both": "--method meanteacher --ramp-up 0.25 --cutmix-on both",
     "best": "--config BEST",
     "best_with_cycle_I": "--config BEST --lambda3 1",
     "best_with_disc_I": "--config BEST --lambda5 0.1",
@@ -50,7 +52,12 @@ VARIANTS = {
 WEIGHTS = {"gen_S": "", "gen_I": "lambda1", "cycle_S": "lambda2", "cycle_I": "lambda3"}
 WEIGHTS |= {"disc_S": "lambda4", "disc_I": "lambda5", "cutmix": "lambda6"}
 REFERENCES = ("partial", "meanteacher")
-NEEDS = {"confidence": "lambda6", "cycle_s_trains": "lambda2", "cycle_input": "lambda3"}  # of no effect without it
+NEEDS = {
+    "confidence": "lambda6",
+    "cutmix_on": "lambda6",
+    "cycle_s_trains": "lambda2",
+    "cycle_input": "lambda3",
+}  # of no effect without it
 OF_REGIME = {"size", "epochs", "decay_epoch", "batch_size", "lr", "disc_lr", "disc_betas", "precision"}
 OF_REGIME |= {"ngf", "ndf", "n_blocks"}
 
