@@ -139,12 +139,14 @@ def test_hung_preset_is_their_optimization():
         ("--method meanteacher", (1, 0.99)),
         ("--method meanteacher --lambda6 2 --ema 0.999", (2, 0.999)),
         ("--config best.toml", (1, 0.99)),
-        ("--config best.toml --method supervised", (1, 0)),
+        ("--config labels_cycle.toml", (1, 0.99)),
+        ("--config labels_cycle.toml --method supervised", (1, 0)),
     ],
 )
 def test_consistency_and_the_average_come_with_the_method_or_when_asked_for(flags, expected):
-    flags = flags.replace("best.toml", str(Path(main.__file__).parent / "config" / "best.toml"))
-    args = main.parse_args(["--training", "--dataset", "voc", *flags.split()])
+    config = Path(main.__file__).parent / "config"
+    flags = [str(config / flag) if flag.endswith(".toml") else flag for flag in flags.split()]
+    args = main.parse_args(["--training", "--dataset", "voc", *flags])
     assert (args.lambda6, args.ema) == expected
 
 

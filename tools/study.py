@@ -11,6 +11,7 @@ from pathlib import Path
 
 import main
 import utils
+from data_utils import CONFIG
 from tools import report
 from tools.report import Run
 from utils import InputError
@@ -24,7 +25,6 @@ REGIME = {
 EVERYWHERE = "--precision bf16 --diagnose"
 RATIOS = {"phantom": 0.1, "acdc": 0.05, "*": 0.1}  # of labels, if not given
 PAPER = "--lambda3 1 --lambda4 1 --lambda5 1"  # config/phantom.toml has others
-BEST = Path(main.__file__).parent / "config" / "best.toml"
 VARIANTS = {
     "full": "--method supervised --ratio 1",
     "partial": "--method supervised",
@@ -38,20 +38,18 @@ VARIANTS = {
     "without_disc_I": f"{PAPER} --lambda5 0",
     "meanteacher": "--method meanteacher --ramp-up 0.25",
     "meanteacher_sure": "--method meanteacher --ramp-up 0.25 --confidence 0.9",
-    "meanteacher_labeled": "--method meanteacher --ramp-up 0.25 --cutmix-on labeled",
-    "meanteacher_both": "--method meanteacher --ramp-up 0.25 --cutmix-on both",
-    "best": "--config BEST",
-    "best_with_cycle_I": "--config BEST --lambda3 1",
-    "best_with_disc_I": "--config BEST --lambda5 0.1",
-    "best_both_trained": "--config BEST --cycle-s-trains both",
-    "best_without_cutmix": "--config BEST --lambda6 0",
-    "best_without_average": "--config BEST --ema 0",
-    "best_without_ramp": "--config BEST --ramp-up 0",
-    "best_sure": "--config BEST --confidence 0.9",
+    "meanteacher_labeled": "--method meanteacher --ramp-up 0.25 --cutmix-on labeled",  # without unlabeled images
+    "best": "--config best.toml",
+    "labels_cycle": "--config labels_cycle.toml",
+    "labels_cycle_sure": "--config labels_cycle.toml --confidence 0.9",
+    "labels_cycle_both": "--config labels_cycle.toml --cutmix-on both",
+    "labels_cycle_without_ramp": "--config labels_cycle.toml --ramp-up 0",
+    "labels_cycle_without_cutmix": "--config labels_cycle.toml --lambda6 0",
+    "labels_cycle_trains_both": "--config labels_cycle.toml --cycle-s-trains both",
 }
 WEIGHTS = {"gen_S": "", "gen_I": "lambda1", "cycle_S": "lambda2", "cycle_I": "lambda3"}
 WEIGHTS |= {"disc_S": "lambda4", "disc_I": "lambda5", "cutmix": "lambda6"}
-REFERENCES = ("partial", "meanteacher")
+REFERENCES = ("partial", "meanteacher_labeled")  # the second has the same augmentation, and no unlabeled images
 NEEDS = {
     "confidence": "lambda6",
     "cutmix_on": "lambda6",
@@ -75,7 +73,7 @@ def flags_of(dataset: str, variant: str, ratio: float, seed: int) -> list[str]:
     """main.py's flags of a run; `dataset` is what --dataset takes."""
     name = Path(dataset).stem
     settings = f"{REGIME.get(name, REGIME['*'])} {EVERYWHERE} {VARIANTS[variant]}".split()
-    settings = [os.path.relpath(BEST) if flag == "BEST" else flag for flag in settings]
+    settings = [os.path.relpath(CONFIG / flag) if flag.endswith(".toml") else flag for flag in settings]
     flags = ["--training", "--dataset", dataset, "--ratio", f"{ratio:g}", "--seed", str(seed), *settings]
     return [*flags, "--checkpoints", "checkpoints/study", "--name", f"{name}_{variant}_{ratio:g}_s{seed}"]
 
@@ -157,8 +155,9 @@ def page(runs: list[Run], table: list[dict]) -> str:
     text = f"""# Results: study
 
 mIoU on the validation set after the last epoch: mean ± sample standard deviation over n seeds, and the differences to \
-Partial and to the mean teacher of the same seeds with the 95 % interval of Student's t. The last column has what \
-distinguishes a variant, as flags. Written by `tools/experiments.py report` from {len(runs)} runs.
+Partial and to the mean teacher on labeled images alone (`meanteacher_labeled`: the same augmentation, no unlabeled \
+image), of the same seeds, with the 95 % interval of Student's t. The last column has a variant's own flags. Written \
+by `tools/experiments.py report` from {len(runs)} runs.
 
 """
     for dataset, ratio in dict.fromkeys((row["dataset"], row["ratio"]) for row in table):
@@ -172,7 +171,7 @@ distinguishes a variant, as flags. Written by `tools/experiments.py report` from
         text += f"Images: {images}. {config['size'][0]}x{config['size'][1]} pixels, `--ngf {config['ngf']} --n-blocks "
         text += f"{config['n_blocks']} --epochs {config['epochs']} --lr {config['lr']:g} --precision "
         text += f"{config['precision']}`.\n\n"
-        titles = ["variant", "mIoU", "minus Partial", "minus mean teacher", "n", "steps", "flags"]
+        titles = ["variant", "mIoU", "minus Partial", "minus labeled alone", "n", "steps", "flags"]
         text += report.markdown(
             titles, ([r["variant"], *numbers(r), f"`{r['flags']}`" * bool(r["flags"])] for r in mine)
         )
