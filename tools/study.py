@@ -204,7 +204,7 @@ def draw(runs: list[Run], kind: str, path: Path) -> bool:
     names = dict.fromkeys(name for run in runs for name, value in run.lines[-1][kind].items() if value)
     colours = {name: f"C{k}" for k, name in enumerate(names)}
     for ax, run in zip(axes, runs, strict=False):
-        for name in colours.keys() & run.lines[-1][kind].keys():
+        for name in filter(run.lines[-1][kind].__contains__, colours):
             weight = run.config[WEIGHTS[name]] if WEIGHTS.get(name) else 1.0
             points = [(line["step"], weight * line[kind][name]) for line in run.lines]
             ax.plot(*zip(*points, strict=True), marker=".", linewidth=1, color=colours[name])
