@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import scipy.stats
-from conftest import make_tiny
+from conftest import Parts, make_tiny
 from PIL import Image
 
 import main
@@ -55,16 +55,6 @@ def run(line: str, *extra: str) -> int:
 
 def cell(dataset: str, method: str, ratio: float, without: str = "", table: int = 1) -> report.Cell:
     return report.Cell(table, dataset, method, ratio, without)
-
-
-class Parts:
-    """Stands for a split of 3 labeled, 7 unlabeled and 2 validation images."""
-
-    def ids(self) -> dict[str, list[str]]:
-        return {"labeled": ["a"] * 3, "unlabeled": ["b"] * 7, "val": ["c"] * 2}
-
-    def hash(self) -> str:
-        return "0"
 
 
 def make_run(of: report.Cell, seed: int, mious: list[float], scale: str = "small", n_epochs: int = 0, extra=()) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
-from conftest import make_tiny
+from conftest import Parts, make_tiny
 from PIL import Image
 
 import main
@@ -24,16 +24,6 @@ def in_tmp(tmp_path, monkeypatch):
 
 def run(line: str, *extra: str) -> int:
     return main.main([*line.split(), *(["--", *extra] if extra else [])], experiments.experiments)
-
-
-class Parts:
-    """Stands for a split of 3 labeled, 7 unlabeled and 2 validation images."""
-
-    def ids(self) -> dict[str, list[str]]:
-        return {"labeled": ["a"] * 3, "unlabeled": ["b"] * 7, "val": ["c"] * 2}
-
-    def hash(self) -> str:
-        return "0"
 
 
 def make_run(variant: str, seed: int, miou: float, dataset: str = "phantom", ratio: float = 0.05, more=()) -> Path:

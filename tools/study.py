@@ -50,12 +50,12 @@ VARIANTS = {
 WEIGHTS = {"gen_S": "", "gen_I": "lambda1", "cycle_S": "lambda2", "cycle_I": "lambda3"}
 WEIGHTS |= {"disc_S": "lambda4", "disc_I": "lambda5", "cutmix": "lambda6"}
 REFERENCES = ("partial", "meanteacher_labeled")  # the second has the same augmentation, and no unlabeled images
-NEEDS = {
+NEEDS = {  # settings that are of no effect without a weight
     "confidence": "lambda6",
     "cutmix_on": "lambda6",
     "cycle_s_trains": "lambda2",
     "cycle_input": "lambda3",
-}  # of no effect without it
+}
 OF_REGIME = {"size", "epochs", "decay_epoch", "batch_size", "lr", "disc_lr", "disc_betas", "precision"}
 OF_REGIME |= {"ngf", "ndf", "n_blocks"}
 
@@ -204,7 +204,10 @@ def draw(runs: list[Run], kind: str, path: Path) -> bool:
     names = dict.fromkeys(name for run in runs for name, value in run.lines[-1][kind].items() if value)
     colours = {name: f"C{k}" for k, name in enumerate(names)}
     for ax, run in zip(axes, runs, strict=False):
+        untrained = tuple(D for D, weight in {"D_S": "lambda4", "D_I": "lambda5"}.items() if not run.config[weight])
         for name in filter(run.lines[-1][kind].__contains__, colours):
+            if name.startswith(untrained):
+                continue
             weight = run.config[WEIGHTS[name]] if WEIGHTS.get(name) else 1.0
             points = [(line["step"], weight * line[kind][name]) for line in run.lines]
             ax.plot(*zip(*points, strict=True), marker=".", linewidth=1, color=colours[name])
