@@ -66,6 +66,7 @@ RESULT = ("method", "ratio", "seed", "size", "epochs", "decay_epoch", "batch_siz
 RESULT += ("split", "label_unit", "normalization", "ignored", "ngf", "ndf", "n_blocks", "dropout")
 RESULT += ("optimizer", "momentum", "weight_decay", "schedule", "disc_lr", "disc_betas")
 RESULT += ("lambda1", "lambda2", "lambda3", "lambda4", "lambda5", "pool_size", "disc_norm", "disc_input")
+RESULT += ("disc_kernel",)
 RESULT += ("lambda6", "ema", "confidence", "cutmix_on", "ramp_up", "cycle_s_trains")
 RESULT += ("lambda_adv", "lambda_semi_adv", "lambda_semi", "semi_threshold", "semi_start")
 MODES = ("training", "testing", "predict")
@@ -94,6 +95,13 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
     convert.__name__ = kind.__name__  # argparse puts it into "invalid int value"
     return convert
+
+
+def odd(text: str) -> int:
+    """An argparse type: an odd number from 1 to 31."""
+    if int(text) not in range(1, 32, 2):
+        raise argparse.ArgumentTypeError(f"{text} must be odd, from 1 to 31")
+    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -177,6 +185,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--n-blocks", type=number(int, 0), default=9, help="residual blocks of the generators")
     flag("--dropout", type=chance, default=0.0, metavar="P", help="in the residual blocks")
     flag("--disc-norm", default="batch", choices=["batch", "instance"], help="normalization in the discriminators")
+    flag("--disc-kernel", type=odd, default=1, metavar="K", help="width of the discriminators' convolutions, odd")
 
     flag = parser.add_argument_group("machine").add_argument
     flag("--device", help="cpu, cuda, cuda:1; cuda where there is one if not given")

@@ -333,8 +333,8 @@ class CycleGAN(nn.Module):
         self.G_IS = ResNetGenerator(C, K, cfg.ngf, cfg.n_blocks, cfg.dropout)
         self.ema, self.teacher = cfg.ema, averaged(self.G_IS, cfg.ema)
         self.G_SI = ResNetGenerator(K, C, cfg.ngf, cfg.n_blocks, cfg.dropout, tanh=True)
-        self.D_S = PixelDiscriminator(K, cfg.ndf, cfg.disc_norm)
-        self.D_I = PixelDiscriminator(C, cfg.ndf, cfg.disc_norm)
+        self.D_S = PixelDiscriminator(K, cfg.ndf, cfg.disc_norm, cfg.disc_kernel)
+        self.D_I = PixelDiscriminator(C, cfg.ndf, cfg.disc_norm, cfg.disc_kernel)
         generators = [*self.G_IS.parameters(), *self.G_SI.parameters()]
         discriminators = [*self.D_S.parameters(), *self.D_I.parameters()]
         self.optimizers = {"G": generator_optimizer(generators, cfg)}

@@ -72,13 +72,14 @@ def convolutions(network):
         (lambda: ResNetGenerator(21, 3, tanh=True), 11_434_627),
         (lambda: PixelDiscriminator(3), 8_832),
         (lambda: PixelDiscriminator(21), 9_984),
+        (lambda: PixelDiscriminator(21, kernel=3), 9 * (21 * 64 + 64 * 128 + 128) + 64 + 2 * 128),
         (lambda: PixelDiscriminator(3, norm="instance"), 3 * 64 + 64 + 64 * 128 + 128 + 128 + 1),
         (
             lambda: FCDiscriminator(21),
             16 * (21 * 64 + 64 * 128 + 128 * 256 + 256 * 512 + 512) + 64 + 128 + 256 + 512 + 1,
         ),
     ],
-    ids=["G_IS", "G_SI", "D_I", "D_S", "D_I, instance norm", "Hung et al.'s D"],
+    ids=["G_IS", "G_SI", "D_I", "D_S", "D_S, kernel 3", "D_I, instance norm", "Hung et al.'s D"],
 )
 def test_parameter_counts_at_the_papers_width(build, count):
     assert sum(p.numel() for p in build().parameters()) == count
@@ -158,9 +159,10 @@ def test_parameters_are_registered_in_the_order_of_data_flow(network):
     assert list(map(id, used)) == list(map(id, network.parameters()))
 
 
+@pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize(("norm", "over"), [("batch", (0, 2, 3)), ("instance", (2, 3))])
-def test_discriminator_equals_section_3_3_written_out(norm, over):
-    D, x = with_random_parameters(PixelDiscriminator(3, 4, norm)), image(5, 7)
+def test_discriminator_equals_section_3_3_written_out(norm, over, kernel):
+    D, x = with_random_parameters(PixelDiscriminator(3, 4, norm, kernel)), image(5, 7)
     if norm == "batch":  # no bias before the norm nor in the last convolution
         w1, b1, w2, gain, shift, w3 = D.parameters()
         b2 = b3 = x.new_zeros(1)
@@ -168,8 +170,12 @@ def test_discriminator_equals_section_3_3_written_out(norm, over):
         w1, b1, w2, b2, w3, b3 = D.parameters()
         gain, shift = x.new_ones(1), x.new_zeros(1)
 
-    def pixel_wise(w, x, b):
-        return torch.einsum("oi,bihw->bohw", w[:, :, 0, 0], x) + b.view(1, -1, 1, 1)
+    def pixel_wise(w, x, b):  # zeros around the input
+        p = kernel // 2
+        around = x.new_zeros(len(x), x.shape[1], 5 + 2 * p, 7 + 2 * p)
+        around[..., p : p + 5, p : p + 7] = x
+        taps = [(i, j, around[..., i : i + 5, j : j + 7]) for i in range(kernel) for j in range(kernel)]
+        return sum(torch.einsum("oi,bihw->bohw", w[:, :, i, j], seen) for i, j, seen in taps) + b.view(1, -1, 1, 1)
 
     def leaky(x):
         return torch.where(x > 0, x, 0.2 * x)
@@ -187,9 +193,19 @@ def test_discriminator_judges_each_pixel_by_itself_at_the_inputs_size():
     assert (D(x) != D(changed)).nonzero().tolist() == [[1, 0, 3, 5]]
 
 
-def test_discriminator_refuses_an_unknown_norm_by_name():
-    with pytest.raises(ValueError, match="'layer'"):
-        PixelDiscriminator(3, norm="layer")
+def test_a_discriminator_of_kernel_3_sees_7x7_pixels_and_keeps_the_size():
+    D, x = with_random_parameters(PixelDiscriminator(3, 4, kernel=3)).eval(), image(17, 19)
+    changed = x.clone()
+    changed[1, :, 8, 9] += 1
+    assert D(x).shape == (2, 1, 17, 19)
+    where = [[1, 0, i, j] for i in range(5, 12) for j in range(6, 13)]
+    assert (D(x) != D(changed)).nonzero().tolist() == where
+
+
+@pytest.mark.parametrize(("settings", "named"), [({"norm": "layer"}, "'layer'"), ({"kernel": 2}, "kernel is 2")])
+def test_discriminator_refuses_unknown_settings_by_name(settings, named):
+    with pytest.raises(ValueError, match=named):
+        PixelDiscriminator(3, **settings)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (33, 70), (16, 20), (31, 40)])
