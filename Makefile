@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python main.py --testing --name demo
 	@echo
 	@echo "masks:    $(CURDIR)/results/demo/masks"
-	@echo "pictures: $(CURDIR)/results/demo/panels (image, truth, prediction, image painted from the truth)"
+	@echo "pictures: $(CURDIR)/results/demo/panels (image x, mask y, and what the networks make of them)"
 	@echo "curves:   $(BIN)/tensorboard --logdir checkpoints"
 
 test: $(VENV)/installed-tests

@@ -1,68 +1,65 @@
-"""What the method does not define: metrics, checkpoints, seeds, schedule, replay pool, colours, and the errors."""
+"""Metrics, schedule, devices, processes, checkpoint files, and the errors that end a run."""
 
-import fcntl
 import io
-import json
 import os
-import platform
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
 
 IGNORE = 255  # in every mask tensor: a pixel that neither trains nor counts (VOC's void)
-IGNORE_COLOUR = (224, 224, 192)  # as in VOC's own masks
-CHECKPOINT_FORMAT = 1
-CHECKPOINT_PARTS = {"config": dict, "dataset": dict, "data_root": str, "split": str, "epoch": int, "model": dict}
+CHECKPOINT_FORMAT = 2
+CHECKPOINT_PARTS = {
+    "settings": dict,
+    "dataset": dict,
+    "data_root": str,
+    "split": str,
+    "epoch": int,
+    "model": dict,
+}
 
 
 class InputError(Exception):
-    """Wrong flags, configuration or data; main prints it as one `error: ...` line and exits with 2."""
+    """Wrong flags, configuration or data; main prints one `error: ...` line and exits with 2."""
 
 
 class TrainingError(Exception):
-    """A run that cannot go on; main prints it as one `error: ...` line and exits with 1."""
+    """A run that cannot continue; main prints one `error: ...` line and exits with 1."""
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A loss is infinite or not a number; the message gives the terms."""
 
 
 def first_ten(items: Iterable[str]) -> str:
     """'a; b; c', and after ten of them how many more there are."""
     items = list(items)
-    return "; ".join(items[:10]) + (f"; and {len(items) - 10} more" if len(items) > 10 else "")
+    more = f"; and {len(items) - 10} more" if len(items) > 10 else ""
+    return "; ".join(items[:10]) + more
 
 
 # Metrics (Section 4.2)
 
 
 class ConfusionMatrix:
-    """Counts pixels by (truth, prediction) in an int64 K x K matrix that stays on the device."""
+    """Count pixels by (truth, prediction) in an int64 K x K matrix that stays on the device."""
 
     def __init__(self, n_classes: int, device: torch.device | str = "cpu"):
-        self.counts = torch.zeros(n_classes, n_classes, dtype=torch.int64, device=device)
+        # the last count collects the ignored pixels: no index has to wait for the device
+        self.flat = torch.zeros(n_classes**2 + 1, dtype=torch.int64, device=device)
+        self.counts = self.flat[:-1].view(n_classes, n_classes)
 
     def update(self, prediction: Tensor, truth: Tensor) -> None:
         """Add a batch of class indices; pixels whose truth is IGNORE are left out."""
         k = len(self.counts)
-        valid = truth != IGNORE
-        # K * K collects the ignored pixels, so that no boolean index has to wait for the device
-        index = torch.where(valid, truth.long() * k + prediction, k * k).flatten()
-        self.counts += torch.bincount(index, minlength=k * k + 1)[:-1].view(k, k)
+        index = torch.where(truth != IGNORE, truth.long() * k + prediction, k * k).flatten()
+        self.flat.scatter_add_(0, index, torch.ones_like(index))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -78,12 +75,15 @@ def _iou(counts: Tensor) -> list[float | None]:
 
 
 def segmentation_metrics(counts: Tensor, spec) -> dict:
-    """Every figure that is reported, from a K x K confusion matrix (rows truth, columns prediction).
+    """Every reported metric from a K x K confusion matrix (rows truth, columns prediction).
 
-    `miou` is Section 4.2: TP / (TP + FP + FN), mean over `spec.scored`; pixels whose truth is `spec.void` are skipped,
-    a void predicted on a real class is a miss. `miou_all` takes all K classes, void as one like any other.
-    `miou_official` is the released code's: rows and columns of unscored classes are cut out first, so that
-    confusions with them cost nothing. A class in neither truth nor prediction is None and stays out of every mean.
+    miou: Section 4.2, the mean of TP / (TP + FP + FN) over `spec.scored`. Pixels whose truth is
+        `spec.void` are skipped; a void predicted on a real class is a miss.
+    miou_all: the mean over all K classes, void being one like any other.
+    miou_official: the released code's. Rows and columns of unscored classes are cut out first, so
+        confusions with them cost nothing.
+
+    A class in neither truth nor prediction is None and stays out of every mean.
     """
     counts = counts.cpu()
     judged = counts.clone()
@@ -107,69 +107,65 @@ def segmentation_metrics(counts: Tensor, spec) -> dict:
 
 
 def format_means(metrics: dict) -> str:
-    """The three means of IoU in a line, side by side."""
-    miou, every, released = (metrics[key] or 0 for key in ("miou", "miou_all", "miou_official"))
+    """The three mean IoUs on one line."""
+    miou, every, released = (metrics[k] or 0 for k in ("miou", "miou_all", "miou_official"))
     return f"mIoU {miou:.4f}, every class {every:.4f}, as released {released:.4f}"
 
 
 def format_metrics(metrics: dict) -> str:
-    """Every class's IoU and Dice, then the means, in per cent; a dash where a class does not occur."""
+    """A table of IoU and Dice by class, then the means, in %; a dash for a class that is absent."""
 
-    def per_cent(value: float | None) -> str:
+    def percent(value: float | None) -> str:
         return "      -" if value is None else f"{100 * value:7.2f}"
 
-    means = {"mIoU": "miou", "mIoU, every class": "miou_all", "mIoU, as released": "miou_official"}
-    means["pixel accuracy"] = "pixel_accuracy"
+    means = {
+        "mIoU": "miou",
+        "mIoU, every class": "miou_all",
+        "mIoU, as released": "miou_official",
+        "pixel accuracy": "pixel_accuracy",
+    }
     width = max(map(len, [*metrics["iou"], *means]))
     lines = [f"{'class':{width}}    IoU   Dice"]
-    lines += [f"{name:{width}}{per_cent(v)}{per_cent(metrics['dice'][name])}" for name, v in metrics["iou"].items()]
-    return "\n".join([*lines, *(f"{title:{width}}{per_cent(metrics[key])}" for title, key in means.items())])
+    for name, iou in metrics["iou"].items():
+        lines.append(f"{name:{width}}{percent(iou)}{percent(metrics['dice'][name])}")
+    lines += [f"{title:{width}}{percent(metrics[key])}" for title, key in means.items()]
+    return "\n".join(lines)
 
 
 # Training
 
 
 def linear_decay(epochs: int, decay_epoch: int) -> Callable[[float], float]:
-    """The learning rate's factor by epoch (Section 3.3): 1 until decay_epoch, then linearly to 0 at `epochs`.
+    """The learning rate's factor by epoch (Section 3.3), the same for every step of an epoch.
 
-    It falls from epoch to epoch: within one it stays.
+    1 until decay_epoch, then linearly to 0 at `epochs`.
     """
 
     def factor(epoch: float) -> float:
-        epoch = int(epoch)
-        return 1.0 if epoch < decay_epoch else max(0.0, (epochs - epoch) / max(1, epochs - decay_epoch))
+        if epoch < decay_epoch:
+            return 1.0
+        return max(0.0, (epochs - int(epoch)) / max(1, epochs - decay_epoch))
 
     return factor
 
 
-def poly_decay(epochs: int, _decay_epoch: int = 0) -> Callable[[float], float]:
-    """Hung et al.'s: (1 - t / epochs) ** 0.9, where t, in epochs, grows with every step."""
-    return lambda epoch: max(0.0, 1 - epoch / epochs) ** 0.9
-
-
-def no_decay(_epochs: int, _decay_epoch: int = 0) -> Callable[[float], float]:
-    """1: the released code's learning rate for Partial."""
-    return lambda epoch: 1.0
-
-
-SCHEDULES = {"linear": linear_decay, "poly": poly_decay, "constant": no_decay}
-
-
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed torch on every device; `deterministic` also makes it choose kernels that repeat bit for bit."""
+    """Seed torch on every device; `deterministic` also selects kernels that repeat bit for bit."""
     torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic  # all batches have one size
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def pick_device(name: str | None, precision: str) -> torch.device:
-    """The device of that name, or the GPU where there is one; --precision tf32 lets its float32 products round."""
+    """The device of that name, or the GPU if there is one; sets float32 matmul precision."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{local_rank()}" if name == "cuda" and world_size() > 1 else name
     try:
         device = torch.device(name)
+        if device.type == "cuda":  # otherwise every process also opens a context on GPU 0
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
@@ -179,39 +175,10 @@ def pick_device(name: str | None, precision: str) -> torch.device:
 
 
 def compile_networks(model: nn.Module) -> None:
-    """torch.compile each network in place, for the few shapes that a run has: training's, evaluation's last batch."""
-    torch._dynamo.config.cache_size_limit = 64  # the generators share their code, and so its limit of 8 variants
+    """torch.compile each network in place, for the few input shapes of a run."""
+    torch._dynamo.config.cache_size_limit = 64  # both generators share their code and its limit
     for network in model.children():
         network.compile(dynamic=False)
-
-
-def memory_format(channels_last: bool) -> torch.memory_format:
-    """How activations lie in memory."""
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-class ReplayPool:
-    """The released code's buffer of past fakes: each new one is, with probability 1/2, swapped for a stored one.
-
-    A pool of size 0 (the paper) returns what it is given.
-    """
-
-    def __init__(self, size: int):
-        self.size = size
-        self.fakes: list[Tensor] = []
-
-    def __call__(self, batch: Tensor) -> Tensor:
-        if self.size == 0:
-            return batch
-        returned = []
-        for fake in batch:
-            if len(self.fakes) < self.size:
-                self.fakes.append(fake.clone())  # alone: a view would keep its whole batch
-            elif torch.rand(()) < 0.5:
-                slot = int(torch.randint(self.size, ()))
-                fake, self.fakes[slot] = self.fakes[slot], fake.clone()
-            returned.append(fake)
-        return torch.stack(returned)
 
 
 # Processes: one, or as many as torchrun starts. Each trains on its part of every batch.
@@ -232,8 +199,8 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
-def meet(device: torch.device) -> None:
-    """Connect the processes: gloo for what lies on the CPU, NCCL for what lies on a GPU."""
+def join_processes(device: torch.device) -> None:
+    """Connect the processes: gloo for tensors on the CPU, NCCL for those on a GPU."""
     if world_size() > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
@@ -249,7 +216,7 @@ def total(values: Tensor) -> Tensor:
 def share(count: Tensor) -> Tensor:
     """A count over all processes, at least 1, divided by their number.
 
-    Each process divides its own sum by it: the mean of the quotients is then the mean over all that was counted.
+    Each process divides its own sum by it; the mean of the quotients is the mean over all.
     """
     return total(count).clamp(min=1) / world_size()
 
@@ -280,22 +247,9 @@ def from_each(value) -> list:
     return values
 
 
-def failure(error: Exception) -> str | None:
-    """What a failure of the machine means to who started the run; None for one of the program."""
-    signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
-    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
-        return (
-            "out of memory; half of --batch-size or of --size's area needs half, --ngf 32 instead of 64 two thirds, "
-            "--precision bf16 three quarters (docs/performance.md)"
-        )
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process of this run has ended; the last checkpoint is whole"
-    return None
-
-
 @contextmanager
-def in_turn() -> Iterator[None]:
-    """The first process of each machine goes through the body alone, the others then."""
+def first_process_first() -> Iterator[None]:
+    """Run the body on the first process of each machine, then on the others."""
     if local_rank():
         agree(0)
     yield
@@ -303,17 +257,32 @@ def in_turn() -> Iterator[None]:
         agree(0)
 
 
+def failure(error: Exception) -> str | None:
+    """An error message for a failure of the machine; None for a defect of the program."""
+    signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
+        return (
+            "out of memory; half of --batch-size or of --size's area needs half the memory, "
+            "--ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
+        )
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return "another process of this run has ended; the last checkpoint is whole"
+    return None
+
+
 # Files
 
 
 def unwritten(path: Path, size: int, error: OSError) -> TrainingError:
-    """What to raise where a file of `size` bytes could not be written."""
-    need = f"{size / 2**20:.1f} MiB are needed, {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free"
-    return TrainingError(f"{path}: cannot be written ({error.strerror}): {need}; what is on disk is whole")
+    """What to raise when a file of `size` bytes could not be written."""
+    free = shutil.disk_usage(path.parent).free / 2**20
+    need = f"{size / 2**20:.1f} MiB are needed, {free:.1f} MiB are free"
+    reason = f"cannot be written ({error.strerror}): {need}"
+    return TrainingError(f"{path}: {reason}; what is on disk is whole")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write beside, flush to disk, rename: a reader finds the old file or the new one, whole."""
+    """Replace a file so that a reader finds the old content or the new, whole."""
     content = content.encode() if isinstance(content, str) else content
     beside = path.with_name(f".{path.name}.tmp")
     try:
@@ -329,82 +298,6 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             beside.unlink()
 
 
-@contextmanager
-def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Create a folder and hold its lock, which ends with this process, however that ends.
-
-    InputError where the folder cannot be written, or where another process holds the lock.
-    """
-    make_folder(folder, flag)
-    path = folder / "lock"
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            holder = os.read(file, 200).decode() or "another process"
-            os.close(file)
-            raise InputError(f"{folder}: {holder} is training there; wait for it, or give --name") from error
-        except OSError as error:
-            print(f"{folder}: cannot be locked here ({error.strerror}): do not start a second run on it")
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(file), path.stat()):
-                break
-        os.close(file)  # it was deleted by the one who held it before
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-        leftover.unlink(missing_ok=True)
-    os.truncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink()
-            folder.rmdir()  # if nothing else is in it
-        os.close(file)
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint of tensors and plain values: nothing that needs pickle's code to load."""
-    buffer = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU; InputError where the file is damaged or none of this program's."""
-    if not path.is_file():
-        raise InputError(f"checkpoint {path}: no such file")
-    try:
-        content = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(content) as records:
-            damaged = records.testzip()  # torch writes each record's CRC-32, but does not look at it
-        content.seek(0)
-        state = None if damaged else torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises anything on hostile bytes
-        raise InputError(f"checkpoint {path}: cannot be read as one ({type(error).__name__})") from error
-    if damaged:
-        raise InputError(f"checkpoint {path}: damaged (its record {damaged})")
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        raise InputError(f"checkpoint {path}: not one of this program's, format {CHECKPOINT_FORMAT}")
-    wrong = [key for key, kind in CHECKPOINT_PARTS.items() if not isinstance(state.get(key), kind)]
-    wrong = wrong or [k for k in ("config", "dataset", "model") if not all(type(name) is str for name in state[k])]
-    if wrong or not all(isinstance(weight, Tensor) for weight in state["model"].values()):
-        raise InputError(f"checkpoint {path}: lacks {first_ten(wrong) or 'weights that are tensors'}")
-    return state
-
-
-def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """Put saved weights into a network; InputError that lists the differences where they do not fit."""
-    ours = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    theirs = {key: tuple(value.shape) for key, value in weights.items()}
-    if ours != theirs:
-        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        differences = [f"{key} is {theirs.get(key, 'missing')}, expected {ours.get(key, 'none')}" for key in keys]
-        raise InputError(f"{source}: other networks: {first_ten(differences)}")
-    network.load_state_dict(weights)
-
-
 def make_folder(path: Path, flag: str) -> None:
     """Create a folder and check that it can be written; InputError names it."""
     try:
@@ -415,133 +308,53 @@ def make_folder(path: Path, flag: str) -> None:
         raise InputError(f"{flag} {path}: cannot be written ({reason})") from error
 
 
-class EventLog:
-    """TensorBoard's events of a run, each on disk once it is logged.
-
-    tensorboardX's SummaryWriter writes in a thread, which ends at a full disk and leaves the run waiting for ever;
-    here the error reaches the caller, as TrainingError. What an earlier process logged from `first_step` on is hidden.
-    """
-
-    def __init__(self, folder: Path, first_step: int):
-        self.path = folder / "events.out.tfevents"
-        try:
-            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        except OSError as error:
-            raise unwritten(self.path, 0, error) from error
-        if first_step:
-            self._write(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """A point of a curve."""
-        self._write(Event(step=step, summary=summary.scalar(tag, value)))
-
-    def settings(self, table: dict, metric: str) -> None:
-        """The settings, in the text tab and in the hparams table, which compares runs by the curve `metric`."""
-        values = {key: value for key, value in table.items() if value is not None}
-        rows = [f"| {key} | {value} |" for key, value in values.items()]
-        self._write(Event(summary=summary.text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))))
-        plain = {k: v if isinstance(v, (str, int, float)) else " ".join(map(str, v)) for k, v in values.items()}
-        experiment, session, _end = summary.hparams(plain, {metric: None})
-        for part in experiment, session:
-            self._write(Event(summary=part))
-
-    def image(self, tag: str, picture: Tensor, step: int) -> None:
-        """A picture (3, H, W) in [0, 1]."""
-        self._write(Event(step=step, summary=summary.image(tag, picture.numpy())))
-
-    def close(self) -> None:
-        """End the file."""
-        self.writer.close()
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        try:
-            self.writer.write_event(event)
-            self.writer.flush()
-        except OSError as error:
-            raise unwritten(self.path, event.ByteSize(), error) from error
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a checkpoint of tensors and plain values, which loads without unpickling code."""
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
 
 
-def to_toml(table: dict) -> str:
-    """A flat table of strings, numbers, booleans and (nested) lists as TOML lines; None is left out."""
-    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in table.items() if v is not None)
-
-
-def write_manifest(folder: Path, device: torch.device, **more) -> None:
-    """Add to manifest.json: the command, its versions, device and commit, and what else is said."""
-    path = folder / "manifest.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint onto the CPU; InputError if it is damaged or not one of this program's."""
+    if not path.is_file():
+        raise InputError(f"checkpoint {path}: no such file")
     try:
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a checkout, or no git
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    now = {"command": " ".join(sys.argv), "device": str(device), "gpu": gpu, "commit": commit}
-    now |= {name: version(name) for name in ("torch", "torchvision", "numpy")}
-    now |= {"python": platform.python_version(), "platform": platform.platform()}
-    write_atomically(path, json.dumps({**before, **now, **more}, indent=1))
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as records:
+            damaged = records.testzip()  # torch writes each record's CRC-32 but does not check it
+        content.seek(0)
+        state = None if damaged else torch.load(content, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises anything on hostile bytes
+        reason = f"cannot be read as one ({type(error).__name__})"
+        raise InputError(f"checkpoint {path}: {reason}") from error
+    if damaged:
+        raise InputError(f"checkpoint {path}: damaged (its record {damaged})")
+    if isinstance(state, dict) and state.get("format") == 1:
+        advice = "use the version of this program that wrote it, or train anew"
+        raise InputError(f"checkpoint {path}: from an earlier version (format 1); {advice}")
+    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
+        raise InputError(
+            f"checkpoint {path}: not one of this program's, format {CHECKPOINT_FORMAT}"
+        )
+    wrong = [key for key, kind in CHECKPOINT_PARTS.items() if not isinstance(state.get(key), kind)]
+    for key in [] if wrong else ("settings", "dataset", "model"):
+        wrong += [key] * any(type(name) is not str for name in state[key])
+    if wrong or not all(isinstance(weight, Tensor) for weight in state["model"].values()):
+        lacking = first_ten(wrong) or "weights that are tensors"
+        raise InputError(f"checkpoint {path}: lacks {lacking}")
+    return state
 
 
-# Colour
-
-
-def voc_palette(n: int) -> tuple[tuple[int, int, int], ...]:
-    """VOC's colours of the first n classes: bits 0, 1, 2 of an index become the highest of R, G, B, and so on."""
-
-    def colour(k: int) -> tuple[int, int, int]:
-        return tuple(sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for channel in range(3))
-
-    return tuple(map(colour, range(n)))
-
-
-def flat_palette(palette: tuple[tuple[int, int, int], ...]) -> list[int]:
-    """256 RGB triples in a row: the classes' colours, black, and IGNORE's colour last."""
-    colours = [*palette, *[(0, 0, 0)] * (255 - len(palette)), IGNORE_COLOUR]
-    return [value for colour in colours for value in colour]
-
-
-def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...] | None) -> None:
-    """Write an (H, W) mask as a PNG whose pixel values are the mask's: indexed, or grey without a palette."""
-    image = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
-    if palette:
-        image.putpalette(flat_palette(palette))
-    image.save(path)
-
-
-def save_overlay(path: Path, picture: Tensor, mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> None:
-    """Write a picture (C, H, W) of any range with its mask (H, W) over it, half transparent but for the first class."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    x, mask = picture.float().cpu(), mask.cpu()
-    low, high = (0, 255) if picture.dtype == torch.uint8 else (x.min(), x.max().clamp(min=x.min() + 1e-12))
-    shown = ((x - low) / (high - low)).expand(3, -1, -1)
-    save_image(torch.where(mask > 0, (shown + colourize(mask[None], palette)[0]) / 2, shown), path)
-
-
-def colourize(mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> Tensor:
-    """Masks (B, H, W) to colours (B, 3, H, W) in [0, 1]."""
-    table = torch.tensor(flat_palette(palette), device=mask.device).view(256, 3) / 255
-    return table[mask.long()].permute(0, 3, 1, 2)
-
-
-def picture_grid(x: Tensor, columns: dict[str, Tensor], palette: tuple[tuple[int, int, int], ...]) -> Tensor:
-    """A row for each image of x, a titled column for x and each of `columns`; (3, height, width) in [0, 1].
-
-    Columns are masks (B, H, W) or images (B, C, H, W) on x's scale: x's own range is shown from black to white.
-    """
-    darkest, brightest = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    reach = torch.where(brightest > darkest, brightest - darkest, 1)
-
-    def show(picture: Tensor) -> Tensor:
-        if picture.dim() == 3:
-            return colourize(picture, palette)
-        return ((picture - darkest) / reach).clamp(0, 1).expand(-1, 3, -1, -1)
-
-    pictures = [show(picture).float().cpu() for picture in (x, *columns.values())]
-    grid = make_grid(torch.stack(pictures, 1).flatten(0, 1), nrow=len(pictures), padding=2, pad_value=1.0)
-    width = x.shape[-1] + 2
-    font = ImageFont.load_default(min(20, max(8, width // 8)))
-    titles = Image.new("RGB", (grid.shape[-1], int(1.5 * font.size)), "white")
-    for i, title in enumerate(("x", *columns)):
-        ImageDraw.Draw(titles).text((2 + i * width, 0), title, "black", font)
-    return torch.cat([pil_to_tensor(titles) / 255, grid], 1)
+def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
+    """Load saved weights into a network; InputError lists the differences if they do not fit."""
+    ours = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    theirs = {key: tuple(value.shape) for key, value in weights.items()}
+    differences = [
+        f"{key} is {theirs.get(key, 'missing')}, expected {ours.get(key, 'none')}"
+        for key in {**ours, **theirs}
+        if ours.get(key) != theirs.get(key)
+    ]
+    if differences:
+        raise InputError(f"{source}: other networks: {first_ten(differences)}")
+    network.load_state_dict(weights)

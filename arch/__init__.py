@@ -1,1 +1,1 @@
-"""The networks of Section 3.3: generators (image to mask, mask to image) and pixel-wise discriminators."""
+"""The networks of Section 3.3 and of Hung et al."""

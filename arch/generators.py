@@ -1,14 +1,15 @@
-"""The generator of Section 3.3: the residual network of Johnson et al. [14], for both G_IS and G_SI.
+"""The generator of Section 3.3: the residual network of Johnson et al. [14], for G_IS and G_SI.
 
-Shapes: B images, C_in and C_out channels, H x W pixels. What the paper leaves open follows the released code:
-reflection padding for the 7x7 convolutions and inside the residual blocks, zero padding elsewhere, instance norm
-without parameters, a bias on every convolution, weights from N(0, 0.02).
+Shapes: B images, C_in and C_out channels, H x W pixels. What the paper leaves open follows the
+released code: reflection padding for the 7x7 convolutions and inside the residual blocks, zero
+padding elsewhere, instance norm without parameters, a bias on every convolution, weights from
+N(0, 0.02).
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MIN_SIZE = 16  # pixels: under this, reflection padding and instance norm have nothing left to work on
+MIN_SIZE = 16  # pixels: below, reflection padding and instance norm have nothing left to work on
 
 
 def init_weights(module: nn.Module) -> None:
@@ -19,6 +20,24 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+class NormedConv2d(nn.Conv2d):
+    """A convolution before instance norm, which cancels its bias.
+
+    The bias stays a parameter, as in the paper's counts, but is left out and never trained.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight, None)
+
+
+class NormedConvTranspose2d(nn.ConvTranspose2d):
+    """As NormedConv2d, for a fractionally-strided convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = self.stride, self.padding, self.output_padding
+        return F.conv_transpose2d(x, self.weight, None, *sizes)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(conv(x)), each 3x3 with instance norm; (B, C, H, W) to the same shape."""
 
@@ -26,12 +45,12 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
+            NormedConv2d(channels, channels, 3),
             nn.InstanceNorm2d(channels),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             *([nn.Dropout(dropout)] if dropout else []),
             nn.ReflectionPad2d(1),
-            nn.Conv2d(channels, channels, 3),
+            NormedConv2d(channels, channels, 3),
             nn.InstanceNorm2d(channels),
         )
 
@@ -40,11 +59,11 @@ class ResidualBlock(nn.Module):
 
 
 class ResNetGenerator(nn.Module):
-    """(B, C_in, H, W) to (B, C_out, H, W), for any H, W >= 16.
+    """(B, C_in, H, W) to (B, C_out, H, W), for any H, W >= 16; ValueError if smaller.
 
-    Returns logits (G_IS: the softmax belongs to the losses), or with `tanh` values in [-1, 1] (G_SI). Sides that 4
-    does not divide are padded by reflection on the right and below, and the output is cropped. `dropout` is the
-    released code's; the paper has none.
+    Returns logits (G_IS: the softmax belongs to the losses), or with `tanh` values in [-1, 1]
+    (G_SI). Sides that 4 does not divide are padded by reflection on the right and below, and the
+    output is cropped. `dropout` is the released code's; the paper has none.
     """
 
     def __init__(
@@ -57,18 +76,21 @@ class ResNetGenerator(nn.Module):
         tanh: bool = False,
     ):
         super().__init__()
+        down = {"stride": 2, "padding": 1}
+        up = {"stride": 2, "padding": 1, "output_padding": 1}
 
-        def block(conv: nn.Module, channels: int) -> list[nn.Module]:
-            return [conv, nn.InstanceNorm2d(channels), nn.ReLU(inplace=True)]
+        def block(conv: nn.Module) -> list[nn.Module]:
+            # not in place: instance norm's output is a view, which autograd would copy
+            return [conv, nn.InstanceNorm2d(conv.out_channels), nn.ReLU()]
 
         self.layers = nn.Sequential(
             nn.ReflectionPad2d(3),
-            *block(nn.Conv2d(in_channels, ngf, 7), ngf),
-            *block(nn.Conv2d(ngf, 2 * ngf, 3, stride=2, padding=1), 2 * ngf),
-            *block(nn.Conv2d(2 * ngf, 4 * ngf, 3, stride=2, padding=1), 4 * ngf),
+            *block(NormedConv2d(in_channels, ngf, 7)),
+            *block(NormedConv2d(ngf, 2 * ngf, 3, **down)),
+            *block(NormedConv2d(2 * ngf, 4 * ngf, 3, **down)),
             *[ResidualBlock(4 * ngf, dropout) for _ in range(n_blocks)],
-            *block(nn.ConvTranspose2d(4 * ngf, 2 * ngf, 3, stride=2, padding=1, output_padding=1), 2 * ngf),
-            *block(nn.ConvTranspose2d(2 * ngf, ngf, 3, stride=2, padding=1, output_padding=1), ngf),
+            *block(NormedConvTranspose2d(4 * ngf, 2 * ngf, 3, **up)),
+            *block(NormedConvTranspose2d(2 * ngf, ngf, 3, **up)),
             nn.ReflectionPad2d(3),
             nn.Conv2d(ngf, out_channels, 7),
             *([nn.Tanh()] if tanh else []),
@@ -78,7 +100,8 @@ class ResNetGenerator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         if min(height, width) < MIN_SIZE:
-            raise ValueError(f"images are {height}x{width}: the generator needs {MIN_SIZE}x{MIN_SIZE} pixels or more")
+            least = f"the generator needs {MIN_SIZE}x{MIN_SIZE} pixels or more"
+            raise ValueError(f"images are {height}x{width}: {least}")
         below, right = -height % 4, -width % 4
         if below or right:
             x = F.pad(x, (0, right, 0, below), mode="reflect")

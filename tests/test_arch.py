@@ -1,4 +1,6 @@
-"""The networks of Section 3.3: their sizes, first weights and shapes, and both against the formula written out here."""
+"""The networks of Section 3.3: sizes, first weights, shapes, and the formulas written out here."""
+
+import itertools
 
 import pytest
 import torch
@@ -23,11 +25,12 @@ def with_random_parameters(network):
 
 
 def image(height=16, width=20, n=2):
-    return torch.randn(n, 3, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, height, width, dtype=torch.float64, generator=random)
 
 
 def mirror(x, before, after_y, after_x):
-    """Reflection written as an index: -1 is pixel 1, and `size` is pixel size - 2; the border is not repeated."""
+    """Reflection as an index: -1 is pixel 1, `size` is pixel size - 2; no border is repeated."""
 
     def index(size, after):
         return [abs(i) if i < size else 2 * (size - 1) - i for i in range(-before, size + after)]
@@ -41,11 +44,11 @@ def normalize(x, over):
 
 
 def generator_by_hand(parameters, x, n_blocks):
-    """Section 3.3: reflection for 7x7 and residual convolutions, zeros for stride 2; instance norm everywhere."""
+    """Section 3.3: reflection for 7x7 and residual convolutions, zeros for stride 2, norm."""
     take = iter(parameters)
 
-    def conv(x, **how):
-        return F.conv2d(x, next(take), next(take), **how)
+    def conv(x, **options):
+        return F.conv2d(x, next(take), next(take), **options)
 
     def norm(x):
         return normalize(x, over=(2, 3))
@@ -57,7 +60,9 @@ def generator_by_hand(parameters, x, n_blocks):
         inner = norm(conv(mirror(x, 1, 1, 1))).relu()
         x = x + norm(conv(mirror(inner, 1, 1, 1)))
     for _ in range(2):
-        x = norm(F.conv_transpose2d(x, next(take), next(take), stride=2, padding=1, output_padding=1)).relu()
+        weight, bias = next(take), next(take)
+        x = F.conv_transpose2d(x, weight, bias, stride=2, padding=1, output_padding=1)
+        x = norm(x).relu()
     return conv(mirror(x, 3, 3, 3))
 
 
@@ -88,7 +93,8 @@ def test_parameter_counts_at_the_papers_width(build, count):
 @pytest.mark.parametrize("n_blocks", [0, 2])
 def test_generator_equals_section_3_3_written_out(n_blocks):
     G, x = with_random_parameters(tiny(n_blocks)), image()
-    torch.testing.assert_close(G(x), generator_by_hand(G.parameters(), x, n_blocks), rtol=1e-9, atol=1e-9)
+    expected = generator_by_hand(G.parameters(), x, n_blocks)
+    torch.testing.assert_close(G(x), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_tanh_generator_is_tanh_of_the_logits_and_neither_holds_a_softmax():
@@ -103,17 +109,25 @@ def test_tanh_generator_is_tanh_of_the_logits_and_neither_holds_a_softmax():
 
 def test_instance_norm_has_no_parameters_and_no_memory():
     G, x = tiny().double(), image()
-    assert {id(p) for p in G.parameters()} == {id(p) for conv in convolutions(G) for p in conv.parameters()}
+    weights = nn.ModuleList(convolutions(G)).parameters()
+    assert set(G.parameters()) == set(weights)
     assert list(G.buffers()) == []
     torch.testing.assert_close(G(x), torch.cat([G(x[:1]), G(x[1:])]))  # image by image
     torch.testing.assert_close(G.train()(x), G.eval()(x))
 
 
-@pytest.mark.parametrize("build", [ResNetGenerator, PixelDiscriminator])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ResNetGenerator(8, 21, ngf=16, n_blocks=1),
+        lambda: PixelDiscriminator(8, 64, norm="instance"),
+        lambda: PixelDiscriminator(8, 64, norm="instance", kernel=3),
+    ],
+    ids=["generator", "discriminator", "discriminator, kernel 3"],
+)
 def test_first_weights_have_mean_0_and_deviation_002_and_biases_are_0(build):
     torch.manual_seed(0)
-    network = build(8, 21, ngf=16, n_blocks=1) if build is ResNetGenerator else build(8, 64, norm="instance")
-    for conv in convolutions(network):
+    for conv in convolutions(build()):
         n = conv.weight.numel()
         assert abs(conv.weight.mean()) < 5 * 0.02 / n**0.5  # five standard errors
         assert abs(conv.weight.std() - 0.02) < 5 * 0.02 / (2 * n) ** 0.5
@@ -125,11 +139,15 @@ def test_generator_keeps_any_size_from_16(height, width):
     assert tiny()(image(height, width).float()).shape == (2, 4, height, width)
 
 
-@pytest.mark.parametrize(("height", "width", "below", "right"), [(16, 20, 0, 0), (17, 20, 3, 0), (18, 23, 2, 1)])
-def test_only_what_4_does_not_divide_is_padded_by_reflection_right_and_below(height, width, below, right):
+@pytest.mark.parametrize(
+    ("height", "width", "below", "right"), [(16, 20, 0, 0), (17, 20, 3, 0), (18, 23, 2, 1)]
+)
+def test_only_what_4_does_not_divide_is_padded_by_reflection_right_and_below(
+    height, width, below, right
+):
     G, x = with_random_parameters(tiny()), image(height, width)
-    expected = generator_by_hand(G.parameters(), mirror(x, 0, below, right), 1)[..., :height, :width]
-    torch.testing.assert_close(G(x), expected, rtol=1e-9, atol=1e-9)
+    expected = generator_by_hand(G.parameters(), mirror(x, 0, below, right), 1)
+    torch.testing.assert_close(G(x), expected[..., :height, :width], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("size", [(15, 16), (16, 15), (3, 200)])
@@ -150,11 +168,17 @@ def test_dropout_exists_only_where_asked_for_once_a_residual_block():
     assert torch.equal(G(x), G(x))
 
 
-@pytest.mark.parametrize("network", [tiny(n_blocks=2), PixelDiscriminator(3, 4)], ids=["generator", "discriminator"])
+@pytest.mark.parametrize(
+    "network", [tiny(n_blocks=2), PixelDiscriminator(3, 4)], ids=["generator", "discriminator"]
+)
 def test_parameters_are_registered_in_the_order_of_data_flow(network):
     used = []
+
+    def hook(module, _):
+        used.extend(module.parameters(recurse=False))
+
     for module in network.modules():
-        module.register_forward_pre_hook(lambda module, _: used.extend(module.parameters(recurse=False)))
+        module.register_forward_pre_hook(hook)
     network(image().float())
     assert list(map(id, used)) == list(map(id, network.parameters()))
 
@@ -174,14 +198,18 @@ def test_discriminator_equals_section_3_3_written_out(norm, over, kernel):
         p = kernel // 2
         around = x.new_zeros(len(x), x.shape[1], 5 + 2 * p, 7 + 2 * p)
         around[..., p : p + 5, p : p + 7] = x
-        taps = [(i, j, around[..., i : i + 5, j : j + 7]) for i in range(kernel) for j in range(kernel)]
-        return sum(torch.einsum("oi,bihw->bohw", w[:, :, i, j], seen) for i, j, seen in taps) + b.view(1, -1, 1, 1)
+        value = b.view(1, -1, 1, 1)
+        for i, j in itertools.product(range(kernel), repeat=2):
+            shifted = around[..., i : i + 5, j : j + 7]
+            value = value + torch.einsum("oi,bihw->bohw", w[:, :, i, j], shifted)
+        return value
 
     def leaky(x):
         return torch.where(x > 0, x, 0.2 * x)
 
     hidden = leaky(pixel_wise(w1, x, b1))
-    hidden = normalize(pixel_wise(w2, hidden, b2), over) * gain.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    hidden = normalize(pixel_wise(w2, hidden, b2), over)
+    hidden = hidden * gain.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
     torch.testing.assert_close(D(x), pixel_wise(w3, leaky(hidden), b3))
 
 
@@ -202,7 +230,9 @@ def test_a_discriminator_of_kernel_3_sees_7x7_pixels_and_keeps_the_size():
     assert (D(x) != D(changed)).nonzero().tolist() == where
 
 
-@pytest.mark.parametrize(("settings", "named"), [({"norm": "layer"}, "'layer'"), ({"kernel": 2}, "kernel is 2")])
+@pytest.mark.parametrize(
+    ("settings", "named"), [({"norm": "layer"}, "'layer'"), ({"kernel": 2}, "kernel is 2")]
+)
 def test_discriminator_refuses_unknown_settings_by_name(settings, named):
     with pytest.raises(ValueError, match=named):
         PixelDiscriminator(3, **settings)
@@ -238,7 +268,52 @@ def test_fully_convolutional_discriminator_is_unbounded_and_has_no_norm():
     torch.testing.assert_close(D(x), torch.cat([D(x[:1]), D(x[1:])]))
 
 
-@pytest.mark.parametrize("network", [tiny(), tiny(tanh=True), PixelDiscriminator(3, 4), FCDiscriminator(3, 4)])
+@pytest.mark.parametrize(
+    "network", [tiny(), tiny(tanh=True), PixelDiscriminator(3, 4), FCDiscriminator(3, 4)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_networks_answer_in_the_type_of_their_input(network, dtype):
     assert network.to(dtype)(image(17, 18).to(dtype)).dtype == dtype
+
+
+def nodes_of(loss):
+    """The names of all nodes of a loss's graph."""
+    names, waiting = set(), [loss.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.add(type(node).__name__)
+            waiting += [following for following, _ in node.next_functions]
+    return names
+
+
+@pytest.mark.parametrize(
+    "network",
+    [tiny(n_blocks=2), PixelDiscriminator(3, 4), PixelDiscriminator(3, 4, "instance")],
+    ids=["generator", "batch norm", "instance norm"],
+)
+def test_no_activation_overwrites_a_view_which_autograd_would_copy(network):
+    assert "CopySlices" not in nodes_of(network(image().float()).sum())
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: tiny(n_blocks=2), lambda: PixelDiscriminator(3, 4, "instance")]
+)
+def test_biases_that_instance_norm_cancels_are_kept_but_left_out(build):
+    network, x = with_random_parameters(build()), image()
+    cancelled = [
+        module.bias
+        for module, norm in zip(network.modules(), [*network.modules()][1:], strict=False)
+        if isinstance(norm, nn.InstanceNorm2d)
+    ]
+    assert len(cancelled) > 0
+    before = network(x)
+    for bias in cancelled:
+        bias.data.add_(1)
+    assert torch.equal(network(x), before)
+    before.sum().backward()
+    others = [p for p in network.parameters() if not any(p is bias for bias in cancelled)]
+    assert all(p.grad is not None for p in others)
+    assert all(bias.grad is None for bias in cancelled)

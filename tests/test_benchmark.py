@@ -1,71 +1,223 @@
-"""tools/benchmark.py: its plain step is the same mathematics, and what it prints is what it measured."""
+"""tools/benchmark.py: its plain step is the same mathematics, and its numbers are what they say."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import main
-from data_utils import load_spec
 from tools import benchmark
-from utils import InputError
 
-CPU = torch.device("cpu")
-SMALL = "--dataset acdc --size 16 16 --ngf 4 --ndf 4 --n-blocks 1 --workers 0 --device cpu --disc-norm instance"
-
-
-@pytest.fixture
-def settings():
-    return main.parse_args(["--training", *SMALL.split()])
+SMALL = "--dataset acdc --size 16 16 --ngf 4 --ndf 4 --n-blocks 1 --disc-norm instance"
+SMALL = [*SMALL.split(), "--workers", "0", "--device", "cpu"]
+ROOT = Path(main.__file__).parent
 
 
-@pytest.mark.parametrize("six_calls", [False, True])
-def test_the_plain_step_has_the_same_terms(settings, six_calls):
-    spec, losses = load_spec("acdc"), []
-    batch = benchmark.random_batch(settings, spec, CPU)
-    for method in main.METHODS["cyclegan"], benchmark.PlainCycleGAN:
-        model = benchmark.build(method, settings, spec, CPU)
-        model.six_calls = six_calls
-        losses.append({name: value.item() for name, value in model.step(*batch).items()})
+def run(*flags: str) -> int:
+    return main.main([*SMALL, *flags], benchmark.benchmark)
+
+
+def test_the_plain_step_has_the_same_terms():
+    losses = []
+    for plain in False, True:
+        step = benchmark.Step(SMALL, "fp32", plain)
+        step.model.step(*step.batch)
+        losses.append({k: v.item() for k, v in step.model.step(*step.batch).items()})
+    assert type(step.model) is benchmark.PlainCycleGAN
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_flops_are_two_a_multiplication_forward_and_backward(settings):
-    """Partial alone: a 7x7, two 3x3 of stride 2, a block, two transposed 3x3, a 7x7; 5 images of 16x16, ngf 4."""
-    settings.method = "supervised"
+@pytest.mark.parametrize(("plain", "expected"), [(True, [5] * 6), (False, [5, 10, 10])])
+def test_the_plain_step_calls_a_generator_for_each_set_of_images(plain, expected):
+    step, sizes = benchmark.Step(SMALL, "fp32", plain), []
+    for network in step.model.G_IS, step.model.G_SI:
+        network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    step.seconds()
+    assert sorted(sizes) == expected
+
+
+@pytest.mark.parametrize(("plain", "option"), [(True, "tf32"), (False, "tf32"), (True, "fp32")])
+def test_convolutions_round_to_tf32_in_its_own_steps_only(monkeypatch, plain, option):
+    step, allowed = benchmark.Step(SMALL, option, plain), []
+    other = benchmark.Step(SMALL, "fp32")
+    monkeypatch.setattr(
+        step.model, "step", lambda *_: allowed.append(torch.backends.cudnn.allow_tf32)
+    )
+    step.seconds()
+    other.seconds()
+    assert allowed == [option == "tf32"]
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_views_and_allocations_do_not_count_and_bytes_are_inputs_and_outputs():
+    x = torch.zeros(4)
+    with benchmark.OperationCounter() as counter:
+        y = torch.empty(2, 2) * 0 + x.view(2, 2)  # a product of 16 to 16, a sum of 32 to 16 bytes
+        y.t().relu_()  # 16 to 16 bytes
+    assert counter.operations == 3
+    assert counter.bytes == 32 + 48 + 32
+
+
+def test_relu_in_place_after_instance_norm_is_seen_in_the_counts():
+    x, counts = torch.zeros(2, 3, 8, 8, requires_grad=True), {}
+    for inplace in False, True:
+        network = nn.Sequential(nn.InstanceNorm2d(3), nn.ReLU(inplace))
+        with benchmark.OperationCounter() as counter:
+            network(x).sum().backward()
+        counts[inplace] = counter.operations, counter.bytes
+    assert counts[True][0] - counts[False][0] >= 3
+    assert counts[True][1] > counts[False][1]
+
+
+def test_flops_are_two_per_multiplication_forward_and_backward():
+    """Partial: a 7x7, two 3x3 of stride 2, a block, two transposed 3x3, a 7x7; ngf 4."""
     by_layer = [
-        16 * 16 * 4 * 1 * 49,  # the image needs no gradient: only its weight's, so twice the forward pass, not thrice
+        16 * 16 * 4 * 1 * 49,  # images need no gradient: twice the forward pass, not three times
         8 * 8 * 8 * 4 * 9,
         4 * 4 * 16 * 8 * 9,
         2 * 4 * 4 * 16 * 16 * 9,
-        4 * 4 * 16 * 8 * 9,  # transposed: a product for each pixel that comes in
+        4 * 4 * 16 * 8 * 9,  # transposed: a product for each input pixel
         8 * 8 * 8 * 4 * 9,
         16 * 16 * 4 * 4 * 49,
     ]
     expected = 2 * 5 * (3 * sum(by_layer) - by_layer[0])
-    assert benchmark.count_flops(settings, load_spec("acdc"), CPU) == expected
+    count = benchmark.Step([*SMALL, "--method", "supervised"], "fp32").count()
+    assert count["TFLOP"] * 1e12 == pytest.approx(expected)
 
 
-def test_options_are_precision_and_switches(settings):
-    found = benchmark.with_option(settings, "bf16+channels-last")
-    assert (found.precision, found.compile, found.channels_last) == ("bf16", False, True)
-    assert not settings.channels_last
-    for wrong in "fp16", "bf16+faster":
-        with pytest.raises(InputError, match=wrong.replace("+", r"\+")):
-            benchmark.with_option(settings, wrong)
+def test_an_option_is_a_precision_and_compile():
+    args = benchmark.Step(SMALL, "bf16+compile").args
+    assert (args.precision, args.compile) == ("bf16", True)
 
 
-def test_a_benchmark_of_all_parts_writes_what_it_prints(capsys, tmp_path):
-    file = tmp_path / "b.json"
-    options = ["--options", "fp32", "bf16", "--rounds", "2", "--warmup", "1", "--json", str(file)]
-    assert main.main([*SMALL.split(), *options], benchmark.benchmark) == 0
-    found, out = json.loads(file.read_text()), capsys.readouterr().out
-    assert [row["option"] for row in found["steps"]] == ["fp32", "bf16"]
-    for row in found["steps"]:
-        assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
-        assert row["images_per_s"] == pytest.approx(5 / row["seconds"])
-        assert row["tflop_per_s"] == pytest.approx(found["tflop"] / row["seconds"])
-        assert row["peak_gib"] > 0.05
-        assert f"{row['ratio']:.2f} ({row['ratio_min']:.2f}" in out
-    assert found["loader"]["images_per_s"] > 0
-    assert found["evaluation"]["images_per_s"] > 0
+def test_seconds_are_of_one_step(monkeypatch):
+    step, calls = benchmark.Step(SMALL, "fp32"), []
+    monkeypatch.setattr(step.model, "step", lambda *_: calls.append(time.sleep(0.02)))
+    assert step.seconds(5) == pytest.approx(0.02, rel=0.5)
+    assert len(calls) == 5
+
+
+def test_steps_take_turns_and_ratios_are_of_medians():
+    class Fake:
+        def __init__(self, *times: float):
+            self.times = list(times)
+
+        def seconds(self, steps: int) -> float:
+            order.append(self)
+            assert steps == 3
+            return self.times.pop(0)
+
+    order, one, two = [], Fake(9, 1, 2, 4), Fake(9, 3, 2, 8)
+    ours = main.argparse.Namespace(warmup=1, rounds=3, steps=3)
+    own, other = benchmark.take_turns(ours, one, two)
+    assert order == [one, two] * 4
+    assert own == {"ms": 2000, "ratio": 1, "low": 1, "high": 1}
+    assert other == {"ms": 3000, "ratio": 1.5, "low": 1, "high": 3}
+
+
+def test_a_table_of_times_is_printed_and_written(capsys, tmp_path):
+    assert run("--rounds", "2", "--warmup", "1", "--json", str(tmp_path / "b.json")) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    output = capsys.readouterr().out
+    assert [row["option"] for row in rows] == ["fp32", "bf16"]
+    for row in rows:
+        plain = row["plain fp32 / it"]
+        assert plain["ms"] == pytest.approx(row["ms"] * plain["ratio"])
+        assert row["images/s"] == pytest.approx(5000 / row["ms"])
+        assert row["peak GiB"] > 0.05
+        cells = f"{row['peak GiB']:.4g} | {row['ms']:.4g} | {row['images/s']:.4g}"
+        ratio = f"{plain['ratio']:.2f} ({plain['low']:.2f} to {plain['high']:.2f})"
+        assert f"| {row['option']} | {cells} | {ratio} | n/a |\n" in output
+
+
+def test_without_rounds_only_the_memory_is_measured(capsys):
+    assert run("--rounds", "0", "--options", "fp32") == 0
+    assert "\n| option | peak GiB |\n" in capsys.readouterr().out
+
+
+@pytest.fixture
+def before(tmp_path) -> Path:
+    """Another checkout, whose generators use a ReLU more."""
+    for name in (
+        "main.py",
+        "model.py",
+        "utils.py",
+        "data_utils.py",
+        "arch",
+        "config",
+        "engine",
+        "datasets",
+    ):
+        if (ROOT / name).exists():
+            (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "arch").unlink()
+    (tmp_path / "arch").mkdir()
+    for file in (ROOT / "arch").glob("*.py"):
+        text = file.read_text().replace(
+            "nn.ReflectionPad2d(3),", "nn.ReflectionPad2d(3), nn.ReLU(),", 1
+        )
+        (tmp_path / "arch" / file.name).write_text(text)
+    return tmp_path
+
+
+def test_a_remote_step_is_that_of_the_other_checkout(before):
+    own = benchmark.Step(SMALL, "fp32").count()
+    with benchmark.Remote(before, SMALL, "fp32") as other:
+        assert 0 < other.seconds(2) < 60
+        count = other.count()
+    assert other.returncode == 0
+    assert count["TFLOP"] == own["TFLOP"]
+    # three generator calls forward, and two of them backward to their input
+    assert count["operations"] - own["operations"] == 5
+
+
+def test_another_checkout_is_compared(monkeypatch, capsys):
+    class Local(benchmark.Step):
+        """Stands for a process; the other checkout takes twice as long."""
+
+        def __init__(self, checkout: Path, argv: list[str], option: str):
+            super().__init__(argv, option)
+            self.time = 3.0 if checkout == ROOT else 6.0
+
+        def seconds(self, steps: int = 1) -> float:
+            super().seconds(steps)
+            return self.time
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(benchmark, "Remote", Local)
+    flags = "--against", str(ROOT / "tools" / ".."), "--options", "fp32"
+    assert run(*flags, "--rounds", "1") == 0
+    assert "\n| fp32 | 3000 | 6000 | 2.00 (2.00 to 2.00) |\n" in capsys.readouterr().out
+    assert run(*flags, "--count") == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
+    assert [row[0] for row in rows] == ["| plain fp32", "| fp32", f"| fp32, {flags[1]}"]
+    assert rows[1][1:] == rows[2][1:] != rows[0][1:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--options fp16", "--options fp16: expected fp32, tf32 or bf16[+compile]"),
+        ("--options bf16+faster", "--options bf16+faster"),
+        ("--against nowhere", "--against nowhere: needs a checkout"),
+        ("--count --options bf16+compile", "--count"),
+        ("--unknown", "--unknown"),
+        ("--against broken --rounds 1", "the process of broken has failed"),
+    ],
+)
+def test_wrong_flags_are_an_error_line(tmp_path, monkeypatch, capfd, flags, words):
+    monkeypatch.chdir(tmp_path)
+    Path("broken").mkdir()
+    Path("broken/main.py").write_text("raise SystemExit(1)")
+    assert run(*flags.split()) != 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line

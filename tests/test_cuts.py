@@ -1,4 +1,4 @@
-"""A run that is cut short at any moment, by SIGTERM or kill -9, ends bit for bit as one that never was."""
+"""A run cut short at any moment, by SIGTERM or kill -9, ends bit for bit as an uncut one."""
 
 import itertools
 import os
@@ -16,32 +16,35 @@ import main
 import utils
 
 CUTS = 20
-FLAGS = "--dataset tiny.toml --size 16 16 --ngf 4 --ndf 4 --n-blocks 2 --device cpu --ratio 0.3 --epochs 12 --lr 0.01"
-FLAGS += " --dropout 0.5 --pool-size 7 --workers 1 --save-every 0.002 --eval-every 2"
+FLAGS = "--dataset tiny.toml --size 16 16 --ngf 4 --ndf 4 --n-blocks 2 --device cpu --ratio 0.3"
+FLAGS += " --epochs 12 --lr 0.01 --dropout 0.5 --pool-size 7 --workers 1 --save-every 0.002"
+FLAGS += " --eval-every 2"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(name: str) -> list[str]:
-    return [sys.executable, main.__file__, "--training", *FLAGS.split(), "--name", name, "--cache", f"cache_{name}"]
+    places = ["--name", name, "--cache", f"cache_{name}"]
+    return [sys.executable, main.__file__, "--training", *FLAGS.split(), *places]
 
 
 def finish(name: str) -> float:
     """Run to the end; the seconds that it took."""
     started = time.monotonic()
-    done = subprocess.run(command(name), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
+    ended = subprocess.run(command(name), capture_output=True, text=True, env=ONE_THREAD)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
     return time.monotonic() - started
 
 
 def cut(name: str, seconds: float, signum: int) -> str:
-    """Start a run and end it after so many seconds; what it was doing then."""
+    """Start a run and end it after so many seconds; what it was doing at that time."""
     process = subprocess.Popen(
         command(name),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
     )
     time.sleep(seconds)
     os.kill(process.pid, signum)
@@ -50,18 +53,21 @@ def cut(name: str, seconds: float, signum: int) -> str:
     if process.returncode == 0:
         return "already done"
     if signum == signal.SIGTERM:
-        assert "Traceback" not in err  # after kill -9 a reading process may well say that its parent is gone
-        assert process.returncode in (128 + signum, -signum)  # the second, before Python itself had started
+        assert "Traceback" not in err  # after kill -9, a reading process may miss its parent
+        # the second code: before Python itself had started
+        assert process.returncode in (128 + signum, -signum)
         assert "SIGTERM" in out or process.returncode == -signum or not out
     if last.is_file():
         epoch = utils.load_checkpoint(last)["progress"]["epoch"]  # whole, whatever happened
         return f"in epoch {epoch + 1}"
-    return "at the start of training" if any(cache.glob("tiny*")) else "before the images were read"
+    cached = any(cache.glob("tiny*"))
+    return "at the start of training" if cached else "before the images were read"
 
 
 def state(name: str) -> list:
-    """All that a finished run's checkpoints hold, but for where the data lay."""
-    return [utils.load_checkpoint(Path("checkpoints", name, file)) for file in ("last.pt", "best.pt")]
+    """All that a finished run's checkpoints hold."""
+    files = "last.pt", "best.pt"
+    return [utils.load_checkpoint(Path("checkpoints", name, file)) for file in files]
 
 
 @pytest.mark.slow
@@ -85,8 +91,9 @@ def test_twenty_cuts_lose_nothing(tmp_path, monkeypatch):
         finish(name)
         logs = [Path("checkpoints", each, "metrics.jsonl").read_text() for each in ("whole", name)]
         ok = same(state("whole"), state(name)) and logs[0] == logs[1]
-        leftovers = [p.name for folder in (f"checkpoints/{name}", f"cache_{name}") for p in Path(folder).glob(".*")]
-        ok = ok and not leftovers and not Path("checkpoints", name, "lock").exists()
+        folder = Path("checkpoints", name)
+        leftovers = [*folder.glob(".*"), *folder.glob("lock"), *Path(f"cache_{name}").glob(".*")]
+        ok = ok and not leftovers
         lost += [] if ok else [name]
         when = f"{signal.Signals(signum).name} after {moment:.1f} of {seconds:.1f} s"
         print(f"\n{when}, {doing}: {'same bits' if ok else 'LOST'}", end="", flush=True)

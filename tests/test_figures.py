@@ -1,4 +1,4 @@
-"""tools/figures.py: what the pictures show is what the runs predicted and logged."""
+"""tools/figures.py: what the pictures show is what the runs predicted."""
 
 import json
 import re
@@ -24,13 +24,25 @@ A, B, FULL, LARGE, SEED = (f"checkpoints/{name}" for name in ("a", "b", "full", 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with trained runs on 6 validation phantoms, `seed` with others, `large` of another size."""
+    """Runs with the same 6 validation phantoms; `seed` has others, `large` another size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("runs"))
         make_tiny(12, 6)
         partial = ["--method", "supervised", "--epochs", "2"]
         for flags in (
-            ["--name", "a", "--ratio", "0.5", "--epochs", "3", "--size", "16", "20", "--normalization", "half"],
+            [
+                "--name",
+                "a",
+                "--ratio",
+                "0.5",
+                "--epochs",
+                "3",
+                "--size",
+                "16",
+                "20",
+                "--normalization",
+                "half",
+            ],
             ["--name", "b", "--ratio", "0.5", "--size", "16", "20", *partial],
             ["--name", "full", "--ratio", "1", "--size", "16", "20", *partial],
             ["--name", "large", "--ratio", "0.5", "--size", "20", "20", *partial],
@@ -44,9 +56,8 @@ def runs(tmp_path_factory):
 def drawn(monkeypatch):
     """The figures that are drawn from now on."""
     seen = []
-    for name in "draw_rows", "draw_curves":
-        draw = getattr(figures, name)
-        monkeypatch.setattr(figures, name, lambda *args, draw=draw: seen.append(draw(*args)) or seen[-1])
+    draw = figures.draw_rows
+    monkeypatch.setattr(figures, "draw_rows", lambda *args: seen.append(draw(*args)) or seen[-1])
     return seen
 
 
@@ -68,7 +79,7 @@ def validation(run: str) -> list[str]:
 
 
 def panels(figure, path: str) -> list[np.ndarray]:
-    """Each panel of a written figure at the networks' size: the middle of each of its squares of 16x16 pixels."""
+    """Each panel of a written figure at the networks' size: the middle of each square of pixels."""
     picture, found = np.array(Image.open(path).convert("RGB")), []
     for axes in figure.axes:
         box = axes.get_window_extent()
@@ -84,7 +95,13 @@ def test_rows_show_images_truths_and_the_masks_that_testing_writes(runs, drawn, 
     assert run("rows", A, f"{B}/last.pt", FULL, "--out", "new/rows.png", "--ids", *ids) == 0
     assert f"tiny, from top to bottom: {ids[0]}, {ids[1]}\n" in capsys.readouterr().out
     (figure,) = drawn
-    assert [axes.get_title() for axes in figure.axes[:5]] == ["Image", "Ground truth", "Ours", "Partial", "Full"]
+    assert [axes.get_title() for axes in figure.axes[:5]] == [
+        "Image",
+        "Ground truth",
+        "Ours",
+        "Partial",
+        "Full",
+    ]
     shown = panels(figure, "new/rows.png")
     assert len(shown) == 2 * 5
 
@@ -96,7 +113,9 @@ def test_rows_show_images_truths_and_the_masks_that_testing_writes(runs, drawn, 
         expected = [image.expand(3, -1, -1).permute(1, 2, 0).numpy(), palette[truth.numpy()]]
         for checkpoint in f"{A}/best.pt", f"{B}/last.pt", f"{FULL}/best.pt":
             assert main.main(["--testing", "--checkpoint", checkpoint]) == 0
-            mask = np.array(Image.open(Path("results") / Path(checkpoint).parent.name / "masks" / f"{name}.png"))
+            mask = np.array(
+                Image.open(Path("results") / Path(checkpoint).parent.name / "masks" / f"{name}.png")
+            )
             shapes.add(mask.tobytes())
             expected.append(palette[mask])
         for column in range(5):
@@ -104,16 +123,25 @@ def test_rows_show_images_truths_and_the_masks_that_testing_writes(runs, drawn, 
     assert len(shapes) == 6  # else a wrong column would not show
 
 
-def test_by_default_images_of_many_classes_are_shown_and_nothing_else_is_predicted(runs, drawn, capsys, monkeypatch):
+def test_by_default_images_of_many_classes_are_shown_and_nothing_else_is_predicted(
+    runs, drawn, capsys, monkeypatch
+):
     segment, predicted = main.METHODS["supervised"].segment, []
-    monkeypatch.setattr(main.METHODS["supervised"], "segment", lambda s, x: predicted.append(len(x)) or segment(s, x))
+    monkeypatch.setattr(
+        main.METHODS["supervised"],
+        "segment",
+        lambda s, x: predicted.append(len(x)) or segment(s, x),
+    )
     assert run("rows", B, "--out", "rows.png", "--n", "2") == 0
     chosen = re.search("bottom: (.*)\n", capsys.readouterr().out)[1].split(", ")
     assert sum(predicted) == len(chosen) == 2
     assert len(drawn[0].axes) == 2 * 3
     spec = load_spec("tiny.toml")
     samples = {sample.id: sample for sample in data_utils.index(spec, Path("none"))}
-    variety = {name: len(data_utils.decode(samples[name], spec, (16, 20))[1].unique()) for name in validation(B)}
+    variety = {
+        name: len(data_utils.decode(samples[name], spec, (16, 20))[1].unique())
+        for name in validation(B)
+    }
     assert min(variety[name] for name in chosen) >= sorted(variety.values())[-2]
     assert run("rows", B, "--out", "rows.png", "--n", "99") == 0
     assert len(drawn[1].axes) == 6 * 3
@@ -121,26 +149,35 @@ def test_by_default_images_of_many_classes_are_shown_and_nothing_else_is_predict
 
 def test_each_network_sees_the_images_as_it_was_trained(runs, monkeypatch):
     seen, normalize = [], data_utils.normalize
-    monkeypatch.setattr(data_utils, "normalize", lambda x, how: seen.append(how) or normalize(x, how))
+    monkeypatch.setattr(
+        data_utils, "normalize", lambda x, how: seen.append(how) or normalize(x, how)
+    )
     assert run("rows", B, A, FULL, "--out", "rows.png") == 0
     assert seen == ["range", "half", "range"]
 
 
 def test_the_legend_has_the_classes_that_are_shown_in_their_colours():
     spec = load_spec("phantom")
-    masks = [torch.tensor([[[0, 3], [0, 255]]], dtype=torch.uint8), torch.tensor([[[0, 2], [0, 0]]])]
+    masks = [
+        torch.tensor([[[0, 3], [0, 255]]], dtype=torch.uint8),
+        torch.tensor([[[0, 2], [0, 0]]]),
+    ]
     figure = figures.draw_rows([torch.zeros(1, 2, 2, dtype=torch.uint8)], ["y", "run"], masks, spec)
     (legend,) = figure.legends
     names = [text.get_text().strip() for text in legend.get_texts()]
     assert names == ["background", "myocardium", "left ventricle", "ignored"]
-    colours = [[round(255 * v) for v in patch.get_facecolor()[:3]] for patch in legend.get_patches()]
+    colours = [
+        [round(255 * v) for v in patch.get_facecolor()[:3]] for patch in legend.get_patches()
+    ]
     assert colours == [[0, 0, 0], [240, 200, 80], [200, 60, 60], [224, 224, 192]]
 
 
 def test_deep_images_are_shown_from_their_darkest_to_their_brightest_value():
     image = torch.tensor([[[100.0, 300.0], [200.0, 100.0]]])
     masks = [torch.zeros(2, 2, 2, dtype=torch.uint8)]
-    figure = figures.draw_rows([image, torch.full((1, 2, 2), 7.0)], ["y"], masks, load_spec("phantom"))
+    figure = figures.draw_rows(
+        [image, torch.full((1, 2, 2), 7.0)], ["y"], masks, load_spec("phantom")
+    )
     assert figure.axes[0].images[0].get_array()[..., 0].tolist() == [[0, 255], [128, 0]]
     assert figure.axes[2].images[0].get_array().max() == 0
 
@@ -165,8 +202,11 @@ def test_text_overlaps_nothing(dataset):
 @pytest.mark.parametrize(
     ("runs_", "titles"),
     [
-        (["a supervised 0.2", "b cyclegan 0.2", "c advsemi 0.2", "d supervised 1"], "Partial|Ours|Hung et al.|Full"),
-        (["a cyclegan 0.2", "b cyclegan 0.125"], "Ours, 20 %|Ours, 12.5 %"),
+        (
+            ["a supervised 0.2", "b cyclegan 0.2", "c advsemi 0.2", "d supervised 1"],
+            "Partial|Ours|Hung et al.|Full",
+        ),
+        (["a cyclegan 0.2", "b cyclegan 0.125"], "Ours, 20%|Ours, 12.5%"),
         (["a cyclegan 0.2", "b cyclegan 0.2"], "a|b"),
         (["a cyclegan 0.2", "a cyclegan 0.2"], "a/best.pt|a/best.pt"),
     ],
@@ -176,7 +216,10 @@ def test_titles_are_table_1s_as_far_as_they_tell_the_runs_apart(runs_, titles):
     for text in runs_:
         folder, method, ratio = text.split()
         named.append(
-            SimpleNamespace(path=Path(folder, "best.pt"), args=SimpleNamespace(method=method, ratio=float(ratio)))
+            SimpleNamespace(
+                path=Path(folder, "best.pt"),
+                args=SimpleNamespace(method=method, ratio=float(ratio)),
+            )
         )
     assert figures.titles_of(named) == titles.split("|")
 
@@ -197,19 +240,19 @@ def test_only_images_that_every_run_validates_on_are_shown(runs, capsys):
     [
         (
             f"rows {A} {LARGE}",
-            "large/best.pt (tiny at 20x20) cannot stand in one figure: they differ in size",
+            "large/best.pt (tiny at 20x20) cannot be in one figure: they differ in size",
         ),
-        (f"rows {A} checkpoints/other.pt", "(other at 16x20) cannot stand in one figure: they differ in name, palette"),
+        (
+            f"rows {A} checkpoints/other.pt",
+            "(other at 16x20) cannot be in one figure: they differ in name, palette",
+        ),
         (f"rows {A} --ids phantom_9999", "--ids phantom_9999"),
         (f"rows {A} {B} --titles one", "--titles: 1 for 2 runs"),
         (f"rows {A} --n 0", "--n"),
         (f"rows {A} --out x.gif", "--out x.gif"),
         (f"rows {A} --device tpu9", "--device tpu9"),
         ("rows nothere", "checkpoint nothere: no such file"),
-        (f"curves {A} --n 3", "--n"),
-        ("curves nothere", "metrics.jsonl: No such file"),
-        ("curves broken", "broken/metrics.jsonl: not the log of a run"),
-        ("curves empty", "empty/metrics.jsonl: no mIoU"),
+        (f"curves {A}", "curves"),
         (f"heatmap {A}", "heatmap"),
     ],
 )
@@ -217,56 +260,6 @@ def test_a_wrong_command_is_one_error_line(runs, capsys, words, named):
     state = torch.load(f"{A}/best.pt")
     state["dataset"] |= {"name": "other", "palette": [[9, 9, 9]] * 4}
     torch.save(state, "checkpoints/other.pt")
-    for folder, text in ("broken", '{"epoch": 1}\n'), ("empty", '{"epoch": 1, "miou": null, "losses": {}}\n'):
-        Path(folder).mkdir(exist_ok=True)
-        Path(folder, "metrics.jsonl").write_text(text)
     words = words.split()
     assert named in error_of(capsys, *words, *([] if "--out" in words else ["--out", "x.png"]))
     assert not Path("x.png").exists()
-
-
-def test_curves_are_the_values_of_metrics_jsonl(runs, drawn):
-    assert run("curves", A, f"{B}/best.pt", "--out", "curves.png") == 0
-    assert Image.open("curves.png").format == "PNG"
-    (figure,) = drawn
-    logs = [[json.loads(line) for line in Path(r, "metrics.jsonl").read_text().splitlines()] for r in (A, B)]
-    assert [axes.get_title() for axes in figure.axes] == ["mIoU (star: its best)", *logs[0][0]["losses"]]
-    miou, gen_S, *rest = figure.axes
-    for axes, value in (miou, lambda line: line["miou"]), (gen_S, lambda line: line["losses"]["gen_S"]):
-        for drawn_line, log in zip(axes.lines, logs, strict=True):
-            assert drawn_line.get_xdata().tolist() == [line["epoch"] for line in log]
-            assert drawn_line.get_ydata().tolist() == [value(line) for line in log]
-    assert [len(axes.lines) for axes in rest] == [1] * len(rest)  # Partial has no other loss
-    assert all(line.get_color() == "C0" for axes in rest for line in axes.lines)
-    assert [line.get_color() for line in miou.lines] == ["C0", "C1"]
-    texts = [text.get_text().strip() for text in figure.legends[0].get_texts()]
-    for star, text, name, log in zip(miou.collections, texts, "ab", logs, strict=True):
-        best = max(log, key=lambda line: line["miou"])
-        assert star.get_offsets().tolist() == [[best["epoch"], best["miou"]]]
-        assert text == f"{name}: best {best['miou']:.4f} at epoch {best['epoch']}"
-
-
-def test_an_evaluation_without_a_scored_class_is_left_out_of_the_miou(tmp_path):
-    lines = [{"epoch": e, "miou": m, "losses": {"gen_S": 1 / e}} for e, m in ((1, 0.25), (2, None), (4, 0.125))]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    curves = figures.read_curves(tmp_path)
-    assert curves == {"mIoU": {1: 0.25, 4: 0.125}, "gen_S": {1: 1.0, 2: 0.5, 4: 0.25}}
-    figure = figures.draw_curves(["one", "two"], [curves, curves])
-    assert figure.axes[0].collections[1].get_offsets().tolist() == [[1, 0.25]]
-
-
-def test_grids_are_tensorboards_at_the_first_and_the_last_evaluation(runs, capsys, monkeypatch):
-    seen, read = [], figures.read_grids
-    monkeypatch.setattr(figures, "read_grids", lambda *args: seen.append(read(*args)) or seen[-1])
-    assert run("grids", A, f"{B}/best.pt", "--out", "grids.png", "--n", "2") == 0
-    steps = [
-        [json.loads(line)["step"] for line in Path(f"{run}/metrics.jsonl").read_text().splitlines()] for run in (A, B)
-    ]
-    assert [[step for step, _ in grids] for grids in seen] == [[of[0], of[-1]] for of in steps]
-    assert seen[0][0][1].size[0] > seen[1][0][1].size[0]  # six columns, three columns
-    assert seen[0][0][1].tobytes() != seen[0][1][1].tobytes()
-    with Image.open("grids.png") as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    assert len(read(Path(A), 3)) == len(read(Path(A), 9)) == 3
-    Path("empty").mkdir(exist_ok=True)
-    assert "no TensorBoard events" in error_of(capsys, "grids", "empty", "--out", "x.png")

@@ -1,29 +1,48 @@
-"""Metrics against hand counts and torchmetrics; schedule, replay pool, files and colours against known answers."""
+"""Metrics against hand counts and torchmetrics; schedule, devices, checkpoints and files."""
 
 import os
 import pickle
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from conftest import error_of
 from torch import nn
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_jaccard_index
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_f1_score,
+    multiclass_jaccard_index,
+)
 
 import utils
-from utils import IGNORE, ConfusionMatrix, InputError, ReplayPool, TrainingError, linear_decay, segmentation_metrics
+from utils import (
+    IGNORE,
+    ConfusionMatrix,
+    InputError,
+    TrainingError,
+    linear_decay,
+    segmentation_metrics,
+)
 
-PARTS = {"config": {}, "dataset": {}, "data_root": "data", "split": "0", "epoch": 3, "model": {"w": torch.ones(2)}}
-PALETTE = ((0, 0, 0), (70, 130, 180), (240, 200, 80), (200, 60, 60))
+PARTS = {
+    "settings": {},
+    "dataset": {},
+    "data_root": "data",
+    "split": "0",
+    "epoch": 3,
+    "model": {"w": torch.ones(2)},
+}
 
 
-def toy_spec(n_classes: int, scored=None, void: int | None = None) -> SimpleNamespace:
-    """What the metrics read of a DatasetSpec; the classes are called a, b, c, ..."""
-    return SimpleNamespace(classes=tuple("abcdefgh"[:n_classes]), scored=tuple(scored or range(n_classes)), void=void)
+def metric_spec(n_classes: int, scored=None, void: int | None = None) -> SimpleNamespace:
+    """The fields of a DatasetSpec that the metrics read; the classes are a, b, c, ..."""
+    return SimpleNamespace(
+        classes=tuple("abcdefgh"[:n_classes]), scored=tuple(scored or range(n_classes)), void=void
+    )
+
+
+# Metrics
 
 
 def counted(n_classes: int, truth, prediction) -> torch.Tensor:
@@ -32,11 +51,10 @@ def counted(n_classes: int, truth, prediction) -> torch.Tensor:
     return matrix.counts
 
 
-# Metrics
-
-
 def test_confusion_matrix_has_truth_in_rows_and_leaves_ignored_pixels_out():
-    counts = counted(3, truth=[[[0, 0, 1], [2, IGNORE, IGNORE]]], prediction=[[[0, 1, 1], [0, 0, 2]]])
+    counts = counted(
+        3, truth=[[[0, 0, 1], [2, IGNORE, IGNORE]]], prediction=[[[0, 1, 1], [0, 0, 2]]]
+    )
     assert counts.dtype == torch.int64
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
 
@@ -54,31 +72,41 @@ def test_metrics_agree_with_torchmetrics_on_masks_with_ignored_pixels():
     rng = torch.Generator().manual_seed(0)
     truth, prediction = (torch.randint(5, (3, 20, 30), generator=rng) for _ in range(2))
     truth[torch.rand(truth.shape, generator=rng) < 0.3] = IGNORE
-    found = segmentation_metrics(counted(5, truth.tolist(), prediction.tolist()), toy_spec(5))
+    found = segmentation_metrics(counted(5, truth.tolist(), prediction.tolist()), metric_spec(5))
     of_classes = {"num_classes": 5, "average": "none", "ignore_index": IGNORE}
     expected_iou = multiclass_jaccard_index(prediction, truth, **of_classes)
     torch.testing.assert_close(torch.tensor([*found["iou"].values()]), expected_iou)
     torch.testing.assert_close(
-        torch.tensor([*found["dice"].values()]), multiclass_f1_score(prediction, truth, **of_classes)
+        torch.tensor([*found["dice"].values()]),
+        multiclass_f1_score(prediction, truth, **of_classes),
     )
-    accuracy = multiclass_accuracy(prediction, truth, num_classes=5, average="micro", ignore_index=IGNORE)
+    accuracy = multiclass_accuracy(
+        prediction, truth, num_classes=5, average="micro", ignore_index=IGNORE
+    )
     assert found["pixel_accuracy"] == pytest.approx(accuracy.item())
-    assert found["miou"] == found["miou_all"] == found["miou_official"] == pytest.approx(expected_iou.mean().item())
+    assert (
+        found["miou"]
+        == found["miou_all"]
+        == found["miou_official"]
+        == pytest.approx(expected_iou.mean().item())
+    )
 
 
 def test_metrics_by_hand_where_truth_is_void_or_ignored():
     # judged: a as a, b as a; the pixels whose truth is void (c) or ignored are predicted b
     counts = counted(3, truth=[[0, 1], [2, IGNORE]], prediction=[[0, 0], [1, 1]])
-    found = segmentation_metrics(counts, toy_spec(3, scored=[0, 1], void=2))
+    found = segmentation_metrics(counts, metric_spec(3, scored=[0, 1], void=2))
     assert found["iou"] == {"a": 1 / 2, "b": 0, "c": None}
     assert found["dice"] == {"a": 2 / 3, "b": 0, "c": None}
     assert (found["miou"], found["pixel_accuracy"]) == (1 / 4, 1 / 2)
-    assert found["miou_all"] == pytest.approx(1 / 6)  # the void pixel counts: b and c are 0 / 2 and 0 / 1
+    assert found["miou_all"] == pytest.approx(
+        1 / 6
+    )  # the void pixel counts: b and c are 0 / 2 and 0 / 1
 
 
 def test_void_predicted_on_a_real_class_is_a_miss():
     counts = counted(3, truth=[[0, 0], [1, 1]], prediction=[[0, 2], [1, 1]])
-    found = segmentation_metrics(counts, toy_spec(3, scored=[0, 1], void=2))
+    found = segmentation_metrics(counts, metric_spec(3, scored=[0, 1], void=2))
     assert found["iou"] == {"a": 1 / 2, "b": 1, "c": None}
     assert found["dice"]["a"] == 2 / 3
     assert (found["miou"], found["pixel_accuracy"], found["miou_official"]) == (3 / 4, 3 / 4, 1)
@@ -87,14 +115,14 @@ def test_void_predicted_on_a_real_class_is_a_miss():
 def test_metrics_do_not_change_the_counts():
     counts = counted(3, truth=[0, 1, 2, 2], prediction=[0, 1, 2, 1])
     before = counts.clone()
-    segmentation_metrics(counts, toy_spec(3, scored=[0, 1], void=2))
+    segmentation_metrics(counts, metric_spec(3, scored=[0, 1], void=2))
     assert torch.equal(counts, before)
 
 
 def test_official_miou_does_not_see_foreground_missed_as_background():
     # background a is not scored; of b's ten pixels one is found, nine are called background
     counts = counted(2, truth=[0] * 10 + [1] * 10, prediction=[0] * 19 + [1])
-    found = segmentation_metrics(counts, toy_spec(2, scored=[1]))
+    found = segmentation_metrics(counts, metric_spec(2, scored=[1]))
     assert found["miou_official"] == 1
     assert found["miou"] == 1 / 10
     assert found["miou_all"] == pytest.approx((10 / 19 + 1 / 10) / 2)
@@ -103,30 +131,39 @@ def test_official_miou_does_not_see_foreground_missed_as_background():
 def test_miou_is_the_mean_of_the_scored_classes_alone():
     counts = torch.diag(torch.tensor([5, 5, 5]))
     counts[0, 1] = 5  # a: 5 / 10, b: 5 / 10, c: 1
-    assert segmentation_metrics(counts, toy_spec(3, scored=[1, 2]))["miou"] == 3 / 4
+    assert segmentation_metrics(counts, metric_spec(3, scored=[1, 2]))["miou"] == 3 / 4
 
 
 def test_absent_class_is_none_and_out_of_every_mean():
     counts = counted(4, truth=[0, 0, 1, 1], prediction=[0, 0, 1, 2])
-    found = segmentation_metrics(counts, toy_spec(4))
+    found = segmentation_metrics(counts, metric_spec(4))
     assert found["iou"] == {"a": 1, "b": 1 / 2, "c": 0, "d": None}  # c was predicted: 0, not None
     assert found["dice"] == {"a": 1, "b": 2 / 3, "c": 0, "d": None}
     assert found["miou"] == found["miou_all"] == found["miou_official"] == 1 / 2
 
 
 def test_nothing_counted_gives_none_everywhere():
-    found = segmentation_metrics(torch.zeros(2, 2, dtype=torch.int64), toy_spec(2))
+    found = segmentation_metrics(torch.zeros(2, 2, dtype=torch.int64), metric_spec(2))
     assert {found[key] for key in ("miou", "miou_all", "miou_official", "pixel_accuracy")} == {None}
     assert {*found["iou"].values(), *found["dice"].values()} == {None}
 
 
-def test_printed_table_is_in_per_cent_with_a_dash_for_none():
-    found = segmentation_metrics(counted(4, truth=[0, 0, 1, 1], prediction=[0, 0, 1, 2]), toy_spec(4))
-    rows = [line.rsplit(None, 2) for line in utils.format_metrics(found).splitlines()]
+def test_means_are_one_line_and_0_where_nothing_was_counted():
+    metrics = {"miou": 0.12345, "miou_all": None, "miou_official": 1}
+    expected = "mIoU 0.1235, every class 0.0000, as released 1.0000"
+    assert utils.format_means(metrics) == expected
+
+
+def test_printed_table_is_in_percent_with_a_dash_for_none():
+    found = segmentation_metrics(
+        counted(4, truth=[0, 0, 1, 1], prediction=[0, 0, 1, 2]), metric_spec(4)
+    )
+    table = utils.format_metrics(found)
+    rows = [line.rsplit(None, 2) for line in table.splitlines()]
     assert ["b", "50.00", "66.67"] in rows
     assert ["d", "-", "-"] in rows
-    assert utils.format_metrics(found).count("50.00") == 4  # b and the three means
-    assert utils.format_metrics(found).splitlines()[-1].split()[-1] == "75.00"  # pixel accuracy
+    assert table.count("50.00") == 4  # b and the three means
+    assert rows[-1][-1] == "75.00"  # pixel accuracy
 
 
 # Training
@@ -157,48 +194,12 @@ def test_linear_decay_stays_within_an_epoch():
     assert [factor(step / 4) for step in range(16)] == [1] * 8 + [2 / 3] * 4 + [1 / 3] * 4
 
 
-def test_poly_decay_falls_with_every_step_to_0():
-    factor = utils.SCHEDULES["poly"](20, 5)
-    for t, expected in (0, 1.0), (5, 0.75**0.9), (10.5, 0.475**0.9), (20, 0.0), (20.1, 0.0):
-        assert factor(t) == pytest.approx(expected)
-
-
-def test_constant_schedule_is_constant():
-    factor = utils.SCHEDULES["constant"](20, 5)
-    assert [factor(t) for t in (0, 5, 12.5, 20)] == [1, 1, 1, 1]
-
-
 def test_same_seed_gives_the_same_numbers():
     drawn = []
     for seed in 1, 1, 2:
         utils.seed_everything(seed)
         drawn.append(torch.rand(3).tolist())
     assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_empty_replay_pool_is_the_identity():
-    batch = torch.rand(3, 1, 2, 2)
-    assert ReplayPool(0)(batch) is batch
-
-
-def test_replay_pool_fills_before_it_swaps():
-    pool, batch = ReplayPool(40), torch.arange(40.0).view(40, 1, 1, 1)
-    assert torch.equal(pool(batch), batch)
-    assert torch.equal(torch.stack(pool.fakes), batch)
-
-
-def test_replay_pool_swaps_about_half_for_stored_ones_and_loses_none():
-    torch.manual_seed(0)
-    pool, given = ReplayPool(10), torch.arange(2010.0)
-    returned = torch.cat([pool(batch) for batch in given.view(-1, 5, 1, 1, 1)]).flatten()
-    late, swapped = returned[10:], returned[10:] != given[10:]
-    assert 0.45 < swapped.float().mean() < 0.55
-    assert (late[swapped] < given[10:][swapped]).all()  # a stored one is an earlier one
-    assert len({int(fake) for fake in pool.fakes}) == 10
-    everything = torch.cat(
-        [late, torch.stack(pool.fakes).flatten()]
-    )  # only the ten that filled the pool came out twice
-    assert torch.equal(everything.sort().values, given)
 
 
 def test_wrong_device_is_named():
@@ -213,10 +214,35 @@ def test_default_device_is_the_gpu_where_there_is_one():
 
 
 def test_tf32_is_a_choice():
-    utils.pick_device("cpu", "tf32")
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", True)
-    utils.pick_device("cpu", "fp32")
-    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("highest", False)
+    for precision, expected in ("tf32", ("high", True)), ("fp32", ("highest", False)):
+        utils.pick_device("cpu", precision)
+        found = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        assert found == expected
+
+
+def test_a_share_is_the_count_over_the_processes_and_of_at_least_one(monkeypatch):
+    assert utils.share(torch.tensor(6)) == 6
+    assert utils.share(torch.tensor(0)) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert utils.share(torch.tensor(6)) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory; half of --batch-size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory; half of"),
+        (RuntimeError("[enforce fail] not enough memory"), "out of memory; half of"),
+        (torch.distributed.DistNetworkError("reset"), "another process of this run has ended"),
+        (RuntimeError("[../gloo/transport] Connection closed"), "another process of this run"),
+    ],
+)
+def test_failures_of_the_machine_have_a_message_of_their_own(error, message):
+    assert utils.failure(error).startswith(message)
+
+
+def test_a_defect_of_the_program_has_none():
+    assert utils.failure(ValueError("shapes differ")) is None
 
 
 # Files
@@ -250,7 +276,9 @@ def test_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     steps = []
     for name in "fsync", "replace":
         step = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, name=name, step=step: (steps.append(name), step(*args)))
+        monkeypatch.setattr(
+            os, name, lambda *args, name=name, step=step: (steps.append(name), step(*args))
+        )
     utils.write_atomically(tmp_path / "a", b"x")
     assert steps == ["fsync", "replace"]
 
@@ -265,7 +293,11 @@ def test_checkpoint_gives_back_tensors_and_plain_values(tmp_path):
         "nothing": None,
         "args": {"size": [8, 8], "name": "é", "compile": False},
         "optimizer": optimizer.state_dict(),
-        "weights": {"half": torch.rand(2).half(), "long": torch.tensor(2**40), "float": torch.rand(3, 4)},
+        "weights": {
+            "half": torch.rand(2).half(),
+            "long": torch.tensor(2**40),
+            "float": torch.rand(3, 4),
+        },
     }
     utils.save_checkpoint(tmp_path / "a.pt", state)
     loaded = utils.load_checkpoint(tmp_path / "a.pt")
@@ -275,11 +307,13 @@ def test_checkpoint_gives_back_tensors_and_plain_values(tmp_path):
     for key, value in state["weights"].items():
         assert loaded["weights"][key].dtype == value.dtype
         assert torch.equal(loaded["weights"][key], value)
-    assert torch.equal(loaded["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert torch.equal(
+        loaded["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"]
+    )
     assert torch.load(tmp_path / "a.pt", weights_only=True)["epoch"] == 3
 
 
-@pytest.mark.parametrize("part", ["config", "dataset", "data_root", "split", "epoch", "model"])
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("wrong", [None, [1]])
 def test_checkpoint_that_lacks_a_part_is_an_error_that_names_it(tmp_path, part, wrong):
     utils.save_checkpoint(tmp_path / "a.pt", {**PARTS, part: wrong})
@@ -311,7 +345,8 @@ class Code:
 
 
 @pytest.mark.parametrize(
-    "kind", ["gone", "folder", "empty", "text", "bytes", "cut", "other dict", "list", "code", "pickle"]
+    "kind",
+    ["gone", "folder", "empty", "text", "bytes", "cut", "other dict", "list", "code", "pickle"],
 )
 def test_file_that_is_no_checkpoint_is_named_and_never_run(tmp_path, monkeypatch, kind):
     path, mark = tmp_path / "best.pt", tmp_path / "mark"
@@ -322,18 +357,26 @@ def test_file_that_is_no_checkpoint_is_named_and_never_run(tmp_path, monkeypatch
         "empty": lambda: path.write_bytes(b""),
         "text": lambda: path.write_text("epoch = 3\n"),
         "bytes": lambda: path.write_bytes(bytes(range(256)) * 40),
-        "cut": lambda: (torch.save(torch.rand(99), path), path.write_bytes(path.read_bytes()[:700])),
+        "cut": lambda: (
+            torch.save(torch.rand(99), path),
+            path.write_bytes(path.read_bytes()[:700]),
+        ),
         "other dict": lambda: torch.save({"state_dict": {}}, path),
         "list": lambda: torch.save([torch.rand(2)], path),
-        "code": lambda: torch.save({"format": 1, "x": Code()}, path),
-        "pickle": lambda: path.write_bytes(pickle.dumps({"format": 1, "x": Code()})),
+        "code": lambda: torch.save({"format": utils.CHECKPOINT_FORMAT, "x": Code()}, path),
+        "pickle": lambda: path.write_bytes(
+            pickle.dumps({"format": utils.CHECKPOINT_FORMAT, "x": Code()})
+        ),
     }
     write[kind]()
-    with pytest.raises(InputError) as caught:
-        utils.load_checkpoint(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert error_of(utils.load_checkpoint, path).startswith(f"checkpoint {path}: ")
     assert not mark.exists()
+
+
+def test_a_checkpoint_of_the_earlier_format_is_told_apart(tmp_path):
+    torch.save({**PARTS, "format": 1}, tmp_path / "a.pt")
+    message = error_of(utils.load_checkpoint, tmp_path / "a.pt")
+    assert message.startswith(f"checkpoint {tmp_path / 'a.pt'}: from an earlier version (format 1)")
 
 
 def test_weights_are_loaded_where_they_fit():
@@ -346,12 +389,16 @@ def test_weights_are_loaded_where_they_fit():
 def test_weights_that_do_not_fit_are_named_and_change_nothing():
     network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     before = network[0].weight.clone()
-    weights = nn.Sequential(nn.Linear(2, 3), nn.Linear(4, 1, bias=False), nn.Linear(1, 1)).state_dict()
+    weights = nn.Sequential(
+        nn.Linear(2, 3), nn.Linear(4, 1, bias=False), nn.Linear(1, 1)
+    ).state_dict()
     with pytest.raises(InputError) as caught:
         utils.load_weights(network, weights, Path("runs/a.pt"))
     message = str(caught.value)
     assert message.startswith("runs/a.pt: ")
-    assert all(key in message for key in ("1.weight", "(1, 4)", "(1, 3)", "1.bias", "2.weight", "2.bias"))
+    assert all(
+        key in message for key in ("1.weight", "(1, 4)", "(1, 3)", "1.bias", "2.weight", "2.bias")
+    )
     assert "0.weight" not in message
     assert torch.equal(network[0].weight, before)
 
@@ -381,102 +428,6 @@ def test_folder_that_cannot_be_made_is_named_with_its_flag(tmp_path):
         with pytest.raises(InputError, match="--results") as caught:
             utils.make_folder(path, "--results")
         assert str(path) in str(caught.value)
-
-
-def test_tensorboard_reads_events_once_logged_and_forgets_those_of_a_killed_process(tmp_path, monkeypatch):
-    first = utils.EventLog(tmp_path, 0)
-    for step in 1, 2, 3:
-        first.scalar("loss/gen_S", step / 2, step)
-    first.image("validation", torch.rand(3, 8, 9), 3)
-    seen = EventAccumulator(str(tmp_path)).Reload()  # before it is closed
-    assert [(e.step, e.value) for e in seen.Scalars("loss/gen_S")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    (picture,) = seen.Images("validation")
-    assert (picture.step, picture.width, picture.height) == (3, 9, 8)
-    monkeypatch.setattr(os, "getpid", lambda: 99999999)
-    second = utils.EventLog(tmp_path, 3)  # goes on from step 2
-    second.scalar("loss/gen_S", 7, 3)
-    second.close()
-    seen = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in seen.Scalars("loss/gen_S")] == [(1, 0.5), (2, 1.0), (3, 7.0)]
-
-
-def test_toml_reads_back_as_it_was_written():
-    table = {
-        "text": 'say "no" \\ to C:\\new\ttabs\nand lines',
-        "unicode": "cœur ♥ 𝄞",
-        "empty": "",
-        "yes": True,
-        "no": False,
-        "whole": -3,
-        "small": 2e-05,
-        "large": 1e22,
-        "nested": [[1, 2], [], ["a", "b"]],
-        "tuple": (0.5, 0.999),
-        "mixed": [True, False],
-    }
-    read = tomllib.loads(utils.to_toml({**table, "nothing": None}))
-    assert read == {**table, "tuple": [0.5, 0.999]}
-    assert read["yes"] is True
-    assert read["no"] is False
-
-
-# Colour
-
-
-def test_saved_mask_keeps_its_indices_and_shows_the_palette(tmp_path):
-    mask = torch.tensor([[0, 1, 2], [3, IGNORE, 1]])
-    utils.save_mask(tmp_path / "m.png", mask, PALETTE)
-    with Image.open(tmp_path / "m.png") as image:
-        assert image.mode == "P"
-        assert image.size == (3, 2)
-        assert np.array(image).tolist() == mask.tolist()
-        colours = np.array(image.convert("RGB")).tolist()
-    assert colours == [
-        [list(PALETTE[0]), list(PALETTE[1]), list(PALETTE[2])],
-        [list(PALETTE[3]), [224, 224, 192], list(PALETTE[1])],
-    ]
-
-
-def test_colourize_gives_each_pixel_its_classes_colour():
-    colours = utils.colourize(torch.tensor([[[0, 1], [2, IGNORE]]] * 2), PALETTE)
-    assert colours.shape == (2, 3, 2, 2)
-    expected = torch.tensor([[0, 0, 0], [70, 130, 180], [240, 200, 80], [224, 224, 192]]) / 255
-    torch.testing.assert_close(colours[1].flatten(1).T, expected)
-
-
-def test_picture_grid_has_a_row_an_image_and_a_column_a_picture():
-    # two grey 4x6 images, their masks, and a reconstruction; make_grid puts 2 white pixels around each
-    x = torch.stack([torch.full((1, 4, 6), -0.25), torch.zeros(1, 4, 6)])
-    x[0, 0, 3, 5] = 0.75
-    mask = torch.zeros(2, 4, 6, dtype=torch.int64)
-    mask[1, 0, 0] = 2
-    grid = utils.picture_grid(x, {"y": mask, "rec": x + 0.5}, PALETTE)
-    assert (grid.shape[0], grid.shape[2]) == (3, 3 * (6 + 2) + 2)
-    grid = grid[:, -(2 * (4 + 2) + 2) :]  # below the titles
-    assert grid[:, 2 + 3, 2 + 5].tolist() == [1, 1, 1]  # the image's brightest pixel
-    assert grid[:, 2, 2].tolist() == [0, 0, 0]  # and its darkest
-    assert grid[:, 8, 2].tolist() == [0, 0, 0]  # the second image's, by its own scale
-    torch.testing.assert_close(grid[:, 8, 10], torch.tensor([240, 200, 80]) / 255)  # second row, second column
-    assert grid[:, 8, 11].tolist() == [0, 0, 0]
-    assert grid[:, 2, 18].tolist() == [0.5, 0.5, 0.5]  # -0.25 + 0.5, on the image's scale
-    assert grid[:, 5, 23].tolist() == [1, 1, 1]  # 1.25: clamped
-    assert grid[:, 0].min() == 1
-
-
-def test_each_column_of_a_picture_grid_has_its_title():
-    x = torch.zeros(1, 1, 50, 90)
-    titles = utils.picture_grid(x, {"y": x, "": x, "rec": x}, PALETTE)[:, : -(50 + 4)]
-    dark = [bool((titles[:, :, left : left + 92] < 0.5).any()) for left in range(0, 4 * 92, 92)]
-    assert dark == [True, True, False, True]
-
-
-def test_picture_grid_shows_colour_each_channel_from_its_darkest_to_its_brightest():
-    x = torch.zeros(1, 3, 2, 2)
-    x[0, 1] = torch.tensor([[-0.2, 0.3], [0.8, 0]])  # the paper's normalization: a range of 1
-    x[0, 2] = torch.tensor([[-1, 1], [0, 0]])  # the released code's: up to 2
-    grid = utils.picture_grid(x, {"same": x}, PALETTE)[:, -(2 + 4) :]
-    torch.testing.assert_close(grid[:, 2, 3], torch.tensor([0, 0.5, 1]))
-    torch.testing.assert_close(grid[:, 3, 2], torch.tensor([0, 1, 0.5]))
 
 
 def test_first_ten_names_ten_and_counts_the_rest():

@@ -1,246 +1,274 @@
-"""Time a training step, each option beside a plain step in the same process; the loader alone; the evaluation alone.
+"""Time training steps beside plain ones, count what a step computes, or compare two checkouts.
 
-    python tools/benchmark.py --dataset acdc --size 64 64 --ngf 16                             two CPU cores, small
-    python tools/benchmark.py --dataset voc --options fp32 tf32 bf16 bf16+compile --json FILE  a GPU, full size
-    python tools/benchmark.py --dataset voc --rounds 1 --warmup 0 --plain 0 --parts step       memory alone
+    python tools/benchmark.py --dataset acdc --size 64 64 --ngf 16             two CPU cores
+    python tools/benchmark.py --dataset voc --options fp32 tf32 bf16+compile   a GPU, full size
+    python tools/benchmark.py --dataset voc --options bf16 --rounds 0          memory only
+    python tools/benchmark.py --dataset voc --count                            without a GPU
+    python tools/benchmark.py --dataset acdc --ngf 16 --against ../before      is it slower?
 
-All other flags are main.py's. The plain step is eager fp32 with a generator call an image set, as the released code
-runs it. Both steps see the same batch in turn, and the ratio is taken round by round.
+All other flags are main.py's. A plain step is what the released code runs: an eager fp32 step with
+one generator call per set of images; PyTorch's default on GPUs lets its convolutions round to TF32.
+All steps of a table take turns; a ratio is between medians, in parentheses the extremes by round.
 """
 
 import argparse
 import json
-import platform
+import os
 import statistics
+import subprocess
 import sys
-import tempfile
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, os.environ.get("BENCHMARK_CORE", str(Path(__file__).resolve().parents[1])))
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import main
+import model
 import utils
-from data_utils import Cache, DatasetSpec, Epoch, Stored, batches, load_spec
-from model import METHODS, CycleGAN, cycle_I, cycle_S, fool, frozen, gen_I, gen_S
-
-PARTS = ("step", "loader", "evaluation")
+from data_utils import load_spec
 
 
-class PlainCycleGAN(CycleGAN):
-    """The same terms with a generator call an image set: the five that Eq. 8 needs, or the released code's six."""
+class PlainCycleGAN(model.CycleGAN):
+    """The same terms with the released code's six generator calls, one of which it does not use."""
 
-    six_calls = True
-
-    def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        fake_x = self.paint(y)
-        fake_y = self.segment(x_u).softmax(1)
-        logits = self.segment(x)
-        rec_x_u = self.paint(fake_y)
-        if self.six_calls:
-            self.paint(logits.softmax(1))  # the released code repaints the labeled image too, and does not use it
-        rec_logits = self.segment(fake_x)
-        terms = {"gen_S": gen_S(logits, y), "gen_I": gen_I(fake_x, x), "cycle_S": cycle_S(rec_logits, y)}
-        terms["cycle_I"] = cycle_I(rec_x_u, x_u)
-        with frozen(self.D_S, self.D_I):
-            terms |= {"disc_S": fool(self.D_S(fake_y)), "disc_I": fool(self.D_I(fake_x))}
+    def generator_terms(self, x: Tensor, y: Tensor, x_u: Tensor) -> tuple[dict, dict]:
+        logits, fake_y = self.G_IS(x), self.G_IS(x_u).softmax(1)
+        fake_x = self.G_SI(model.one_hot(y, logits.shape[1], x.dtype))
+        self.G_SI(logits.softmax(1))  # the unused one
+        terms = {
+            "gen_S": model.gen_S(logits, y),
+            "gen_I": model.gen_I(fake_x, x),
+            "cycle_S": model.cycle_S(self.G_IS(fake_x), y),
+            "cycle_I": model.cycle_I(self.G_SI(fake_y), x_u),
+        }
+        with model.frozen(self.D_S, self.D_I):
+            terms["disc_S"] = model.fool(self.D_S(fake_y))
+            terms["disc_I"] = model.fool(self.D_I(fake_x))
         return terms, {"y": fake_y, "x": fake_x}
 
 
-def with_option(args: argparse.Namespace, option: str) -> argparse.Namespace:
-    """The settings under an option: precision, then "+compile" and "+channels-last" as wanted."""
-    precision, *more = option.split("+")
-    if precision not in ("fp32", "tf32", "bf16") or {*more} - {"compile", "channels-last"}:
-        raise utils.InputError(f"--options {option}: expected fp32, tf32 or bf16, then +compile, +channels-last")
-    changes = {"precision": precision, "compile": "compile" in more, "channels_last": "channels-last" in more}
-    return argparse.Namespace(**{**vars(args), **changes})
+class OperationCounter(TorchDispatchMode):
+    """Count operations on tensors, without views and allocations, and the bytes that they move.
+
+    Bytes are the sizes of all tensors that an operation takes and returns.
+    """
+
+    operations = bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not func.is_view and not name.startswith(("empty", "new_empty", "_unsafe_view")):
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            self.operations += 1
+            self.bytes += sum(tensor.nbytes for tensor in tensors)
+        return result
 
 
-def wait(device: torch.device) -> None:
-    """Until the device has done all that was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Step:
+    """A method's training step on random images; `option` is PRECISION[+compile]."""
 
+    def __init__(self, argv: list[str], option: str, plain: bool = False):
+        precision, *switches = option.split("+")
+        if precision not in ("fp32", "tf32", "bf16") or switches not in ([], ["compile"]):
+            raise utils.InputError(f"--options {option}: expected fp32, tf32 or bf16[+compile]")
+        flags = [f"--precision={precision}", *(f"--{switch}" for switch in switches)]
+        self.args = args = main.parse_args(["--training", *argv, *flags])
+        self.spec = spec = load_spec(args.dataset)
+        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.manual_seed(args.seed)
+        method = model.METHODS[args.method]
+        if plain and args.method == "cyclegan":
+            method = PlainCycleGAN
+        self.model = method(spec, args).to(self.device)
+        self.model.progress = 1.0  # of the run: all terms are on
+        if args.compile:
+            utils.compile_networks(self.model)
+        shape = args.batch_size, spec.channels, *args.size
+        x, x_u = (torch.rand(shape, device=self.device) - 0.5 for _ in range(2))
+        y = torch.randint(len(spec.classes), (args.batch_size, *args.size), device=self.device)
+        self.batch = x, y, x_u
 
-def seconds(action: Callable, device: torch.device) -> float:
-    """Wall time of an action, the device's work included."""
-    wait(device)
-    start = time.perf_counter()
-    action()
-    wait(device)
-    return time.perf_counter() - start
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
+    def seconds(self, steps: int = 1) -> float:
+        """Wall time per step, including the device's work."""
+        tf32 = self.args.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.model.step(*self.batch)
+        self.wait()
+        return (time.perf_counter() - start) / steps
 
-def forget_peak(device: torch.device) -> None:
-    """Let peak_memory count from here."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
+    def count(self) -> dict[str, float]:
+        """Operations, GB moved and TFLOP of convolutions and products of a step, on the CPU."""
+        self.seconds()  # creates the optimizers' state
+        with FlopCounterMode(display=False) as flops, OperationCounter() as counter:
+            self.seconds()
+        tflop = flops.get_total_flops() / 1e12
+        return {"operations": counter.operations, "GB moved": counter.bytes / 1e9, "TFLOP": tflop}
+
+    def peak(self) -> float:
+        """GiB that a step needs: on a GPU what it allocates, else the memory of this process."""
+        self.seconds()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.seconds()
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
         Path("/proc/self/clear_refs").write_text("5")
+        self.seconds()
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: the most that the GPU held, or on the CPU that this process held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    held = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(held.split()[1]) / 2**20
+class Remote(subprocess.Popen):
+    """A Step in a process of its own, with the core of a checkout."""
+
+    def __init__(self, checkout: Path, argv: list[str], option: str):
+        command = [sys.executable, __file__, "--worker", option, *argv]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        environment = os.environ | {"BENCHMARK_CORE": str(checkout.resolve())}
+        super().__init__(command, env=environment, **pipes)
+        self.checkout = checkout
+        self.answer()
+
+    def answer(self):
+        line = self.stdout.readline()
+        if not line:
+            raise utils.TrainingError(f"--against: the process of {self.checkout} has failed")
+        return json.loads(line)
+
+    def seconds(self, steps: int = 1) -> float:
+        print(json.dumps(["seconds", steps]), file=self.stdin, flush=True)
+        return self.answer()
+
+    def count(self) -> dict[str, float]:
+        print(json.dumps(["count"]), file=self.stdin, flush=True)
+        return self.answer()
 
 
-def ceiling(precision: str, device: torch.device) -> float:
-    """TFLOP/s of a large matrix product: the best of ten."""
-    utils.pick_device(str(device), precision)
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(10)) / 1e12
+def work(argv: list[str]) -> int:
+    """The process of a Remote: call methods of Step as it asks."""
+    step = Step(argv[1:], argv[0])
+    print('"ready"', flush=True)
+    for line in sys.stdin:
+        name, *values = json.loads(line)
+        print(json.dumps(getattr(step, name)(*values)), flush=True)
+    return 0
 
 
-def random_batch(args: argparse.Namespace, spec: DatasetSpec, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise in the shapes of a training step: (x, y, x_u)."""
-    x, x_u = torch.rand(2, args.batch_size, spec.channels, *args.size, device=device) - 0.5
-    layout = utils.memory_format(args.channels_last)
-    y = torch.randint(len(spec.classes), (args.batch_size, *args.size), device=device)
-    return x.contiguous(memory_format=layout), y, x_u.contiguous(memory_format=layout)
-
-
-def build(method: Callable, args: argparse.Namespace, spec: DatasetSpec, device: torch.device):
-    """A method's networks, as a run makes them."""
-    utils.seed_everything(args.seed)
-    model = method(spec, args).to(device, memory_format=utils.memory_format(args.channels_last))
-    model.progress = 1.0
-    return model
-
-
-def count_flops(args: argparse.Namespace, spec: DatasetSpec, device: torch.device) -> int:
-    """Floating-point operations of a step's convolutions, forward and backward, two a multiplication with its sum."""
-    model = build(METHODS[args.method], args, spec, device)
-    with FlopCounterMode(display=False) as counter:
-        model.step(*random_batch(args, spec, device))
-    return counter.get_total_flops()
-
-
-def time_steps(option: str, ours: argparse.Namespace, args: argparse.Namespace, spec: DatasetSpec, device) -> dict:
-    """One option's step beside the plain one: seconds, images, ratio, peak memory."""
-    settings, plain_settings = with_option(args, option), with_option(args, "fp32")
-    pairs = [(build(METHODS[args.method], settings, spec, device), settings)]
-    if settings.compile:
-        utils.compile_networks(pairs[0][0])
-    if ours.plain:
-        pairs.append((build(PlainCycleGAN, plain_settings, spec, device), plain_settings))
-        pairs[1][0].six_calls = ours.plain == 6
-    times: list[list[float]] = []
+def take_turns(ours: argparse.Namespace, *steps: Step | Remote) -> list[dict]:
+    """Time steps in turn: median ms, and its ratio to the first step's with extremes by round."""
+    times = []
     for _ in range(ours.warmup + ours.rounds):
-        times.append([])
-        for model, how in pairs:
-            batch = random_batch(how, spec, device)
-            utils.pick_device(str(device), how.precision)
-            times[-1].append(seconds(lambda model=model, batch=batch: model.step(*batch), device))
-    times = times[ours.warmup :]
-    del pairs[1:], model
-    forget_peak(device)
-    utils.pick_device(str(device), settings.precision)
-    pairs[0][0].step(*random_batch(settings, spec, device))
-    step = statistics.median(t[0] for t in times)
-    row = {"option": option, "seconds": step, "images_per_s": args.batch_size / step, "peak_gib": peak_memory(device)}
-    if ours.plain:
-        ratios = [plain / own for own, plain in times]
-        row |= {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)}
-    return row
+        times.append([1000 * step.seconds(ours.steps) for step in steps])
+    columns = [*zip(*times[ours.warmup :], strict=True)]
+    rows = []
+    for column in columns:
+        ms = statistics.median(column)
+        ratios = sorted(ms / first for ms, first in zip(column, columns[0], strict=True))
+        ratio = ms / statistics.median(columns[0])
+        rows.append({"ms": ms, "ratio": ratio, "low": ratios[0], "high": ratios[-1]})
+    return rows
 
 
-def noise(args: argparse.Namespace, spec: DatasetSpec, folder: Path) -> tuple[Stored, Stored]:
-    """400 labeled and unlabeled images of noise in a cache on disk, as open_cache leaves one, memory-mapped."""
-    n, rng = 400, np.random.default_rng(0)
-    kind = np.float32 if spec.layout == "acdc" else np.uint8
-    np.save(folder / "images.npy", rng.integers(0, 255, (n, spec.channels, *args.size)).astype(kind))
-    np.save(folder / "masks.npy", rng.integers(0, len(spec.classes), (n, *args.size)).astype(np.uint8))
-    images, masks = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "masks"))
-    cache = Cache(images, masks, {})
-    return Stored(cache, list(range(n // 2))), Stored(cache, list(range(n // 2, n)))
+def time_options(ours: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+    """Each option's step, and plain ones in turn with it."""
+    for option in ours.options:
+        step = Step(argv, option)
+        row = {"option": option, "peak GiB": step.peak()}
+        if ours.rounds:
+            plain = ["fp32", "tf32"] if step.device.type == "cuda" else ["fp32"]
+            plain_steps = [Step(argv, precision, plain=True) for precision in plain]
+            own, *others = take_turns(ours, step, *plain_steps)
+            row |= {"ms": own["ms"], "images/s": 1000 * step.args.batch_size / own["ms"]}
+            row |= {f"plain {name} / it": None for name in ("fp32", "tf32")}
+            for name, other in zip(plain, others, strict=True):
+                row[f"plain {name} / it"] = other
+            del plain_steps
+        del step  # the next one's peak is without it
+        yield row
 
 
-def time_loader(args: argparse.Namespace, labeled: Stored, unlabeled: Stored, device: torch.device) -> dict:
-    """Batches alone, as training takes them: images of each kind a second, over ten epochs at once."""
-    epochs = torch.utils.data.ConcatDataset([Epoch(labeled, unlabeled, 0, e, args.batch_size) for e in range(10)])
-    how = args.batch_size, device, args.workers, args.channels_last, args.normalization
-    waiting = batches(epochs, *how)
-    next(waiting)  # the worker processes have started
-    took = seconds(lambda: deque(waiting, maxlen=0), device)
-    return {"images_per_s": (len(epochs) - args.batch_size) / took, "workers": args.workers}
+def count_options(ours: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+    """Operations of a plain step, of each option, and of each in the other checkout."""
+    argv = [*argv, "--device=cpu"]
+    yield {"step": "plain fp32", **Step(argv, "fp32", plain=True).count()}
+    for option in ours.options:
+        yield {"step": option, **Step(argv, option).count()}
+        if ours.against:
+            with Remote(ours.against, argv, option) as other:
+                yield {"step": f"{option}, {ours.against}", **other.count()}
 
 
-def time_evaluation(args: argparse.Namespace, spec: DatasetSpec, data: Stored, device: torch.device) -> dict:
-    """An evaluation alone, from the loader to the confusion matrix: images a second."""
-    data.rows = data.rows[: 20 * args.batch_size]
-    model = build(METHODS[args.method], args, spec, device)
-    how = args.batch_size, device, args.workers, args.channels_last, args.normalization
-    took = seconds(lambda: main.evaluate(model, batches(data, *how), spec, device), device)
-    return {"images_per_s": len(data) / took}
+def compare(ours: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+    """Each option in this checkout and in the other one, by two processes in turn."""
+    here = Path(main.__file__).parent
+    for option in ours.options:
+        with Remote(ours.against, argv, option) as other, Remote(here, argv, option) as own:
+            first, second = take_turns(ours, own, other)
+        row = {"option": option, "ms": first["ms"], "ms there": second["ms"]}
+        yield {**row, "there / here": second}
+
+
+def text(value: str | float | dict | None) -> str:
+    """A table's cell."""
+    if isinstance(value, dict):
+        return f"{value['ratio']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "n/a" if value is None else f"{value:,}" if isinstance(value, int) else value
 
 
 def benchmark(argv: list[str]) -> int:
-    """Everything that was asked for: printed, and written to --json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--options", nargs="+", default=["fp32", "bf16"], help="PRECISION[+compile][+channels-last]")
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
-    parser.add_argument("--plain", type=int, default=6, choices=[0, 5, 6], help="generator calls of the plain step")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    ours, rest = parser.parse_known_args(argv)
-    args = main.parse_args(["--training", *rest])
-    device, spec = utils.pick_device(args.device, args.precision), load_spec(args.dataset)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    size = f"{args.size[0]}x{args.size[1]}"
-    result = {
-        "command": " ".join(["python tools/benchmark.py", *argv]),
-        "device": name,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "setting": f"{args.method}, {spec.name} {size}, ngf {args.ngf}, batch {args.batch_size}",
-        "plain_calls": ours.plain,
-        "rounds": ours.rounds,
-        "steps": [],
-    }
-    print(f"{result['setting']}; {name}, torch {torch.__version__}", flush=True)
-    if "step" in ours.parts:
-        result["tflop"] = count_flops(with_option(args, "fp32"), spec, device) / 1e12
-        print(f"{result['tflop']:.4g} TFLOP a step; median of {ours.rounds} rounds\n")
-        print("| option | ms | images/s | TFLOP/s | of the ceiling | peak GiB | plain step, times as long |")
-        print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
-        for option in ours.options:
-            row = time_steps(option, ours, args, spec, device)
-            row["tflop_per_s"] = result["tflop"] / row["seconds"]
-            row["ceiling"] = ceiling(option.split("+")[0], device)
-            result["steps"].append(row)
-            rate = f"{row['images_per_s']:.3g} | {row['tflop_per_s']:.3g}"
-            share = f"{row['tflop_per_s'] / row['ceiling']:.0%} of {row['ceiling']:.3g}"
-            ratio = f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})" if ours.plain else "-"
-            cells = f"{1000 * row['seconds']:.3g} | {rate} | {share} | {row['peak_gib']:.2f} | {ratio}"
-            print(f"| {option} | {cells} |", flush=True)
-        print()
-    with tempfile.TemporaryDirectory() as folder:
-        if {"loader", "evaluation"} & {*ours.parts}:
-            labeled, unlabeled = noise(args, spec, Path(folder))
-        if "loader" in ours.parts:
-            result["loader"] = time_loader(args, labeled, unlabeled, device)
-            fastest = max((row["images_per_s"] for row in result["steps"]), default=None)
-            times = f", {result['loader']['images_per_s'] / fastest:.1f} times the fastest step's" if fastest else ""
-            print(f"loader alone: {result['loader']['images_per_s']:.0f} images of each kind a second{times}")
-        if "evaluation" in ours.parts:
-            result["evaluation"] = time_evaluation(args, spec, unlabeled, device)
-            print(f"evaluation alone: {result['evaluation']['images_per_s']:.0f} images a second")
+    """Print a table, row by row, and write it to --json."""
+    parser = main.Parser("benchmark.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    flag, count = parser.add_argument, main.number(int, 0)
+    flag("--options", nargs="+", default=["fp32", "bf16"], help="fp32, tf32 or bf16[+compile]")
+    flag("--count", action="store_true", help="count operations and bytes instead, on the CPU")
+    flag("--against", type=Path, metavar="DIR", help="another checkout of this repository")
+    flag("--rounds", type=count, default=10, metavar="N", help="0 measures only the memory")
+    flag("--warmup", type=count, default=2, metavar="N", help="rounds before these")
+    flag("--steps", type=main.number(int, 1), default=1, metavar="N", help="per round")
+    flag("--json", type=Path, metavar="FILE", help="also write the table there")
+    ours, argv = parser.parse_known_args(argv)
+    if ours.against and not ((ours.against / "main.py").is_file() and ours.rounds):
+        raise utils.InputError(f"--against {ours.against}: needs a checkout and --rounds over 0")
+    if ours.count and "+compile" in " ".join(ours.options):
+        raise utils.InputError("--count: operations of compiled networks cannot be counted")
+    args = main.parse_args(["--training", *argv])
+    machine = f"{torch.get_num_threads()} CPU threads"
+    if torch.cuda.is_available() and args.device != "cpu" and not ours.count:
+        machine = torch.cuda.get_device_name(args.device)
+    size = f"{args.size[0]}x{args.size[1]}, ngf {args.ngf}, batches of {args.batch_size}"
+    title = f"{args.method}, {args.dataset} {size}; {machine}, torch {torch.__version__}"
+    print(title)
+    rows = []
+    table = count_options if ours.count else compare if ours.against else time_options
+    for row in table(ours, argv):
+        if not rows:
+            print(f"\n| {' | '.join(row)} |\n|{' --- |' * len(row)}")
+        print(f"| {' | '.join(map(text, row.values()))} |", flush=True)
+        rows.append(row)
     if ours.json:
-        utils.write_atomically(ours.json, json.dumps(result, indent=1) + "\n")
+        result = json.dumps({"title": title, "rounds": ours.rounds, "rows": rows}, indent=1)
+        utils.write_atomically(ours.json, f"{result}\n")
     return 0
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        sys.exit(main.main(sys.argv[2:], work))
     sys.exit(main.main(command=benchmark))

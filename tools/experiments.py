@@ -1,13 +1,15 @@
-"""The paper's experiments, Tables 1 to 4: list their commands, run them, and report what came out beside the paper.
+"""The paper's experiments and their variants: list their commands, run them, report the results.
 
     python tools/experiments.py list --table 1 --dataset acdc
-    python tools/experiments.py run --table 1 --dataset acdc --scale small --seeds 0 1 2 --jobs 2 -- --workers 0
-    python tools/experiments.py report --scale small --out docs/results
-    python tools/experiments.py keep --scale small --out docs/results      (a small copy of what report reads)
-    python tools/experiments.py report --checkpoints docs/results/small --out docs/results
+    python tools/experiments.py run --scale reduced --dataset acdc --names partial ours --jobs 2
+    python tools/experiments.py report --scale reduced
+    python tools/experiments.py keep --scale reduced
+    python tools/experiments.py report --from docs/results/reduced.jsonl
 
-What stands after -- are flags of main.py for every run. The same command again goes on with what was cut. A run's
-folder is checkpoints/<scale>/<dataset>_<method>_<ratio>_s<seed>, with _without_<term> for Table 2; its output beside.
+tools/experiments.toml lists scales and experiments. Flags of main.py after -- are added to every
+run. The same command again resumes interrupted runs. A run's folder is
+checkpoints/<scale>/<dataset>_<name>_<ratio>_s<seed>; its output is in the .log file beside it.
+`keep` adds finished runs to docs/results/<scale>.jsonl, one line per run.
 """
 
 import argparse
@@ -17,7 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
@@ -26,51 +27,69 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main
 import utils
 from data_utils import load_spec
-from tools import report, study
-from tools.report import ABLATIONS, Cell, paper_cells
+from tools import report
+from tools.report import DATASETS, EXPERIMENTS, PLAN, SCALES
 from utils import InputError
 
-# What a scale adds to main.py's flags, by dataset; "*" stands for those that are not named.
-SCALES = {
-    "paper": {"*": ""},
-    "small": {  # for two CPU cores
-        "voc": "--split standard --size 64 64 --ngf 16 --epochs 30 --lr 1e-3",
-        "cityscapes": "--size 64 128 --ngf 16 --epochs 30 --lr 1e-3",
-        "acdc": "--size 64 64 --ngf 16 --epochs 4 --lr 1e-3",
-        "phantom": "--lambda3 1 --lambda4 1 --lambda5 1",  # config/phantom.toml with the paper's weights
-        "*": "",  # a TOML of one's own says it all
-    },
-    "study": study.REGIME,  # variants in place of cells: tools/study.py
-    "smoke": {"*": "--size 32 32 --ngf 4 --n-blocks 1 --epochs 1"},  # a minute a run: does every part work?
-}
-RATIOS = [1.0, 0.5, 0.3, 0.2, 0.1]
 FIXED = {"dataset", "data_root", "method", "ratio", "seed", "checkpoints", "name"}  # not after --
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 MAIN = Path(main.__file__)
 
 
-def select(table=None, dataset=None, methods=None, ratios=None, ablations=None) -> list[Cell]:
-    """The cells that the flags mean; InputError where there is none. Data beyond the paper's have any ratio."""
-    cells = [cell for cell in paper_cells() if table in (None, cell.table) and dataset in (None, cell.dataset)]
-    if not cells and table == 2:
-        cells = [Cell(2, dataset, "cyclegan", ratio, term) for ratio in ratios or [0.2] for term in ("", *ABLATIONS)]
-    elif not cells and table in (None, 1):
-        pairs = [(method, ratio) for ratio in ratios or RATIOS for method in main.METHODS]
-        cells = [Cell(1, dataset, method, ratio) for method, ratio in pairs if ratio < 1 or method == "supervised"]
-    asked = {"method": methods, "ratio": ratios, "without": ablations}
-    kept = [cell for cell in cells if all(asked[key] is None or getattr(cell, key) in asked[key] for key in asked)]
-    if not kept:
-        raise InputError("no cell has these --table, --dataset, --methods, --ratios and --ablations; list shows them")
-    return sorted(kept, key=lambda cell: (cell.table, cell.key.place))
+def dataset_name(dataset: str) -> str:
+    """The name of what --dataset takes."""
+    return dataset if dataset in DATASETS else load_spec(dataset).name
 
 
-def flags_of(cell: Cell, scale: str, seed: int = 0, data_root: str | None = None, extra: Iterable[str] = ()) -> list:
-    """main.py's flags for a cell."""
-    flags = ["--training", "--dataset", cell.dataset, "--method", cell.method, "--ratio", f"{cell.ratio:g}"]
-    flags += ["--seed", str(seed), *SCALES[scale].get(cell.key.dataset, SCALES[scale]["*"]).split()]
-    flags += [*(["--data-root", data_root] if data_root else []), *extra]
-    flags += [f"--{ABLATIONS[cell.without]}", "0"] if cell.without else []
-    return [*flags, "--checkpoints", f"checkpoints/{scale}", "--name", cell.key.run(seed)]
+def paper_cells(table: int | None) -> list[tuple[str, float, str]]:
+    """(dataset, ratio, experiment) in a table of the paper, or in Tables 1 and 2."""
+    if table in (3, 4):
+        return [key for key in report.paper_iou() if key[0] == PLAN[f"table{table}"]["dataset"]]
+    keys = [f"table{table}"] if table else ["table1", "table2"]
+    cells = []
+    for name, experiment in EXPERIMENTS.items():
+        for key in keys:
+            for dataset, numbers in experiment.get(key, {}).items():
+                cells += [(dataset, float(ratio), name) for ratio in numbers]
+    return list(dict.fromkeys(cells))
+
+
+def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]:
+    """(--dataset, experiment, ratio) as the flags say; InputError if there is none.
+
+    Ratios come from --ratios, else from --table, else from the scale, else from the paper. If none
+    of them has any, the ratio is 0.2 where --names are given or the paper lacks the dataset.
+    """
+    if unknown := [name for name in args.names or () if name not in EXPERIMENTS]:
+        raise InputError(f"--names {unknown[0]}: expected some of {', '.join(EXPERIMENTS)}")
+    cells, selected = paper_cells(args.table), []
+    in_paper = dict.fromkeys(dataset for dataset, _, _ in paper_cells(None))
+    names = [name for name in EXPERIMENTS if args.names is None or name in args.names]
+    if args.table:
+        names = [name for name in names if name in {name for _, _, name in cells}]
+    for dataset in [args.dataset] if args.dataset else in_paper:
+        short = dataset_name(dataset)
+        table = SCALES[scale].get("ratios", {})
+        usual = table.get(short, table.get("*", []))
+        fallback = [] if short in in_paper and not args.names else [0.2]
+        for name in names:
+            paper = [ratio for other, ratio, of in cells if (other, of) == (short, name)]
+            ratios = args.ratios or (args.table and paper) or usual or paper or fallback
+            ratios = EXPERIMENTS[name].get("ratios", ratios) if ratios else []
+            selected += [(dataset, name, ratio) for ratio in ratios]
+    if not selected:
+        raise InputError("the paper has no experiment with these flags; give --names and --ratios")
+    return selected
+
+
+def run_flags(cell: tuple[str, str, float], scale: str, seed: int, extra: list[str]) -> list[str]:
+    """main.py's flags for a run; `extra` are the user's."""
+    dataset, name, ratio = cell
+    short, table = dataset_name(dataset), SCALES[scale].get("flags", {})
+    flags = ["--training", "--dataset", dataset, "--ratio", f"{ratio:g}", "--seed", str(seed)]
+    flags += [*table.get("*", "").split(), *table.get(short, "").split(), *extra]
+    flags += [*EXPERIMENTS[name]["flags"].split(), "--checkpoints", f"checkpoints/{scale}"]
+    return [*flags, "--name", f"{short}_{name}_{ratio:g}_s{seed}"]
 
 
 def command(flags: list[str]) -> str:
@@ -79,45 +98,58 @@ def command(flags: list[str]) -> str:
 
 
 def evaluated(folder: Path) -> int:
-    """Changes with each evaluation of a run; 0 before the first one."""
+    """A number that changes with each evaluation of a run; 0 before the first one."""
     log = folder / "metrics.jsonl"
     return log.stat().st_mtime_ns if log.is_file() else 0
 
 
-def run_all(commands: dict[str, list[str]], folder: Path, at_once: int) -> int:
-    """Run main.py with the flags of each name, and its output in folder/NAME.log; 0, 1 if one failed, 128 + signal.
+def start(name: str, flags: list[str], folder: Path, n_jobs: int) -> subprocess.Popen:
+    """Start a run with its share of the cores and its output in folder/NAME.log.
 
-    Signals are passed on: main.py saves and ends. The children have process groups of their own, as Ctrl-C would else
-    reach them twice, and the second time they do not save.
+    It gets its own process group: Ctrl-C would otherwise reach it twice, and the second signal
+    ends it without a checkpoint.
     """
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))}
-    waiting, running, failed, signals, passed_on = list(commands), {}, {}, [], 0
-    handlers = {signum: signal.signal(signum, lambda signum, _: signals.append(signum)) for signum in SIGNALS}
+    print(f"start {name}: {command(flags)}", flush=True)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_jobs))}
+    with (folder / f"{name}.log").open("ab") as log:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        line = [sys.executable, str(MAIN), *flags]
+        return subprocess.Popen(line, process_group=0, env={**threads, **os.environ}, **streams)
+
+
+def run_all(commands: dict[str, list[str]], folder: Path, n_jobs: int) -> int:
+    """Run main.py with the flags of each name; 0, 1 if a run failed, 128 + n after signal n.
+
+    Signals are passed on: main.py saves a checkpoint and exits.
+    """
+    waiting, running, failed, signals, n_passed_on = list(commands), {}, {}, [], 0
+    handlers = {}
+    for signum in SIGNALS:
+        handlers[signum] = signal.signal(signum, lambda signum, _: signals.append(signum))
     try:
         while running or (waiting and not signals):
-            while waiting and len(running) < at_once and not signals:
+            while waiting and len(running) < n_jobs and not signals:
                 name = waiting.pop(0)
-                log, before, started = folder / f"{name}.log", evaluated(folder / name), time.monotonic()
-                print(f"start {name}: {command(commands[name])}", flush=True)
-                with log.open("ab") as out:
-                    how = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": subprocess.STDOUT, "process_group": 0}
-                    line = [sys.executable, str(MAIN), *commands[name]]
-                    running[subprocess.Popen(line, **how, env={**threads, **os.environ})] = name, log, before, started
-            for signum in signals[passed_on:]:
-                passed_on += 1
+                begin = evaluated(folder / name), time.monotonic()
+                running[start(name, commands[name], folder, n_jobs)] = name, *begin
+            for signum in signals[n_passed_on:]:
+                n_passed_on += 1
                 for child in running:
                     child.send_signal(signum)
             for child in [child for child in running if child.poll() is not None]:
-                name, log, before, started = running.pop(child)
-                took = timedelta(seconds=round(time.monotonic() - started))
+                name, before, started = running.pop(child)
+                duration = timedelta(seconds=round(time.monotonic() - started))
                 if child.returncode == 0:
-                    run = report.read_run(folder / name)
-                    how = "was finished" if evaluated(folder / name) == before else f"finished in {took}"
-                    said = f"{how}, mIoU {run.last:.4f}, best {run.best:.4f}"
+                    run = report.read_folder(folder / name)
+                    trained = evaluated(folder / name) != before
+                    result = f"finished in {duration}" if trained else "was finished"
+                    result += f", mIoU {run.last:.4f}, best {run.best:.4f}"
                 else:
-                    last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-                    said = failed[name] = f"exit code {child.returncode} after {took}: {last} (see {log})"
-                print(f"end   {name}: {said}", flush=True)
+                    log = folder / f"{name}.log"
+                    message = log.read_text(errors="replace").strip().rpartition("\n")[2]
+                    result = f"exit code {child.returncode} after {duration}: {message} (see {log})"
+                    failed[name] = result
+                print(f"end   {name}: {result}", flush=True)
             time.sleep(0.1)
     finally:
         for child in running:
@@ -125,59 +157,40 @@ def run_all(commands: dict[str, list[str]], folder: Path, at_once: int) -> int:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     if signals:
-        name = signal.Signals(signals[0]).name
-        print(f"{name}: {len(failed)} runs cut, {len(waiting)} not begun; the same command goes on")
+        counts = f"{len(failed)} runs interrupted, {len(waiting)} not started"
+        print(f"{signal.Signals(signals[0]).name}: {counts}; the same command resumes them")
         return 128 + signals[0]
-    for name, why in failed.items():
-        print(f"failed: {name}: {why}")
+    for name, result in failed.items():
+        print(f"failed: {name}: {result}")
     return 1 if failed else 0
 
 
-def commands_of(args: argparse.Namespace, scale: str, seeds: Iterable[int], extra: list[str]) -> dict[str, list[str]]:
-    """main.py's flags by the name of the run, seed by seed; tables share runs."""
-    if scale == "study":
-        if args.table or args.methods or args.ablations:
-            raise InputError("--scale study: has --variants in place of --table, --methods and --ablations")
-        if not args.dataset:
-            raise InputError("--scale study: give --dataset")
-        load_spec(args.dataset)
-        own = [*(["--data-root", args.data_root] if args.data_root else []), *extra]
-        names = study.select(args.dataset, args.variants, args.ratios)
-        every = [study.flags_of(args.dataset, *of, seed) for seed in seeds for of in names]
-        return {flags[-1]: [*flags[:-4], *own, *flags[-4:]] for flags in every}
-    if args.variants:
-        raise InputError("--variants: are of --scale study")
-    cells = select(args.table, args.dataset, args.methods, args.ratios, args.ablations)
-    if args.data_root and len({cell.dataset for cell in cells}) > 1:
-        raise InputError("--data-root: is one dataset's; give --dataset")
-    commands = {}
-    for seed in seeds:
-        commands |= {cell.key.run(seed): flags_of(cell, scale, seed, args.data_root, extra) for cell in cells}
-    return commands
-
-
 def show(args: argparse.Namespace, scale: str) -> int:
-    """list: a line a cell."""
-    args.data_root = None
-    if scale == "study":
-        print(*(f"{name:32} {command(flags)}" for name, flags in commands_of(args, scale, [0], []).items()), sep="\n")
-        return 0
-    lines = ["table  dataset     method       labeled  without   paper  command"]
-    for cell in select(args.table, args.dataset, args.methods, args.ratios, args.ablations):
-        key, labeled = cell.key, f"{100 * cell.ratio:g} %"
-        row = f"{cell.table:5}  {key.dataset:11} {key.title:12} {labeled:>7}  {key.without:7} "
-        lines.append(f"{row} {report.number(cell.paper):>6}  {command(flags_of(cell, scale))}")
+    """list: one line per dataset, experiment and ratio."""
+    lines = ["dataset     experiment             labeled   paper  command"]
+    for cell in select(args, scale):
+        short, name, ratio = dataset_name(cell[0]), *cell[1:]
+        paper = report.number(report.paper_scores().get((short, ratio, name)))
+        row = f"{short:11} {name:22} {report.percent(ratio):>7}  {paper:>6}"
+        lines.append(f"{row}  {command(run_flags(cell, scale, 0, []))}")
     print(*lines, sep="\n")
     return 0
 
 
 def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
-    """run: train the cells, seed by seed."""
-    if own := main.parse_args(["--training", *extra]).given.keys() & FIXED:
-        raise InputError(f"--{min(own).replace('_', '-')} after --: say it before, or run main.py by hand")
-    commands = commands_of(args, scale, args.seeds, extra)
-    for flags in commands.values():
-        main.parse_args(flags)
+    """run: train, seed by seed."""
+    if fixed := main.parse_args(["--training", *extra]).given.keys() & FIXED:
+        flag = min(fixed).replace("_", "-")
+        raise InputError(f"--{flag} after --: give it before --, or run main.py directly")
+    cells, commands = select(args, scale), {}
+    if args.data_root:
+        if len({dataset for dataset, _, _ in cells}) > 1:
+            raise InputError("--data-root: is for one dataset; give --dataset")
+        extra = ["--data-root", args.data_root, *extra]
+    for seed in args.seeds:
+        for cell in cells:
+            flags = run_flags(cell, scale, seed, extra)
+            commands[main.parse_args(flags).name] = flags
     if args.dry_run:
         print(*map(command, commands.values()), sep="\n")
         return 0
@@ -189,54 +202,50 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = main.Parser("experiments.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|keep")
-    about = {
-        "list": "the cells, with the paper's number and the command",
-        "run": "train them; flags of main.py stand after --",
-        "report": "write tables and pictures of what was run",
-        "keep": "copy the small files of finished runs, for report",
+    helps = {
+        "list": "print the paper's number and the command of each experiment",
+        "run": "train; flags of main.py follow --",
+        "report": "write tables and figures of runs or of a kept log",
+        "keep": "add finished runs to a kept log, one line per run",
     }
-    for action, what in about.items():
-        flag = actions.add_parser(action, help=what, description=what, allow_abbrev=False).add_argument
-        flag("--scale", choices=list(SCALES), help="the setting; paper if not given")
+    for action, text in helps.items():
+        flag = actions.add_parser(
+            action, help=text, description=text, allow_abbrev=False
+        ).add_argument
+        flag("--scale", choices=list(SCALES), help="default: paper, or the name of --from")
         if action in ("list", "run"):
             share = main.number(float, 0, 1, above=True)
-            flag("--table", type=int, choices=[1, 2, 3, 4], help="of the paper; all if not given")
-            flag("--dataset", help="a name in config/ or a .toml file; all of the paper if not given")
-            flag("--methods", nargs="+", choices=list(main.METHODS), help="all if not given")
-            flag("--ratios", nargs="+", type=share, metavar="R", help="shares of labeled images; all if not given")
-            flag("--ablations", nargs="+", choices=list(ABLATIONS), help="terms that Table 2 leaves out")
-            flag("--variants", nargs="+", metavar="V", help="of --scale study; all if not given")
+            flag("--dataset", help="a name in config/ or a .toml file; default: the paper's three")
+            flag("--names", nargs="+", metavar="NAME", help="experiments; default: all")
+            flag("--ratios", nargs="+", type=share, metavar="R", help="shares of labeled images")
+            flag("--table", type=int, choices=[1, 2, 3, 4], help="of the paper")
         else:
-            flag("--checkpoints", metavar="DIR", help="the runs, a folder named as their scale; checkpoints/SCALE")
-            flag("--out", default="docs/results", metavar="DIR", help="where to write; docs/results if not given")
+            runs = "a folder of runs or a kept .jsonl; default: checkpoints/SCALE"
+            flag("--from", dest="source", metavar="PATH", type=Path, help=runs)
+            out = Path("docs/results")
+            flag("--out", metavar="DIR", type=Path, default=out, help="default: docs/results")
         if action == "run":
-            flag("--seeds", nargs="+", type=main.number(int, 0, 2**32), default=[0], metavar="S", help="0 if not given")
-            flag("--jobs", type=main.number(int, 1, 1000), default=1, metavar="N", help="runs at once; 1 if not given")
-            flag("--data-root", metavar="DIR", help="where the dataset's files lie")
+            seed, count = main.number(int, 0, 2**32), main.number(int, 1, 1000)
+            flag("--seeds", nargs="+", type=seed, default=[0], metavar="S", help="default: 0")
+            flag("--jobs", type=count, default=1, metavar="N", help="runs at a time; default: 1")
+            flag("--data-root", metavar="DIR", help="folder with the dataset's files")
             flag("--dry-run", action="store_true", help="print the commands only")
     return parser
 
 
 def experiments(argv: list[str]) -> int:
-    """Exit code: 0 done, 1 a run failed, 128 + n after signal n; InputError where flags or files are wrong."""
+    """0 done, 1 a run failed, 128 + n after signal n; InputError for wrong flags or files."""
     split = argv.index("--") if "--" in argv else len(argv)
     args = build_parser().parse_args(argv[:split])
-    scale = args.scale or "paper"
     if args.action == "list":
-        return show(args, scale)
+        return show(args, args.scale or "paper")
     if args.action == "run":
-        return run(args, scale, argv[split + 1 :])
-    folder, out = Path(args.checkpoints or f"checkpoints/{scale}"), Path(args.out)
-    if args.scale not in (None, folder.resolve().name):
-        raise InputError(f"--checkpoints {folder}: expected a folder named {scale}, as --scale says")
-    utils.make_folder(out, "--out")
+        return run(args, args.scale or "paper", argv[split + 1 :])
+    scale = args.scale or (args.source.resolve().stem if args.source else "paper")
+    source = args.source or Path("checkpoints") / scale
+    utils.make_folder(args.out, "--out")
     try:
-        of_study = folder.resolve().name == "study"
-        if args.action == "report":
-            (study if of_study else report).write(folder, out)
-        else:
-            runs = study.read_runs(folder) if of_study else report.read_runs(folder)[0]
-            report.keep([run for run in runs if run.finished], folder, out)
+        (report.write if args.action == "report" else report.keep)(source, scale, args.out)
     except ImportError as error:
         raise InputError(f"{error}: pip install -r tools/requirements.txt") from error
     return 0

@@ -1,6 +1,7 @@
-"""The paper's numbers and those of our runs beside them: what `tools/experiments.py report` and `keep` write.
+"""Kept logs and reports: what `tools/experiments.py report` and `keep` write.
 
-Runs are read from config.toml, metrics.jsonl and split.json alone; runs -> rows -> text and pictures.
+A run is read from its folder or from its line in docs/results/<scale>.jsonl. Runs become rows, and
+rows become tables. tools/experiments.toml has the experiments and the paper's numbers.
 """
 
 import csv
@@ -10,81 +11,62 @@ import math
 import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import main
 import utils
-from data_utils import load_spec, read_toml
+from data_utils import read_toml
 from utils import InputError
 
-ABLATIONS = {"cycle_S": "lambda2", "cycle_I": "lambda3", "disc_S": "lambda4", "disc_I": "lambda5"}  # Table 2
-TITLES = {"voc": "PASCAL VOC 2012", "cityscapes": "Cityscapes", "acdc": "ACDC"}
-COLOURS = {"Full": "0.5", "Hung et al.": "tab:green", "Partial": "tab:blue", "Ours": "tab:red"}  # in the paper's order
-COLOURS["Mean teacher"] = "tab:purple"
-NAMES = {"advsemi": "Hung et al.", "cyclegan": "Ours", "meanteacher": "Mean teacher"}
+PLAN = read_toml(Path(__file__).with_name("experiments.toml"))
+EXPERIMENTS, SCALES = PLAN["experiments"], PLAN["scales"]
+DATASETS = {
+    "voc": "PASCAL VOC 2012",
+    "cityscapes": "Cityscapes",
+    "acdc": "ACDC",
+    "camvid": "CamVid",
+}
+ROLES = ("labeled", "unlabeled", "val")
+VERSIONS = "torch torchvision numpy python device gpu commit started finished".split()
+EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
+# Flags that say where and how a run is computed and logged; they are not among its settings
+MACHINE = "data_root checkpoints results cache device workers compile deterministic".split()
+MACHINE += "channels_last eval_every save_every log_every diagnose on_nonfinite".split()
+# Settings that all runs of a dataset and scale share; the others may differ between experiments
+SHARED = "size split label_unit epochs decay_epoch batch_size lr betas precision".split()
+SHARED += "ngf ndf n_blocks".split()
+# Settings without effect where a weight is 0, and settings that take the value of another one
+NEEDS = {"confidence": "lambda6", "cutmix_on": "lambda6"}
+NEEDS |= {"cycle_s_trains": "lambda2", "cycle_input": "lambda3"}
+SAME = {"disc_lr": "lr", "disc_betas": "betas"}
 
 # The paper
 
 
-class Key(NamedTuple):
-    """What runs share that differ by the seed alone."""
-
-    dataset: str
-    method: str
-    ratio: float
-    without: str = ""  # the term that Table 2 leaves out
-
-    @property
-    def title(self) -> str:
-        """The paper's name of the method."""
-        return NAMES.get(self.method) or ("Full" if self.ratio == 1 else "Partial")
-
-    @property
-    def place(self) -> tuple:
-        """To sort by: the paper's order of datasets and methods, more labels first."""
-        dataset = [*TITLES, self.dataset].index(self.dataset), self.dataset
-        return *dataset, ["", *ABLATIONS].index(self.without), [*COLOURS].index(self.title), -self.ratio
-
-    def run(self, seed: int) -> str:
-        """The name of a run's folder."""
-        name = f"{self.dataset}_{self.method}_{self.ratio:g}_s{seed}"
-        return f"{name}_without_{self.without}" if self.without else name
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number of the paper, or beside them (`paper` is None); Tables 3 and 4 have the IoU of each class."""
-
-    table: int
-    dataset: str  # as main.py's --dataset takes it
-    method: str
-    ratio: float
-    without: str = ""
-    paper: float | None = None
-    iou: tuple[float, ...] = ()
-
-    @property
-    def key(self) -> Key:
-        name = self.dataset if self.dataset in TITLES else load_spec(self.dataset).name
-        return Key(name, self.method, self.ratio, self.without)
+@cache
+def paper_scores() -> dict[tuple[str, float, str], float]:
+    """mIoU of Tables 1 and 2 by dataset, share of labeled images and experiment."""
+    scores = {}
+    for name, experiment in EXPERIMENTS.items():
+        for table in experiment.get("table1", {}), experiment.get("table2", {}):
+            for dataset, numbers in table.items():
+                scores |= {
+                    (dataset, float(ratio), name): number for ratio, number in numbers.items()
+                }
+    return scores
 
 
 @cache
-def paper_cells() -> tuple[Cell, ...]:
-    """Every cell of Tables 1 to 4, from paper.toml; the number of one of Tables 3 and 4 is the mean of its classes."""
-    paper, cells = read_toml(Path(__file__).with_name("paper.toml")), []
-    for dataset, methods in paper["table1"].items():
-        for method, numbers in methods.items():
-            cells += [Cell(1, dataset, method, float(ratio), "", number) for ratio, number in numbers.items()]
-    cells += [Cell(2, "voc", "cyclegan", 0.2, term, number) for term, number in paper["table2"].items()]
-    columns = [(method, ratio) for method in ("supervised", "cyclegan") for ratio in (0.1, 0.2, 0.3)]
-    for table, (dataset, classes) in enumerate(paper["classes"].items(), 3):
-        for column, iou in zip(columns, zip(*classes, strict=True), strict=True):
-            cells.append(Cell(table, dataset, *column, "", round(statistics.mean(iou), 4), iou))
-    return tuple(cells)
+def paper_iou() -> dict[tuple[str, float, str], tuple[float, ...]]:
+    """IoU of each class in Tables 3 and 4, by the same keys."""
+    scores = {}
+    for table in PLAN["table3"], PLAN["table4"]:
+        columns = zip(*table["rows"], strict=True)
+        for (name, ratio), iou in zip(table["columns"], columns, strict=True):
+            scores[table["dataset"], ratio, name] = iou
+    return scores
 
 
 # Runs
@@ -92,97 +74,170 @@ def paper_cells() -> tuple[Cell, ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """What its files say of a run."""
+    """A run, as one line of a kept log."""
 
-    name: str
-    config: dict
-    lines: list[dict]  # an evaluation each
-    images: dict[str, int]  # how many are labeled, unlabeled, val
+    name: str  # of the experiment
+    run: str  # of the folder
+    settings: dict  # flags that change the result, including those that main.py has dropped since
+    dataset: dict  # the [dataset] table
+    evaluations: list[dict]
+    versions: dict
+    split: dict  # number of images that are labeled, unlabeled, val; hash
 
     @property
-    def key(self) -> Key:
-        ours = self.config["method"] == "cyclegan"
-        terms = [term for term, weight in ABLATIONS.items() if ours and self.config[weight] == 0]
-        without = terms[0] if len(terms) == 1 else ""
-        return Key(self.config["dataset"]["name"], self.config["method"], self.config["ratio"], without)
+    def cell(self) -> tuple[str, float, str]:
+        """Dataset, share of labeled images, experiment: what runs of different seeds share."""
+        return self.dataset["name"], self.settings["ratio"], self.name
+
+    @property
+    def place(self) -> tuple:
+        """Sort key: the paper's order of datasets, fewer labels first, then experiments.toml's."""
+        dataset, ratio, name = self.cell
+        position = [*DATASETS, dataset].index(dataset), dataset, ratio
+        return *position, [*EXPERIMENTS, name].index(name), name, self.settings["seed"]
 
     @property
     def epoch(self) -> int:
-        """The last one that was evaluated."""
-        return self.lines[-1]["epoch"] if self.lines else 0
+        """The last evaluated epoch."""
+        return self.evaluations[-1]["epoch"] if self.evaluations else 0
 
     @property
     def finished(self) -> bool:
-        return self.epoch == self.config["epochs"]
+        return self.epoch == self.settings["epochs"]
 
     @property
     def last(self) -> float:
-        return self.lines[-1]["miou"] or 0.0  # null as main.py counts it
+        return self.evaluations[-1]["miou"] or 0.0  # null where no scored class occurs
 
     @property
     def best(self) -> float:
-        return max(line["miou"] or 0.0 for line in self.lines)
-
-    @property
-    def settings(self) -> dict:
-        """All that runs of a method must share to stand in one table."""
-        own = {"method", "ratio", "seed", ABLATIONS.get(self.key.without)}
-        known = {**usual(self.config), **self.config}  # an older run has fewer flags
-        return {key: known[key] for key in ("dataset", *main.RESULT) if key not in own}
+        return max(line["miou"] or 0.0 for line in self.evaluations)
 
 
-def usual(config: dict) -> dict:
-    """main.py's defaults for a run of this method, epochs, learning rate and betas."""
-    flags = {"decay_epoch": config["epochs"] // 4, "disc_lr": config["lr"], "disc_betas": config["betas"]}
-    consistent = config.get("lambda6", 0) > 0 and config["method"] in ("cyclegan", "meanteacher")
-    flags |= {"lambda6": float(config["method"] == "meanteacher"), "ema": 0.99 * consistent}
-    return vars(main.build_parser().parse_args([])) | flags
+def read_folder(folder: Path) -> Run:
+    """A run from its folder, or InputError that names the file with an error.
 
-
-def read_run(folder: Path) -> Run:
-    """A run; InputError that names the file where one is not as main.py writes it."""
+    Its `name` is "" if the folder is not named <dataset>_<experiment>_<ratio>_s<seed>.
+    """
     path = folder / "config.toml"
     try:
         config = read_toml(path)
+        dataset = config.pop("dataset")
+        settings = {key: portable(value) for key, value in config.items() if key not in MACHINE}
+        name = rf"{re.escape(dataset['name'])}_(.+)_{settings['ratio']:g}_s{settings['seed']}"
+        match = re.fullmatch(name, folder.name)
         path = folder / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = []
+        for text in path.read_text().splitlines() if path.is_file() else []:
+            line = json.loads(text)
+            lines.append({key: line[key] for key in EVALUATION if key in line})
         path = folder / "split.json"
-        images = {role: len(json.loads(path.read_text())[role]) for role in ("labeled", "unlabeled", "val")}
-        path = folder
-        run = Run(folder.name, config, lines, images)
-        _ = run.key.place, run.finished, [(line["step"], line["miou"], line["iou"]) for line in lines]
-        return run
+        ids = json.loads(path.read_text())
+        split = {role: len(ids[role]) for role in ROLES} | {"hash": ids["hash"]}
+        path = folder / "manifest.json"
+        manifest = json.loads(path.read_text()) if path.is_file() else {}
+        versions = {key: manifest[key] for key in VERSIONS if key in manifest}
+        path, name = folder, match[1] if match else ""
+        return checked(Run(name, folder.name, settings, dataset, lines, versions, split))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not as main.py writes it ({error!r})") from error
 
 
-def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """The runs in a folder that are named as cells, and the names of others; InputError where their settings mix."""
-    found = [read_run(path.parent) for path in sorted(folder.glob("*/config.toml"))]
-    runs = [run for run in found if run.name == run.key.run(run.config["seed"])]
+def portable(value):
+    """A setting; of a path, its last two parts."""
+    return "/".join(Path(value).parts[-2:]) if isinstance(value, str) and "/" in value else value
+
+
+def checked(run: Run) -> Run:
+    """The run, after access to every field that a report needs."""
+    _ = run.place, run.finished, flags_of(run), [run.split[role] for role in ROLES]
+    _ = [(line["step"], line["miou"], line["iou"]) for line in run.evaluations]
+    _ = [run.dataset["classes"][k] for k in run.dataset["scored"]]
+    return run
+
+
+def read_lines(path: Path) -> list[Run]:
+    """The runs of a kept log, or InputError with the number of the line with an error."""
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            runs.append(checked(Run(**json.loads(line))))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: line {number} is not a kept run ({error!r})") from error
+    return runs
+
+
+def read_runs(source: Path) -> tuple[list[Run], list[str]]:
+    """The sorted runs of a folder or kept log, and the folders without an experiment's name."""
+    found = read_lines(source) if source.is_file() else []
+    found += [read_folder(path.parent) for path in sorted(source.glob("*/config.toml"))]
+    runs = sorted((run for run in found if run.name), key=lambda run: run.place)
     if not runs:
-        raise InputError(f"{folder}: holds no run that is a cell of a table; `experiments.py run` makes them")
-    shared = {}
+        raise InputError(f"{source}: no run of an experiment; `experiments.py run` makes them")
+    check_settings(runs, source)
+    return runs, [run.run for run in found if not run.name]
+
+
+@cache
+def defaults(method: str) -> dict:
+    """The values of settings that a run does not record: [usual], else main.py's defaults."""
+    parsed, usual = vars(main.build_parser().parse_args([])), PLAN["usual"]
+    settings = {key: parsed[key] for key in main.setting_names()}
+    settings |= {key: value for key, value in usual.items() if not isinstance(value, dict)}
+    return settings | usual.get(method, {})
+
+
+def effective(run: Run) -> dict:
+    """All settings that have an effect on a run, except seed and ratio."""
+    known = defaults(run.settings["method"])
+    settings = run.settings | {key: known[key] for key in known if key not in run.settings}
+    unused = {key for key, weight in NEEDS.items() if not settings[weight]} | {"seed", "ratio"}
+    unused |= {key for key, other in SAME.items() if settings.get(key) in (None, settings[other])}
+    return {key: value for key, value in settings.items() if key not in unused}
+
+
+def check_settings(runs: list[Run], source: Path) -> None:
+    """InputError if runs differ in a setting that their dataset or experiment must share."""
+    first: dict[tuple, tuple] = {}
     for run in runs:
-        for key, value in run.settings.items():
-            name, first = shared.setdefault((run.key.dataset, run.key.method, key), (run.name, value))
-            if value != first:
-                what = f"{name} and {run.name} differ in {key} ({first}, {value})"
-                raise InputError(f"{folder}: {what}; a table holds runs of the same settings: move one elsewhere")
-    return runs, [run.name for run in found if run not in runs]
+        dataset, _, name = run.cell
+        table = {f"[dataset] {key}": run.dataset[key] for key in ("classes", "scored")}
+        for key, value in {**effective(run), **table}.items():
+            group = (dataset, key) if key in SHARED or key in table else (dataset, name, key)
+            other, expected = first.setdefault(group, (run.run, value))
+            if value != expected:
+                message = f"{other} and {run.run} differ in {key} ({expected}, {value})"
+                raise InputError(f"{source}: {message}; move one of them to another folder")
 
 
-# Statistics: runs to rows, where "missing" or "unfinished" stands for a number that no finished run gives
+def flags_of(run: Run) -> str:
+    """A run's settings as flags, without the shared ones and those with their default."""
+    settings, usual = effective(run), defaults(run.settings["method"])
+    changed = {"method": settings.pop("method")}
+    for key, value in settings.items():
+        if key not in SHARED and (value != usual.get(key) or key == "cutmix_on"):
+            changed[key] = value
+    return as_flags(changed)
 
 
-def mean_and_sd(values: list[float], none: str = "missing") -> tuple[float | str, float | None]:
-    """Mean and sample standard deviation; `none` and None where there are too few values for them."""
-    return statistics.mean(values) if values else none, statistics.stdev(values) if len(values) > 1 else None
+def as_flags(settings: dict) -> str:
+    words = []
+    for key, value in settings.items():
+        words += [f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [value])]
+    return " ".join(map(str, words))
+
+
+# Statistics: runs to rows
+
+
+def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, None for that of a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def interval(values: list[float]) -> tuple[float, float] | tuple[None, None]:
-    """The 95 % interval of Student's t for the mean of two or more values."""
-    from scipy.special import stdtrit  # here, as list and run do without scipy
+    """The 95% interval of Student's t for the mean of two or more values."""
+    from scipy.special import stdtrit  # here, as list and run work without scipy
 
     mean, sd = mean_and_sd(values)
     if sd is None:
@@ -194,285 +249,319 @@ def interval(values: list[float]) -> tuple[float, float] | tuple[None, None]:
 def span(values: Iterable[int]) -> str:
     """'3', or '3 to 5'."""
     values = sorted({*values})
-    return " to ".join(map(str, dict.fromkeys([*values[:1], *values[-1:]])))
+    return " to ".join(map(str, dict.fromkeys([values[0], values[-1]])))
 
 
-def in_order(keys: Iterable[Key]) -> list[Key]:
-    return sorted({*keys}, key=lambda key: key.place)
+def by_cell(runs: list[Run]) -> dict[tuple, dict[int, Run]]:
+    """The finished runs of each cell by seed."""
+    cells: dict[tuple, dict[int, Run]] = {}
+    for run in runs:
+        if run.finished:
+            cells.setdefault(run.cell, {})[run.settings["seed"]] = run
+    return cells
 
 
-def cell_rows(runs: list[Run]) -> list[dict]:
-    """A row a cell of Tables 1 and 2, and of what runs add to them; means are of finished runs."""
-    paper, rows = {cell.key: cell.paper for cell in paper_cells() if cell.table <= 2}, []
-    for key in in_order([*paper, *(run.key for run in runs)]):
-        mine = [run for run in runs if run.key == key]
-        done = [run for run in mine if run.finished]
-        row = {**key._asdict(), "title": key.title, "paper": paper.get(key), "n": len(done)}
-        row["unfinished"] = len(mine) - len(done)
-        for which in "last", "best":
-            values = [getattr(run, which) for run in done]
-            row[which], row[f"{which}_sd"] = mean_and_sd(values, "unfinished" if mine else "missing")
-        row |= {role: span(run.images[role] for run in done) for role in ("labeled", "unlabeled", "val")}
-        rows.append(row | {"steps": span(run.lines[-1]["step"] for run in done)})
+def score_rows(runs: list[Run]) -> list[dict]:
+    """One row per dataset, ratio and experiment with finished runs: mIoU over seeds."""
+    rows = []
+    for (dataset, ratio, name), seeds in by_cell(runs).items():
+        group = list(seeds.values())
+        row = {"dataset": dataset, "ratio": ratio, "name": name}
+        row |= {"paper": paper_scores().get((dataset, ratio, name)), "n": len(group)}
+        for epoch in "last", "best":
+            row[epoch], row[f"{epoch}_sd"] = mean_and_sd([getattr(run, epoch) for run in group])
+        row |= {role: span(run.split[role] for run in group) for role in ROLES}
+        row["steps"] = span(run.evaluations[-1]["step"] for run in group)
+        rows.append(row | {"flags": flags_of(group[0])})
     return rows
 
 
-def difference_rows(runs: list[Run]) -> list[dict]:
-    """Ours - Partial at each ratio, paired by seed, with the 95 % interval of the mean."""
-    paper, rows = {cell.key: cell.paper for cell in paper_cells() if cell.table == 1}, []
-    done = {(run.key, run.config["seed"]): run for run in runs if run.finished}
-    known = [*paper, *(run.key for run in runs)]
-    for ours in in_order(key for key in known if key.title == "Ours" and not key.without):
-        partial = ours._replace(method="supervised")
-        seeds = [seed for key, seed in done if key == ours and (partial, seed) in done]
-        row = {"dataset": ours.dataset, "ratio": ours.ratio, "n": len(seeds)}
-        row["paper"] = paper[ours] - paper[partial] if ours in paper else None
-        for which in "last", "best":
-            values = [getattr(done[ours, seed], which) - getattr(done[partial, seed], which) for seed in seeds]
-            row[which] = mean_and_sd(values)[0]
-            row[f"{which}_low"], row[f"{which}_high"] = interval(values)
-        rows.append(row)
+def references(name: str, scale: str) -> list[str]:
+    """The experiments that one is compared with."""
+    own = EXPERIMENTS.get(name, {}).get("compare", ["partial"])
+    names = dict.fromkeys([*own, *SCALES.get(scale, {}).get("compare", [])])
+    return [other for other in names if other != name]
+
+
+def difference_rows(runs: list[Run], scale: str) -> list[dict]:
+    """One row per cell and reference: the mean difference, paired by seed, and its interval."""
+    paper, cells, rows = paper_scores(), by_cell(runs), []
+    for (dataset, ratio, name), seeds in cells.items():
+        for other in references(name, scale):
+            reference = cells.get((dataset, ratio, other), {})
+            pairs = [(run, reference[seed]) for seed, run in seeds.items() if seed in reference]
+            if not pairs:
+                continue
+            row = {"dataset": dataset, "ratio": ratio, "name": name, "minus": other}
+            numbers = paper.get((dataset, ratio, name)), paper.get((dataset, ratio, other))
+            row["paper"] = None if None in numbers else numbers[0] - numbers[1]
+            row["n"] = len(pairs)
+            for epoch in "last", "best":
+                values = [getattr(run, epoch) - getattr(pair, epoch) for run, pair in pairs]
+                row[epoch], _ = mean_and_sd(values)
+                row[f"{epoch}_low"], row[f"{epoch}_high"] = interval(values)
+            rows.append(row)
     return rows
 
 
 def class_rows(runs: list[Run]) -> list[dict]:
-    """IoU of each scored class after the last epoch, mean over finished runs, for each dataset that has runs."""
-    paper, rows = {cell.key: cell.iou for cell in paper_cells() if cell.table > 2}, []
-    described = {run.key.dataset: run.config["dataset"] for run in runs}
-    known = [*paper, *(run.key for run in runs)]
-    for key in in_order(key for key in known if key.dataset in described and not key.without):
-        done = [run.lines[-1]["iou"] for run in runs if run.key == key and run.finished]
-        scored = [described[key.dataset]["classes"][k] for k in described[key.dataset]["scored"]]
-        for name, number in zip(scored, [*paper.get(key, ()), *[None] * len(scored)], strict=False):
-            row = {"dataset": key.dataset, "method": key.method, "ratio": key.ratio, "title": key.title, "class": name}
-            iou, _ = mean_and_sd([each[name] for each in done if each[name] is not None], "-" if done else "missing")
-            rows.append(row | {"paper": number, "iou": iou, "n": len(done)})
+    """IoU of each scored class after the last epoch, mean over the seeds where it occurs."""
+    rows = []
+    for (dataset, ratio, name), seeds in by_cell(runs).items():
+        group = list(seeds.values())
+        scored = [group[0].dataset["classes"][k] for k in group[0].dataset["scored"]]
+        paper = paper_iou().get((dataset, ratio, name), [None] * len(scored))
+        for label, number in zip(scored, paper, strict=True):
+            values = [run.evaluations[-1]["iou"][label] for run in group]
+            values = [value for value in values if value is not None]
+            row = {"dataset": dataset, "ratio": ratio, "name": name, "class": label}
+            row |= {"paper": number, "iou": statistics.mean(values) if values else None}
+            rows.append(row | {"n": len(group)})
     return rows
 
 
 # Rows to text
 
 
-def recorded(runs: list[Run]) -> str:
-    """The settings of a dataset's runs as flags, by method: size, epochs, and what is not main.py's default."""
-    changed: dict[str, dict] = {}
-    for run in runs:
-        same = usual(run.config) | {"size": None, "epochs": None}
-        of_method = changed.setdefault(run.key.method, {})
-        for key, value in run.settings.items():
-            if key != "dataset" and value not in (None, same[key]):
-                of_method[key] = value if isinstance(value, list) else [value]
-    methods: dict[str, list[str]] = {}
-    for method, settings in changed.items():
-        flags = []
-        for key in sorted(settings, key=main.RESULT.index):
-            flags += [f"--{key.replace('_', '-')}", *settings[key]]
-        methods.setdefault(" ".join(map(str, flags)), []).append(method)
-    return "; ".join(f"{', '.join(those)} `{flags}`" for flags, those in methods.items())
+def number(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.4f}"
 
 
-def number(value: float | str | None, sign: str = "") -> str:
-    return value if isinstance(value, str) else "-" if value is None else f"{value:{sign}.4f}"
+def percent(ratio: float) -> str:
+    return f"{100 * ratio:g}%"
 
 
-def percent(row: dict) -> str:
-    return f"{100 * row['ratio']:g} %"
-
-
-def score(row: dict, which: str) -> str:
+def score(row: dict, epoch: str) -> str:
     """Mean ± standard deviation."""
-    return number(row[which]) + (f" ± {row[f'{which}_sd']:.4f}" if row[f"{which}_sd"] is not None else "")
+    sd = row[f"{epoch}_sd"]
+    return number(row[epoch]) + (f" ± {sd:.4f}" if sd is not None else "")
 
 
-def difference(row: dict, which: str) -> str:
+def difference(row: dict, epoch: str) -> str:
     """Mean [low, high]."""
-    low, high = row[f"{which}_low"], row[f"{which}_high"]
-    return number(row[which], "+") + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
+    low, high = row[f"{epoch}_low"], row[f"{epoch}_high"]
+    return number(row[epoch], "+") + (f" [{low:+.4f}, {high:+.4f}]" if low is not None else "")
 
 
 def markdown(titles: list[str], rows: Iterable[list[str]]) -> str:
     """A table and an empty line."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in [titles, ["---"] * len(titles), *rows]) + "\n"
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in lines) + "\n"
 
 
 def csv_text(rows: list[dict]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    for row in rows:
+        writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
     return text.getvalue()
 
 
-def score_table(first: str, rows: list[dict]) -> str:
-    """Table 1 or 2; `first` is the column that tells rows of one ratio apart."""
-    lines = []
-    for row in rows:
-        n = f"{row['n']}" + f", {row['unfinished']} unfinished" * bool(row["unfinished"])
-        scores = number(row["paper"]), score(row, "last"), score(row, "best"), n
-        images = (row[key] or "-" for key in ("labeled", "unlabeled", "val", "steps"))
-        lines.append([row[first] or "nothing", percent(row), *scores, *images])
-    titles = ["without" if first == "without" else "method", "labeled", "paper", "last epoch", "best epoch", "n"]
-    return markdown([*titles, "labeled images", "unlabeled", "validation", "steps"], lines)
+def score_table(scores: list[dict], differences: list[dict]) -> str:
+    """The scores of one dataset and ratio, with two columns per reference."""
+    pairs = {(row["ratio"], row["name"], row["minus"]): row for row in differences}
+    found = {row["minus"] for row in differences}
+    others = sorted(found, key=lambda name: (name != "partial", name))
+    titles, lines = ["experiment", "paper", "last epoch", "best epoch", "n"], []
+    for other in others:
+        titles += [f"minus {other}", f"minus {other}, best epoch"]
+    for row in scores:
+        line = [row["name"], number(row["paper"]), score(row, "last"), score(row, "best")]
+        line.append(str(row["n"]))
+        for other in others:
+            pair = pairs.get((row["ratio"], row["name"], other))
+            if pair is None:
+                line += ["-", "-"]
+                continue
+            note = f" (n = {pair['n']})" if pair["n"] != row["n"] else ""
+            paper = f"; paper {pair['paper']:+.4f}" if pair["paper"] is not None else ""
+            line += [difference(pair, "last") + note + paper, difference(pair, "best") + note]
+        images = " / ".join(row[role] for role in ROLES)
+        lines.append([*line, images, row["steps"], f"`{row['flags']}`"])
+    return markdown([*titles, "labeled / unlabeled / validation images", "steps", "flags"], lines)
 
 
 def class_table(rows: list[dict]) -> str:
-    """A line a class, a column a method and ratio, the paper's number in brackets."""
-    counts = {f"{row['title']} {percent(row)}": str(row["n"]) for row in rows}
-    lines: dict[str, list[str]] = {}
+    """One line per class, one column per experiment and ratio, the paper's IoU in parentheses."""
+    counts, lines = {f"{row['name']} {percent(row['ratio'])}": str(row["n"]) for row in rows}, {}
     for row in rows:
         paper = "" if row["paper"] is None else f" ({number(row['paper'])})"
-        lines.setdefault(row["class"], []).append(number(row["iou"]) + paper)
-    return markdown(["class", *counts], [*([name, *line] for name, line in lines.items()), ["n", *counts.values()]])
+        lines.setdefault(row["class"], [row["class"]]).append(number(row["iou"]) + paper)
+    return markdown(["class", *counts], [*lines.values(), ["n", *counts.values()]])
 
 
-def section(dataset: str, runs: list[Run], cells: list[dict], differences: list[dict], classes: list[dict]) -> str:
-    """All tables of one dataset."""
-    text = f"## {TITLES.get(dataset, dataset)}\n\n"
-    if not runs:
-        return f"{text}No run: all {len(cells)} cells of Tables 1 and 2 are missing.\n\n"
-    text += f"Settings, as recorded: {recorded(runs)}\n\n"
-    if cut := [f"{run.name} ({run.epoch} of {run.config['epochs']} epochs)" for run in runs if not run.finished]:
-        text += f"Unfinished, and in no mean: {', '.join(cut)}\n\n"
-    text += "### Table 1\n\n" + score_table("title", [row for row in cells if not row["without"]])
-    titles = ["labeled", "paper", "last epoch", "best epoch", "n"]
-    text += "### Ours - Partial\n\n" + markdown(
-        titles,
-        (
-            [percent(r), number(r["paper"], "+"), difference(r, "last"), difference(r, "best"), str(r["n"])]
-            for r in differences
-        ),
-    )
-    if ratios := {row["ratio"] for row in cells if row["without"]}:
-        rows = [row for row in cells if row["title"] == "Ours" and row["ratio"] in ratios]
-        text += "### Table 2: Ours without one term\n\n" + score_table("without", rows)
-    table = {"voc": "Table 3: ", "cityscapes": "Table 4: "}.get(dataset, "")
-    return text + f"### {table}IoU of each class after the last epoch\n\n" + class_table(classes)
+def without_run(scores: list[dict]) -> str:
+    """A line with the cells of the paper's Tables 1 and 2 that have no finished run."""
+    found, missing = {(row["dataset"], row["ratio"], row["name"]) for row in scores}, {}
+    for dataset, ratio, name in paper_scores():
+        if (dataset, ratio, name) not in found:
+            missing.setdefault(dataset, []).append(f"{name} {percent(ratio)}")
+    parts = []
+    for dataset in filter(missing.get, DATASETS):
+        some = any(row["dataset"] == dataset for row in scores)
+        parts.append(f"{DATASETS[dataset]}: {', '.join(missing[dataset]) if some else 'all'}")
+    title = "Cells of the paper's Tables 1 and 2 without a finished run"
+    return f"{title}: {'; '.join(parts)}.\n\n" if parts else ""
 
 
-def page(scale: str, runs: list[Run], *tables: list[dict]) -> str:
-    """The report, from cell_rows, difference_rows and class_rows."""
+def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
+    """The tables of one dataset, from the rows of all datasets."""
+    rows = [[row for row in table if row["dataset"] == dataset] for table in tables]
+    scores, differences, classes = rows
+    shared = {key: runs[0].settings[key] for key in SHARED}
+    text = f"## {DATASETS.get(dataset, dataset)}\n\nAll runs: `{as_flags(shared)}`\n\n"
+    cut = [f"{run.run} (epoch {run.epoch} of {run.settings['epochs']})"
+           for run in runs if not run.finished]  # fmt: skip
+    text += f"Unfinished, and in no mean: {', '.join(cut)}\n\n" if cut else ""
+    ratios = sorted({row["ratio"] for row in scores})
+    for ratio in ratios if ratios == [1] else [ratio for ratio in ratios if ratio < 1]:
+        rows = [row for row in scores if row["ratio"] in (ratio, 1)]  # Full is in every table
+        rows.sort(key=lambda row: row["ratio"] < 1)
+        pairs = [row for row in differences if row["ratio"] == ratio]
+        text += f"### {percent(ratio)} labeled\n\n{score_table(rows, pairs)}"
+    rows = [row for row in classes if "table1" in EXPERIMENTS.get(row["name"], {})]
+    table = {"voc": " (Table 3)", "cityscapes": " (Table 4)"}.get(dataset, "")
+    title = f"### IoU of each class after the last epoch{table}"
+    return text + (f"{title}\n\n{class_table(rows)}" if rows else "")
+
+
+def page(scale: str, runs: list[Run], tables: list[list[dict]], figures: dict[str, str]) -> str:
+    """The report, from score_rows, difference_rows and class_rows, and captions by figure."""
     text = f"""# Results: {scale}
 
-mIoU (Section 4.2 of the paper) on the validation set, after the last epoch and after the best one (chosen on the same \
-set): mean ± sample standard deviation over n seeds, beside the paper's number, which is of 400 epochs at full size. \
-Ours - Partial is paired by seed, with the 95 % interval of Student's t. Where the paper has the IoU of a class, it \
-stands in brackets. Written by `tools/experiments.py report` from {len(runs)} runs.
+mIoU (Section 4.2 of the paper) on the validation set after the last epoch, and after the best \
+one, which is chosen on the same images: mean ± sample standard deviation over n seeds. \
+Differences are paired by seed, with the 95% interval of Student's t. The paper's numbers are for \
+400 epochs at full size. `flags` lists what differs from the paper's settings. Written by \
+`tools/experiments.py report` from {len(runs)} runs.
 
-"""
-    for dataset in dict.fromkeys(row["dataset"] for row in tables[0]):
-        mine = [run for run in runs if run.key.dataset == dataset]
-        text += section(dataset, mine, *([row for row in rows if row["dataset"] == dataset] for rows in tables))
-        if mine:
-            caption = "mIoU by step, a line a run; unfinished runs are dashed."
-            text += f"### Learning curves\n\n{caption}\n\n![{caption}]({scale}_{dataset}_curves.png)\n\n"
-    if ratio_panels(tables[0]):
-        caption = "mIoU after the last epoch by the share of labeled images; bars are ± standard deviation."
-        text += f"## Labeled images\n\n{caption}\n\n![{caption}]({scale}_ratios.png)\n"
-    return text
+{without_run(tables[0])}"""
+    for dataset in dict.fromkeys(run.dataset["name"] for run in runs):
+        text += section(dataset, [run for run in runs if run.dataset["name"] == dataset], *tables)
+        for name, caption in figures.items():
+            if name.startswith(f"{scale}_{dataset}_"):
+                text += f"{caption}\n\n![{caption}]({name})\n\n"
+    return text.rstrip() + "\n"
 
 
-# Pictures: a panel is a heading and its lines, a line is (method's title, line style, points), a point (x, y, error)
+# Figures
 
 
-def curve_panels(runs: list[Run]) -> dict[str, list[tuple]]:
-    """mIoU by step, a line a run, dashed where it is unfinished; a panel a ratio, with Full in each of them."""
-    full = [run for run in runs if run.key.title == "Full"]
-    panels: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run.key._replace(method="cyclegan").place, run.name)):
-        if run not in full:
-            heading = f"{100 * run.key.ratio:g} % labeled" + f", without {run.key.without}" * bool(run.key.without)
-            panels.setdefault(heading, [*full]).append(run)
-
-    def line(run: Run) -> tuple:
-        points = [(line["step"], line["miou"] or 0.0, 0) for line in run.lines]
-        return run.key.title, "-" if run.finished else "--", points
-
-    return {heading: [line(run) for run in those] for heading, those in (panels or {"100 % labeled": full}).items()}
+def draw_lines(axes, runs: list[Run], colors: dict[str, str]) -> None:
+    """mIoU by step, one line per run, dashed if it is unfinished."""
+    for run in runs:
+        steps = [line["step"] for line in run.evaluations]
+        scores = [line["miou"] or 0.0 for line in run.evaluations]
+        style = "-" if run.finished else "--"
+        axes.plot(steps, scores, style, color=colors.get(run.name, "tab:red"), linewidth=1)
 
 
-def ratio_panels(cells: list[dict]) -> dict[str, list[tuple]]:
-    """mIoU after the last epoch by ratio, a panel a dataset, a line a method."""
-    panels: dict[str, dict[str, list]] = {}
-    for row in cells:
-        if row["n"] and not row["without"]:
-            lines = panels.setdefault(TITLES.get(row["dataset"], row["dataset"]), {})
-            beside = 0.6 * [*COLOURS].index(row["title"]) - 0.9  # so that the bars of methods do not hide each other
-            lines.setdefault(row["title"], []).append((100 * row["ratio"] + beside, row["last"], row["last_sd"] or 0))
-    return {heading: [(title, "-", points) for title, points in lines.items()] for heading, lines in panels.items()}
-
-
-def draw(panels: dict[str, list[tuple]], x_label: str, path: Path) -> None:
-    """The panels in rows of four, as a PNG."""
-    from matplotlib.figure import Figure  # here, as list and run do without matplotlib
+def save(figure, grid, colors: dict[str, str], path: Path) -> None:
+    """Write a figure with a legend above its panels."""
     from matplotlib.lines import Line2D
 
-    columns, rows = min(4, len(panels)), math.ceil(len(panels) / 4)
-    figure = Figure((3.2 * columns + 0.8, 2.7 * rows + 0.7), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=x_label == "steps").ravel()
-    for ax, (heading, lines) in zip(axes, panels.items(), strict=False):
-        for title, style, points in lines:
-            x, y, error = zip(*points, strict=True) if points else ((), (), ())
-            look = {"color": COLOURS[title], "linestyle": style, "linewidth": 1, "capsize": 3}
-            ax.errorbar(x, y, error if any(error) else None, **look, marker="." if len(points) < 20 else None)
-        ax.set_title(heading, fontsize="medium")
-        ax.set_ylim(bottom=0)
-        ax.set_xlim(left=0)
-        if x_label != "steps":
-            ax.set(xlim=(0, 105), ylim=(0, 1.05 * ax.get_ylim()[1]))
-        ax.grid(alpha=0.3)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
-    figure.supxlabel(x_label, fontsize="medium")
+    for axes in grid.ravel():
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    figure.supxlabel("steps", fontsize="medium")
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def draw_curves(runs: list[Run], path: Path) -> str:
+    """A panel per ratio and experiment of a dataset, with Partial and Full; the caption."""
+    from matplotlib.figure import Figure  # here, as list and run work without matplotlib
+
+    colors = {"full": "0.6", "partial": "tab:blue"}
+    cells = dict.fromkeys(run.cell[1:] for run in runs)
+    cells = [cell for cell in cells if cell[1] not in colors] or [*cells]
+    n_rows = math.ceil(len(cells) / 4)
+    figure = Figure((13, 2.6 * n_rows + 0.8), layout="constrained")
+    grid = figure.subplots(n_rows, 4, squeeze=False, sharey=True)
+    for axes in grid.ravel()[len(cells) :]:
+        axes.set_axis_off()
+    for axes, (ratio, name) in zip(grid.ravel(), cells, strict=False):
+        same = [run for run in runs if run.cell[1] == ratio and run.name in ("partial", name)]
+        draw_lines(axes, [*(run for run in runs if run.name == "full"), *same], colors)
+        axes.set_title(f"{name}, {percent(ratio)}", fontsize="medium")
     figure.supylabel("mIoU", fontsize="medium")
-    names = [name for name in COLOURS if any(name == line[0] for lines in panels.values() for line in lines)]
-    handles = [Line2D([], [], color=COLOURS[name], marker=".", label=name) for name in names]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(names), frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    save(figure, grid, colors | {"the experiment": "tab:red"}, path)
+    return "mIoU by step, one line per run; the experiment of a panel with partial and full."
+
+
+def learning_rate(run: Run) -> tuple[list[float], list[float]]:
+    """Steps at which an epoch begins or the run ends, and the learning rate from there."""
+    settings, line = run.settings, run.evaluations[-1]
+    epochs, decay_epoch = settings["epochs"], settings["decay_epoch"]
+    steps = [epoch * line["step"] / line["epoch"] for epoch in range(epochs + 1)]
+    factors = [(epochs - epoch) / max(1, epochs - decay_epoch) for epoch in range(epochs + 1)]
+    return steps, [settings["lr"] * min(1.0, factor) for factor in factors]
+
+
+def draw_schedule(runs: list[Run], path: Path) -> str:
+    """Partial and Ours, a column per ratio that has both; the caption, "" if there is no ratio."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in EXPERIMENTS if name.startswith("ours") and "_without_" not in name]
+    runs = [run for run in runs if run.name in ("partial", *names) and run.evaluations]
+    cells = {run.cell[1:] for run in runs}
+    ratios = sorted(
+        ratio for ratio, name in cells if {(ratio, "partial"), (ratio, "ours")} <= cells
+    )
+    ratios = sorted({*ratios})
+    if not ratios:
+        return ""
+    runs = [run for run in runs if run.cell[1] in ratios]
+    colors = {"partial": "tab:blue", "ours": "tab:red"}
+    colors |= {name: f"C{k}" for k, name in enumerate(names, 1) if name != "ours"}
+    figure = Figure((4.5 * len(ratios) + 1, 5.5), layout="constrained")
+    shape = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": [3, 1]}
+    grid = figure.subplots(2, len(ratios), **shape)
+    for (upper, lower), ratio in zip(grid.T, ratios, strict=True):
+        column = [run for run in runs if run.cell[1] == ratio]
+        draw_lines(upper, column, colors)
+        lower.step(*learning_rate(column[0]), where="post", color="0.3")
+        upper.set_title(f"{percent(ratio)} labeled", fontsize="medium")
+    grid[0, 0].set_ylabel("mIoU")
+    grid[1, 0].set_ylabel("learning rate")
+    drawn = {run.name for run in runs}
+    save(figure, grid, {name: colors[name] for name in colors if name in drawn}, path)
+    return "mIoU of Partial and Ours by step, one line per run, and the learning rate."
 
 
 # Files
 
 
-def write(folder: Path, out: Path) -> None:
-    """The report on a folder's runs, named as the folder: NAME.md, its tables as CSV, its pictures."""
-    scale, (runs, others) = folder.resolve().name, read_runs(folder)
-    cells, differences, classes = cell_rows(runs), difference_rows(runs), class_rows(runs)
-    for name, rows in {"": cells, "_differences": differences, "_classes": classes}.items():
-        utils.write_atomically(out / f"{scale}{name}.csv", csv_text(rows))
-    for dataset in dict.fromkeys(run.key.dataset for run in runs):
-        mine = [run for run in runs if run.key.dataset == dataset]
-        draw(curve_panels(mine), "steps", out / f"{scale}_{dataset}_curves.png")
-    if panels := ratio_panels(cells):
-        draw(panels, "labeled images, %", out / f"{scale}_ratios.png")
-    utils.write_atomically(out / f"{scale}.md", page(scale, runs, cells, differences, classes))
-    print(f"{len(runs)} runs in {folder}, {sum(run.finished for run in runs)} finished: {out / scale}.md")
+def write(source: Path, scale: str, out: Path) -> None:
+    """The report on a folder of runs or a kept log: SCALE.md, its tables as CSV, its figures."""
+    runs, others = read_runs(source)
+    tables = [score_rows(runs), difference_rows(runs, scale), class_rows(runs)]
+    for end, rows in zip(("", "_differences", "_classes"), tables, strict=True):
+        if rows:
+            utils.write_atomically(out / f"{scale}{end}.csv", csv_text(rows))
+    figures = {}
+    for dataset in dict.fromkeys(run.dataset["name"] for run in runs):
+        group = [run for run in runs if run.dataset["name"] == dataset]
+        for kind, draw in {"curves": draw_curves, "schedule": draw_schedule}.items():
+            name = f"{scale}_{dataset}_{kind}.png"
+            if caption := draw(group, out / name):
+                figures[name] = caption
+    utils.write_atomically(out / f"{scale}.md", page(scale, runs, tables, figures))
+    n_finished = sum(run.finished for run in runs)
+    print(f"{len(runs)} runs in {source}, {n_finished} finished: {out / scale}.md")
     if others:
-        print(f"left out, as they are not named as cells: {utils.first_ten(others)}")
+        print(f"left out, not named as runs of experiments: {utils.first_ten(others)}")
 
 
-def keep(runs: list[Run], folder: Path, out: Path) -> None:
-    """Copy what tells of a folder's finished runs to out/NAME/RUN, without this machine's paths."""
-    scale = folder.resolve().name
-    for run in runs:
-        source, kept = folder / run.name, out / scale / run.name
-        kept.mkdir(parents=True, exist_ok=True)
-        manifest = json.loads((source / "manifest.json").read_text())
-        manifest.pop("platform", None)
-        manifest["command"] = without_paths(manifest["command"], run.config, scale)
-        config = without_paths((source / "config.toml").read_text(), run.config, scale)
-        files = {"config.toml": config, "manifest.json": json.dumps(manifest, indent=1)}
-        files |= {name: (source / name).read_bytes() for name in ("metrics.jsonl", "split.json")}
-        for name, content in files.items():
-            utils.write_atomically(kept / name, content)
-    print(f"{len(runs)} finished runs of {folder}: kept in {out / scale}")
-
-
-def without_paths(text: str, config: dict, scale: str) -> str:
-    """A command or a config.toml with the usual folders for a machine's; other absolute paths keep their last part."""
-    usual = {"data_root": f"data/{config['dataset']['name']}", "cache": "data/cache", "results": "results"}
-    for key, value in {**usual, "checkpoints": f"checkpoints/{scale}"}.items():
-        was = re.escape(config[key])
-        text = re.sub(rf"(--{key.replace('_', '-')}[ =])(?:{was}|\S+)", rf"\g<1>{value}", text)
-        text = re.sub(rf"(?m)^({key} = ).*", rf'\g<1>"{value}"', text)
-    text = re.sub(r"--dataset .*config\.toml --name NAME", "--dataset config.toml --name NAME", text)
-    return re.sub(r"(?<![^\s\"'=])/\S*/", "", text)
+def keep(source: Path, scale: str, out: Path) -> None:
+    """Add the finished runs of `source` to out/SCALE.jsonl, and replace those that it has."""
+    path, (runs, _) = out / f"{scale}.jsonl", read_runs(source)
+    finished = {run.place: run for run in runs if run.finished}
+    kept = {run.place: run for run in read_lines(path)} if path.is_file() else {}
+    kept |= finished
+    runs = [kept[place] for place in sorted(kept)]
+    check_settings(runs, path)
+    utils.write_atomically(path, "".join(f"{json.dumps(asdict(run))}\n" for run in runs))
+    print(f"{len(finished)} finished runs of {source} are in {path}, which has {len(runs)}")

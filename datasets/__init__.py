@@ -1,0 +1,1 @@
+"""Datasets: descriptions (spec), files on disk (layouts, files), and the drawn one (phantom)."""

@@ -1,0 +1,220 @@
+"""Pictures and NIfTI volumes: reading them, checking them, writing masks."""
+
+import gzip
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from datasets.phantom import draw_phantom
+from datasets.spec import DatasetSpec, Sample, Slice
+from utils import IGNORE, InputError, first_ten
+
+IGNORE_COLOR = (224, 224, 192)  # as in VOC's own masks
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong inside into an InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise anything on hostile bytes
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        reason = str(reason) or type(error).__name__
+        raise InputError(f"{path}: {reason}".splitlines()[0]) from error
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a file's name says it is a NIfTI volume."""
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose checksums hold, if its format has them; InputError names it."""
+    with naming(path):
+        with Image.open(path) as image:
+            image.verify()  # all of a PNG's, while decoding stops at the last pixel
+        with Image.open(path) as image:
+            yield image
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether a picture's gray values need more than 8 bits."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def as_array(image: Image.Image, channels: int) -> np.ndarray:
+    """A picture of any mode as (H, W) or (H, W, 3) uint8, a deep one as (H, W) float32."""
+    if not is_deep(image):
+        return np.array(image.convert("L" if channels == 1 else "RGB"))
+    values = np.array(image, np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("holds values that are not finite")
+    return values
+
+
+def read_image(path: Path, channels: int, deep: bool = False) -> np.ndarray:
+    """An 8-bit picture as (H, W) or (H, W, 3) uint8; with `deep` also more bits, as float32."""
+    with opened(path) as image:
+        if deep and is_deep(image):
+            return as_array(image, channels)
+        # Pillow would reduce 16-bit RGB to 8 bits
+        raw = " of 16 bits" if ";16" in str([tile[-1] for tile in image.tile]) else ""
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or raw:
+            found = f"mode {image.mode}{raw}"
+            raise InputError(f"{path}: {found}: expected an 8-bit gray or RGB image")
+        return as_array(image, channels)
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """An indexed or gray 8-bit PNG as (H, W) uint8."""
+    with opened(path) as image:
+        if image.mode not in ("L", "P"):
+            expected = "a mask must be an indexed or gray 8-bit PNG of class indices"
+            raise InputError(f"{path}: mode {image.mode}: {expected}")
+        return np.array(image)
+
+
+@lru_cache(maxsize=4)
+def read_volume(path: Path) -> np.ndarray:
+    """A NIfTI volume (X, Y, Z) as stored; neighboring samples are slices of the same one."""
+    if path.suffix == ".gz":
+        with gzip.open(path) as stream:
+            while stream.read(2**20):  # to the end: nibabel does not reach the checksum
+                pass
+    volume = np.asanyarray(nibabel.load(path).dataobj)
+    if volume.ndim != 3 or volume.dtype.kind not in "uif":
+        found = f"shape {volume.shape} of {volume.dtype}"
+        raise InputError(f"{path}: {found}: expected a volume (X, Y, Z) of numbers")
+    return volume
+
+
+def read_slice(source: Slice) -> np.ndarray:
+    """One slice of a volume as rows and columns, (Y, X) in the file's own type."""
+    path, z = source
+    with naming(path):
+        volume = read_volume(path)
+        if z >= volume.shape[2]:
+            raise InputError(f"{path}: has {volume.shape[2]} slices; slice {z} is missing")
+        pixels = volume[:, :, z].T
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(pixels.astype(np.float32))
+        if not finite.all():
+            raise InputError(f"{path}: slice {z} holds values that are not finite as float32")
+        return pixels
+
+
+def as_pixels(image: np.ndarray, channels: int) -> Tensor:
+    """(H, W) or (H, W, 3) to (C, H, W); a gray image becomes `channels` equal ones."""
+    pixels = torch.from_numpy(image if image.ndim == 3 else image[..., None]).permute(2, 0, 1)
+    return pixels.expand(channels, -1, -1)
+
+
+def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Read and check a sample; InputError names the file.
+
+    Returns the image, (H, W) or (H, W, 3) uint8 or float32, and its mask, (H, W) uint8 of class
+    indices and IGNORE, all IGNORE if there is none.
+    """
+    if isinstance(sample.image, int):
+        image, values = draw_phantom(sample.image)
+    elif isinstance(sample.image, Slice):
+        image = read_slice(sample.image).astype(np.float32)
+        values = None if sample.mask is None else read_slice(sample.mask)
+        if values is not None:
+            depths = [read_volume(s.path).shape[2] for s in (sample.image, sample.mask)]
+            if depths[0] != depths[1]:
+                raise InputError(f"{sample.mask.path}: has another number of slices than its image")
+    else:
+        image = read_image(sample.image, spec.channels, deep=spec.layout == "folder")
+        values = None if sample.mask is None else read_mask(sample.mask)
+
+    if values is None:
+        return image, np.full(image.shape[:2], IGNORE, np.uint8)
+    mask_file = sample.mask.path if isinstance(sample.mask, Slice) else sample.mask
+    if values.shape != image.shape[:2]:
+        (height, width), (rows, columns) = image.shape[:2], values.shape
+        sizes = f"{columns}x{rows} pixels, but its image has {width}x{height}"
+        raise InputError(f"{mask_file}: {sizes}")
+    classes = spec.lookup()
+    whole = (values == values.round()) & (values >= 0) & (values <= 255)
+    legal = whole & (classes[np.where(whole, values, 0).astype(np.uint8)] >= 0)
+    if not legal.all():
+        known = ", ".join(map(str, np.flatnonzero(classes >= 0)))
+        found = f"label {values[~legal][0]} is out of range"
+        raise InputError(f"{mask_file}: {found}; expected one of {known}")
+    return image, classes[values.astype(np.uint8)].astype(np.uint8)
+
+
+def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
+    """The pictures and NIfTI volumes among files and in folders, and what is neither.
+
+    The first is by file the result's path without extension. InputError if a path does not exist or
+    if two files would write one result.
+    """
+    found, other = {}, []
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"--predict {path}: no such file or folder")
+        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in inside:
+            volume = is_volume(file)
+            stem = file.name.removesuffix(".gz").removesuffix(".nii") if volume else file.stem
+            if volume or file.suffix.lower() in Image.registered_extensions():
+                place = file.relative_to(path) if path.is_dir() else Path(file.name)
+                found.setdefault(file, place.with_name(stem))
+            else:
+                other.append(f"{file}: neither a picture nor a NIfTI volume")
+    places = Counter(found.values())
+    if clashes := [str(place) for place, count in places.items() if count > 1]:
+        result = f"several files would be written as {first_ten(clashes)}"
+        raise InputError(f"--predict: {result}; predict them one by one")
+    return found, other
+
+
+def read_planes(path: Path, channels: int) -> list[Tensor]:
+    """A picture of any mode, or every slice of a NIfTI volume, as (C, H, W) uint8 or float32."""
+    if is_volume(path):
+        with naming(path):
+            depth = read_volume(path).shape[2]
+        planes = [read_slice(Slice(path, z)).astype(np.float32) for z in range(depth)]
+        return [as_pixels(plane, channels) for plane in planes]
+    with opened(path) as image:
+        return [as_pixels(as_array(image, channels), channels)]
+
+
+def flat_palette(palette: tuple[tuple[int, int, int], ...]) -> list[int]:
+    """256 RGB triples in a row: the classes' colors, black, and IGNORE's color last."""
+    colors = [*palette, *[(0, 0, 0)] * (255 - len(palette)), IGNORE_COLOR]
+    return [value for color in colors for value in color]
+
+
+def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> None:
+    """Write an (H, W) mask as an indexed PNG whose pixel values are the mask's."""
+    image = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
+    image.putpalette(flat_palette(palette))
+    image.save(path)
+
+
+def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec) -> None:
+    """Write masks (Z, H, W) of a source: NIfTI with a volume's header and affine, else a PNG."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if not is_volume(source):
+        save_mask(place.with_name(f"{place.name}.png"), masks[0], spec.palette)
+        return
+    volume = nibabel.load(source)
+    header = volume.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    labels = volume.__class__(masks.permute(2, 1, 0).numpy(), volume.affine, header)  # (X, Y, Z)
+    nibabel.save(labels, place.with_name(f"{place.name}.nii.gz"))

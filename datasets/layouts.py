@@ -1,0 +1,196 @@
+"""Layouts (Section 4.1): from a dataset's root folder to its samples.
+
+A layout is a function (spec, root) -> list[Sample]. Files are opened later, when they are decoded.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import nibabel
+from PIL import Image
+
+from datasets.files import is_volume, naming
+from datasets.spec import PARTS, DatasetSpec, Sample, Slice
+from utils import InputError, first_ten
+
+SPLITS = ("paper", "standard", "image")  # --split; anything else is a file with lists of ids
+
+
+def index_voc(spec: DatasetSpec, root: Path) -> list[Sample]:
+    """VOC2012, or a folder above it: train_aug.txt (part train), val.txt (part val)."""
+    homes = root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"
+    home = next((h for h in homes if (h / "ImageSets" / "Segmentation").is_dir()), None)
+    if home is None:
+        expected = "VOC2012 (a folder with ImageSets/Segmentation)"
+        raise InputError(f"{root}: holds no {expected}; point --data-root at it")
+    images, masks = home / "JPEGImages", home / "SegmentationClassAug"
+    samples = []
+    for part, file in ("train", "train_aug.txt"), ("val", "val.txt"):
+        path = home / "ImageSets" / "Segmentation" / file
+        if path.is_file():
+            ids = read_ids(path)
+            samples += [Sample(i, i, images / f"{i}.jpg", masks / f"{i}.png", part) for i in ids]
+        elif part in spec.pool:
+            raise InputError(f"{path}: no such file; it lists the ids to train on, one per line")
+    return samples
+
+
+def read_ids(path: Path) -> list[str]:
+    """A list file's ids: file names without folder and extension, one per line."""
+    with naming(path):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    ids = [line.strip() for line in lines if line.strip()]
+    if not ids:
+        raise InputError(f"{path}: lists no image")
+    wrong = [i for i in ids if Path(i).name != i or i == ".." or not i.isprintable()]
+    if wrong:
+        expected = "ids, file names without folder and extension"
+        raise InputError(f"{path}: expected {expected}: {first_ten(map(repr, wrong))}")
+    return ids
+
+
+def index_cityscapes(spec: DatasetSpec, root: Path) -> list[Sample]:
+    """leftImg8bit/PART/CITY/ID_leftImg8bit.png with gtFine/PART/CITY/ID_gtFine_labelIds.png."""
+    samples = []
+    for part in "train", "val":
+        for image in sorted((root / "leftImg8bit" / part).glob("*/*")):
+            name, ending = image.name[: -len("_leftImg8bit.png")], "_leftimg8bit.png"
+            if not image.name.lower().endswith(ending):
+                continue
+            city = root / "gtFine" / part / image.parent.name
+            mask = city / f"{name}_gtFine_labelIds.png"
+            samples.append(Sample(name, name, image, mask, part))
+    return samples
+
+
+def index_acdc(spec: DatasetSpec, root: Path) -> list[Sample]:
+    """training/ and testing/ with patientNNN/patientNNN_frameMM.nii.gz and _gt.
+
+    Every slice of the ED and ES frames is a sample, its exam the group.
+    """
+    samples, problems = [], []
+    for part, folder in ("train", "training"), ("test", "testing"):
+        exams = (p for p in (root / folder).glob("*") if p.name.lower().startswith("patient"))
+        for exam in sorted(exams):
+            try:
+                lines = (exam / "Info.cfg").read_text().splitlines()
+                info = dict(line.split(":", 1) for line in lines if ":" in line)
+                frames = [int(info["ED"]), int(info["ES"])]
+            except (OSError, KeyError, ValueError) as error:
+                expected = "expected lines 'ED: frame' and 'ES: frame'"
+                problems.append(f"{exam / 'Info.cfg'}: {expected} ({error!r})")
+                continue
+            for frame in frames:
+                name = f"{exam.name}_frame{frame:02d}"
+                image, mask = exam / f"{name}.nii.gz", exam / f"{name}_gt.nii.gz"
+                samples += slices(name, exam.name, image, mask, part)
+    if problems:
+        raise InputError(first_ten(problems))
+    return samples
+
+
+def slices(name: str, group: str, image: Path, mask: Path | None, part: str) -> list[Sample]:
+    """One sample per slice of a NIfTI volume and of its mask."""
+    try:
+        depth = max(1, nibabel.load(image).shape[2])
+    except Exception:  # whatever a broken file raises; decoding it reports what is wrong
+        depth = 1
+    samples = []
+    for z in range(depth):
+        mask_slice = None if mask is None else Slice(mask, z)
+        samples.append(Sample(f"{name}_s{z:02d}", group, Slice(image, z), mask_slice, part))
+    return samples
+
+
+def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
+    """images/ and masks/ by stem; optionally unlabeled/, val/images and val/masks.
+
+    Files are pictures or NIfTI volumes, whose slices are samples. Images without a mask are
+    unlabeled.
+    """
+    samples, problems = [], []
+
+    def by_stem(folder: Path) -> dict[str, Path]:
+        files: dict[str, Path] = {}
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            volume = is_volume(file)
+            stem = file.name.removesuffix(".gz").removesuffix(".nii") if volume else file.stem
+            if file.name.startswith("."):
+                continue
+            if file.is_dir() or not (
+                volume or file.suffix.lower() in Image.registered_extensions()
+            ):
+                problems.append(f"{file}: neither a picture nor a NIfTI volume")
+            elif stem in files:
+                problems.append(f"{file}: {files[stem].name} has the same stem")
+            else:
+                files[stem] = file
+        return files
+
+    places = (
+        ("train", "images", "masks"),
+        ("train", "unlabeled", None),
+        ("val", "val/images", "val/masks"),
+    )
+    for part, images, masks in places:
+        found, truths = by_stem(root / images), by_stem(root / masks) if masks else {}
+        orphans = [file for stem, file in truths.items() if stem not in found]
+        problems += [f"{file}: has no image in {root / images}" for file in orphans]
+        for stem, image in found.items():
+            mask = truths.get(stem)
+            if part == "val" and mask is None:
+                problems.append(f"{image}: has no mask in {root / masks}")
+            elif mask and is_volume(image) != is_volume(mask):
+                problems.append(f"{mask}: image and mask must be two volumes or two pictures")
+            elif is_volume(image):
+                samples += slices(stem, stem, image, mask, part)
+            else:
+                samples.append(Sample(stem, stem, image, mask, part))
+    if problems:
+        raise InputError(first_ten(problems))
+    return samples
+
+
+def index_phantom(spec: DatasetSpec, root: Path) -> list[Sample]:
+    """As many phantoms as `counts` says, drawn by number."""
+    names = [f"phantom_{number:04d}" for number in range(sum(spec.counts or (160, 40)))]
+    return [Sample(name, name, number, number, "train") for number, name in enumerate(names)]
+
+
+INDEX = {
+    "voc": index_voc,
+    "cityscapes": index_cityscapes,
+    "acdc": index_acdc,
+    "folder": index_folder,
+    "phantom": index_phantom,
+}
+
+
+def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
+    """The parts of the layout that a kind of split takes; a split file may name all of them."""
+    if kind not in SPLITS:
+        return PARTS
+    if spec.layout == "folder":
+        return "train", "val"
+    if kind != "standard":
+        return spec.pool
+    if spec.standard is None:
+        lacking = f"{spec.name} has no such split; its [dataset] table lacks 'standard'"
+        raise InputError(f"--split standard: {lacking}")
+    return spec.standard
+
+
+def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
+    """The samples under root that a kind of split takes, sorted by id; InputError if none."""
+    if spec.layout != "phantom" and not root.is_dir():
+        expected = f"it must hold {spec.name} as README.md lays it out"
+        raise InputError(f"--data-root {root}: no such folder; {expected}")
+    parts = parts_of(spec, kind)
+    samples = [s for s in INDEX[spec.layout](spec, root) if s.part in parts]
+    if not samples:
+        found = f"no image in the layout {spec.layout!r}"
+        raise InputError(f"--data-root {root}: holds {found}; README.md shows the layout")
+    counts = Counter(sample.id for sample in samples)
+    if duplicates := sorted(name for name, count in counts.items() if count > 1):
+        raise InputError(f"--data-root {root}: ids that occur twice: {first_ten(duplicates)}")
+    return sorted(samples, key=lambda sample: sample.id)

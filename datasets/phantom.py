@@ -1,0 +1,78 @@
+"""The built-in drawn dataset: short-axis views of a heart in ACDC's four classes."""
+
+import numpy as np
+
+
+def draw_phantom(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Phantom `number`: a 96x96 gray uint8 image and its uint8 mask.
+
+    The left ventricle in its ring of myocardium and the right ventricle's crescent, in a chest with
+    lung, liver, vessels as bright as ventricles, a coil's uneven gain and noise. One in ten shows
+    no heart, one in ten only the apex: a small left ventricle without the right one.
+    """
+    rng = np.random.default_rng([2019, number])
+    u = rng.uniform
+    rows, columns = np.mgrid[-1:1:96j, -1:1:96j]
+
+    def ellipse(x, y, a, b, turn=0.0, wobble=0.0) -> np.ndarray:
+        """About the signed distance to an ellipse's edge, negative inside."""
+        across = (columns - x) * np.cos(turn) + (rows - y) * np.sin(turn)
+        along = (rows - y) * np.cos(turn) - (columns - x) * np.sin(turn)
+        angle = np.arctan2(along, across)
+        edge = 1 + wobble * (np.cos(2 * angle + u(0, 6)) + np.cos(3 * angle + u(0, 6)))
+        return (np.hypot(across / a, along / b) - edge) * min(a, b)
+
+    picture, mask = np.full((96, 96), u(0, 0.05)), np.zeros((96, 96), np.uint8)
+
+    def paint(shape: np.ndarray, value: float, label: int | None = None) -> None:
+        cover = 1 / (1 + np.exp(np.clip(shape / 0.012, -40, 40)))  # partial volume at the edge
+        picture[:] = picture * (1 - cover) + value * cover
+        if label is not None:
+            mask[shape < 0] = label
+
+    paint(ellipse(0, 0, u(0.85, 1.0), u(0.75, 0.95)), u(0.3, 0.5))  # chest
+    paint(
+        ellipse(u(0.5, 0.7), u(-0.3, 0.1), u(0.2, 0.35), u(0.4, 0.6), u(-0.3, 0.3), 0.05),
+        u(0.02, 0.12),
+    )  # lung
+    paint(
+        ellipse(u(-0.7, -0.4), u(0.4, 0.7), u(0.3, 0.5), u(0.2, 0.35), u(-0.5, 0.5), 0.05),
+        u(0.3, 0.55),
+    )  # liver
+    for _ in range(rng.integers(2, 6)):  # vessels
+        paint(
+            ellipse(u(-0.8, 0.8), u(-0.8, 0.8), u(0.03, 0.13), u(0.03, 0.13), u(0, 3)), u(0.5, 0.9)
+        )
+
+    kind = u()
+    x, y, turn, outer = (
+        u(-0.2, 0.25),
+        u(-0.2, 0.2),
+        u(-0.6, 0.6),
+        u(0.24, 0.34) * (0.5 if kind < 0.1 else 1),
+    )
+    inner, squeeze, blood, muscle = outer * u(0.5, 0.78), u(0.88, 1.12), u(0.6, 0.85), u(0.22, 0.38)
+    if kind < 0.9:
+        if kind >= 0.1:
+            reach = outer * u(0.85, 1.1)
+            across, along = outer * u(0.7, 1), outer * u(0.9, 1.3)
+            right = ellipse(
+                x - reach * np.cos(turn), y - reach * np.sin(turn), across, along, turn, 0.04
+            )
+            paint(right - 0.03, muscle)
+            paint(right, blood * u(0.9, 1.1), label=1)
+        paint(ellipse(x, y, outer * squeeze, outer / squeeze, turn, 0.02), muscle, label=2)
+        paint(ellipse(x, y, inner * squeeze, inner / squeeze, turn, 0.03), blood, label=3)
+        for angle in u(
+            0, 6.28, rng.integers(0, 3)
+        ):  # papillary muscles: dark, but counted with the cavity
+            paint(
+                ellipse(
+                    x + 0.6 * inner * np.cos(angle), y + 0.6 * inner * np.sin(angle), 0.03, 0.03
+                ),
+                muscle,
+            )
+
+    picture *= 1 + u(-0.3, 0.3) * columns + u(-0.3, 0.3) * rows
+    picture += rng.normal(0, u(0.02, 0.06), picture.shape)
+    return (255 * picture.clip(0, 1)).astype(np.uint8), mask

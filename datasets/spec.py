@@ -1,0 +1,181 @@
+"""What a dataset is: its description, a TOML's [dataset] table (DatasetSpec), and one Sample."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from utils import IGNORE, InputError
+
+CONFIG = Path(__file__).parents[1] / "config"
+LAYOUTS = (
+    "voc",
+    "cityscapes",
+    "acdc",
+    "folder",
+    "phantom",
+)  # datasets/layouts.py finds their files
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A dataset; the field names are the keys of the [dataset] table."""
+
+    name: str
+    layout: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]  # RGB of each class
+    scored: tuple[int, ...]  # the classes that the mean IoU takes
+    channels: int = 3
+    ignore: int = IGNORE  # value in the mask files of a pixel that does not count
+    void: int | None = None  # a class that is trained but skipped in evaluation
+    label_ids: tuple[int, ...] | None = None  # values of classes 0, 1, ... in the mask files
+    void_ids: tuple[int, ...] = ()  # values in the mask files that become the void class
+    pool: tuple[str, ...] = ("train",)  # parts of the layout that the paper's split divides
+    counts: tuple[int, int] | None = None  # groups to train on, to validate; otherwise 85%, 15%
+    standard: tuple[str, str] | None = None  # parts that other papers train and validate on
+    standard_counts: tuple[int, int] | None = None  # their groups
+
+    def lookup(self) -> np.ndarray:
+        """(256,) int16: the class of each value of a mask file, IGNORE, or -1 if not legal."""
+        table = np.full(256, -1, np.int16)
+        table[self.ignore] = IGNORE
+        ids = range(len(self.classes)) if self.label_ids is None else self.label_ids
+        table[list(ids)] = np.arange(len(ids))
+        table[list(self.void_ids)] = -1 if self.void is None else self.void
+        return table
+
+
+class Slice(NamedTuple):
+    """One short-axis slice of a NIfTI volume."""
+
+    path: Path
+    z: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image and its mask, not yet read. `image` may also be the number of a phantom."""
+
+    id: str
+    group: str  # what no split may divide: the exam in ACDC, otherwise the image itself
+    image: Path | Slice | int
+    mask: Path | Slice | None
+    part: str | None = None  # train, val or test if the layout says so
+
+
+def read_toml(path: Path) -> dict:
+    """A TOML file's tables; InputError with the line if it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from error
+
+
+def dataset_toml(name_or_toml: str) -> Path:
+    """The TOML file of --dataset: a name in config/, or a path that ends in .toml."""
+    is_path = name_or_toml.endswith(".toml")
+    path = Path(name_or_toml) if is_path else CONFIG / f"{name_or_toml}.toml"
+    if not path.is_file():
+        known = sorted(p.stem for p in CONFIG.glob("*.toml") if "dataset" in read_toml(p))
+        expected = f"give one of {', '.join(known)} or a .toml file"
+        raise InputError(f"--dataset {name_or_toml}: no such dataset; {expected}")
+    return path
+
+
+def load_spec(name_or_toml: str) -> DatasetSpec:
+    """The dataset of config/NAME.toml or of a TOML file, named after the file by default."""
+    path = dataset_toml(str(name_or_toml))
+    table = read_toml(path).get("dataset")
+    if not isinstance(table, dict):
+        raise InputError(f"{path}: has no [dataset] table")
+    return make_spec({"name": path.stem, **table}, str(path))
+
+
+def make_spec(table: dict, source: str) -> DatasetSpec:
+    """A DatasetSpec from a [dataset] table; InputError names `source` and the key that is wrong."""
+    known = [field.name for field in fields(DatasetSpec)]
+    if unknown := [key for key in table if key not in known]:
+        expected = ", ".join(known)
+        raise InputError(f"{source}: [dataset] unknown key {unknown[0]!r}; expected {expected}")
+    if missing := [key for key in ("layout", "classes") if key not in table]:
+        raise InputError(f"{source}: [dataset] lacks {missing[0]!r}")
+    k = len(table["classes"]) if isinstance(table["classes"], (list, tuple)) else 0
+    table = {"palette": voc_palette(k), "scored": list(range(k)), **table}
+    spec = DatasetSpec(**{key: _frozen(value) for key, value in table.items()})
+    ids = tuple(range(k - bool(spec.void_ids))) if spec.label_ids is None else spec.label_ids
+    for key, (holds, expected) in _checks(spec, k, ids).items():
+        if not holds:
+            found = f"[dataset] {key} is {table.get(key)!r}"
+            raise InputError(f"{source}: {found}; expected {expected}")
+    special = {*ids, *spec.void_ids}
+    if {*ids} & {*spec.void_ids} or spec.ignore in special or spec.void in spec.scored:
+        keys = "label_ids, void_ids, ignore, void, scored"
+        raise InputError(f"{source}: [dataset] a value means two things: see {keys}")
+    return spec
+
+
+def _frozen(value):
+    """Lists as tuples, all the way down."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _ints(values, low: int, below: int) -> bool:
+    return isinstance(values, tuple) and all(type(v) is int and low <= v < below for v in values)
+
+
+def _checks(spec: DatasetSpec, k: int, ids) -> dict[str, tuple[bool, str]]:
+    """By key: whether its value is legal, and what is expected."""
+    strings = isinstance(spec.classes, tuple) and all(type(name) is str for name in spec.classes)
+    colors = spec.palette if isinstance(spec.palette, tuple) else ()
+    triples = all(_ints(color, 0, 256) and len(color) == 3 for color in colors)
+    per_class = _ints(ids, 0, 256) and len({*ids}) == len(ids) == k - bool(spec.void_ids)
+    pool = isinstance(spec.pool, tuple) and spec.pool and all(p in PARTS for p in spec.pool)
+    standard = isinstance(spec.standard, tuple) and len({*spec.standard} & {*PARTS}) == 2
+    scored = _ints(spec.scored, 0, k) and 0 < len(spec.scored) == len({*spec.scored})
+    void_last = not spec.void_ids or spec.void == k - 1
+    name = type(spec.name) is str and Path(spec.name).name == spec.name
+    checks = {
+        "name": (name, "a name without slashes"),
+        "layout": (spec.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
+        "classes": (strings and 2 <= k < IGNORE and len({*spec.classes}) == k, "2 to 254 names"),
+        "palette": (len(colors) == k and triples, f"{k} RGB triples"),
+        "scored": (scored, f"indices from 0 to {k - 1}"),
+        "channels": (type(spec.channels) is int and spec.channels in (1, 3), "1 or 3"),
+        "ignore": (_ints((spec.ignore,), 0, 256), "a value from 0 to 255"),
+        "void": (spec.void is None or _ints((spec.void,), 0, k), f"an index from 0 to {k - 1}"),
+        "label_ids": (per_class, "one value per class"),
+        "void_ids": (
+            _ints(spec.void_ids, 0, 256) and void_last,
+            "values, with void as the last class",
+        ),
+        "pool": (pool, f"some of {', '.join(PARTS)}"),
+        "standard": (
+            spec.standard is None or (standard and len(spec.standard) == 2),
+            f"two of {', '.join(PARTS)}",
+        ),
+    }
+    for key in "counts", "standard_counts":
+        counts = getattr(spec, key)
+        checks[key] = (
+            counts is None or (_ints(counts, 1, 2**31) and len(counts) == 2),
+            "two counts",
+        )
+    return checks
+
+
+def voc_palette(n: int) -> tuple[tuple[int, int, int], ...]:
+    """VOC's colors of the first n classes.
+
+    Bits 0, 1, 2 of an index become the highest of R, G, B, bits 3, 4, 5 the next, and so on.
+    """
+
+    def level(k: int, channel: int) -> int:
+        return sum((k >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8))
+
+    return tuple((level(k, 0), level(k, 1), level(k, 2)) for k in range(n))

@@ -1,0 +1,1 @@
+"""Training, a run's folder, testing, predicting, and the pictures they draw."""

@@ -1,0 +1,152 @@
+"""What a run writes for people: progress bar, metrics.jsonl, manifest.json, TensorBoard events."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from torch import Tensor
+from tqdm import tqdm
+
+import utils
+
+
+class Logs:
+    """The logs of one run; only the first process writes.
+
+    first_step: what an earlier process logged from this step on is hidden in TensorBoard.
+    n_images, n_done: how many images the whole run takes, and has taken.
+    """
+
+    def __init__(self, folder: Path, first_step: int, n_images: int, n_done: int):
+        first = utils.rank() == 0
+        self.log = folder / "metrics.jsonl"
+        self.events = EventLog(folder, first_step) if first else None
+        self.bar = tqdm(
+            total=n_images,
+            initial=n_done,
+            unit=" images",
+            disable=None if first else True,
+            dynamic_ncols=True,
+        )
+
+    def losses(self, losses: dict[str, Tensor], step: int, lr: float) -> None:
+        """A step's losses, on the progress bar and in TensorBoard. Waits for the device."""
+        means = utils.total(torch.stack(list(losses.values()))) / utils.world_size()
+        if self.events is None:
+            return
+        values = dict(zip(losses, means.tolist(), strict=True))
+        for name, value in values.items():
+            self.events.scalar(f"loss/{name}", value, step)
+        self.events.scalar("lr", lr, step)
+        postfix = {name: f"{value:.3f}" for name, value in values.items()}
+        self.bar.set_postfix(postfix, refresh=False)
+
+    def evaluation(self, title: str, record: dict, grid: Tensor) -> None:
+        """An evaluation: a line in metrics.jsonl and on the screen, curves and a picture."""
+        before = self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
+        utils.write_atomically(self.log, f"{before}{json.dumps(record)}\n")
+        means = "miou", "miou_all", "miou_official", "pixel_accuracy"
+        curves = {f"val/{key}": record[key] for key in means}
+        for kind in "iou", "dice":
+            curves |= {f"{kind}/{name}": value for name, value in record[kind].items()}
+        for tag, value in curves.items():
+            if value is not None:
+                self.events.scalar(tag, value, record["step"])
+        self.events.image("validation", grid, record["step"])
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in record["losses"].items())
+        with tqdm.external_write_mode():
+            print(f"{title}, {terms}", flush=True)
+
+    def forget_after(self, epoch: int) -> None:
+        """Drop the evaluations after an epoch, which a resumed run repeats."""
+        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+        utils.write_atomically(self.log, "".join(f"{line}\n" for line in kept))
+
+    def close(self) -> None:
+        """End the progress bar and the event file."""
+        self.bar.close()
+        if self.events:
+            self.events.close()
+
+
+class EventLog:
+    """A run's TensorBoard events, each on disk once it is logged.
+
+    tensorboardX's SummaryWriter writes in a thread, which dies on a full disk and leaves the run
+    waiting forever; here the error reaches the caller, as TrainingError. What an earlier process
+    logged from `first_step` on is hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self.path = folder / "events.out.tfevents"
+        try:
+            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        except OSError as error:
+            raise utils.unwritten(self.path, 0, error) from error
+        if first_step:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(step=first_step, session_log=start))
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        """A point of a curve."""
+        self._write(Event(step=step, summary=summary.scalar(tag, value)))
+
+    def settings(self, table: dict, metric: str) -> None:
+        """The settings, as text and in the hparams table, which compares runs by `metric`."""
+        values = {key: value for key, value in table.items() if value is not None}
+        rows = ["| setting | value |", "| --- | --- |"]
+        rows += [f"| {key} | {value} |" for key, value in values.items()]
+        self._write(Event(summary=summary.text("settings", "\n".join(rows))))
+        for key, value in values.items():
+            if isinstance(value, list):
+                values[key] = " ".join(map(str, value))
+        experiment, session, _end = summary.hparams(values, {metric: None})
+        for part in experiment, session:
+            self._write(Event(summary=part))
+
+    def image(self, tag: str, picture: Tensor, step: int) -> None:
+        """A picture (3, H, W) in [0, 1]."""
+        self._write(Event(step=step, summary=summary.image(tag, picture.numpy())))
+
+    def close(self) -> None:
+        """End the file."""
+        try:
+            self.writer.close()
+        except OSError as error:
+            raise utils.unwritten(self.path, 0, error) from error
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        try:
+            self.writer.write_event(event)
+            self.writer.flush()
+        except OSError as error:
+            raise utils.unwritten(self.path, event.ByteSize(), error) from error
+
+
+def write_manifest(folder: Path, device: torch.device, **more) -> None:
+    """Add to manifest.json: the command, versions, device, commit, and `more`."""
+    path = folder / "manifest.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    home = str(Path(__file__).parents[1])
+    describe = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(describe, capture_output=True, text=True, check=True)
+        commit = git.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a checkout, or no git
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    now = {"command": " ".join(sys.argv), "device": str(device), "gpu": gpu, "commit": commit}
+    now |= {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    now |= {"python": platform.python_version(), "platform": platform.platform()}
+    utils.write_atomically(path, json.dumps({**before, **now, **more}, indent=1))

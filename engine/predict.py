@@ -1,0 +1,123 @@
+"""Using a trained network: test() scores its validation set, predict() segments any pictures."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import utils
+from data_utils import Data, normalize, resize
+from datasets import files
+from engine.pictures import picture_grid, save_overlay
+from engine.train import evaluate
+from utils import InputError
+
+
+def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits (B, K, H, W) at another size, bilinear, in float32."""
+    return torch.nn.functional.interpolate(logits.float(), size, mode="bilinear")
+
+
+def test(trained, data: Data, batches: Callable) -> int:
+    """--testing: write metrics.json, masks/ and panels/ of a checkpoint's validation images.
+
+    `trained` is main.Trained; `batches` turns a dataset into batches (x, y) on the device.
+    """
+    state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
+    folder = Path(args.results) / trained.path.resolve().parent.name
+    for sub in ("masks", "panels"):
+        utils.make_folder(folder / sub, "--results")
+        for old in (folder / sub).glob("*.png"):  # of an earlier test
+            old.unlink()
+    samples = data.split.val
+    waiting, native = iter(samples), utils.ConfusionMatrix(len(spec.classes))
+    bar = tqdm(total=len(samples), desc=f"testing {folder.name}", unit=" images", disable=None)
+
+    def write(x: Tensor, y: Tensor, logits: Tensor) -> None:
+        prediction = logits.argmax(1)
+        columns = {"y": y, **model.pictures(x, y)}
+        for i, sample in enumerate(itertools.islice(waiting, len(x))):
+            if args.native_size:
+                truth = torch.from_numpy(files.read_sample(sample, spec)[1])[None]
+                native.update(enlarge(logits[i : i + 1], truth.shape[-2:]).argmax(1).cpu(), truth)
+            files.save_mask(folder / "masks" / f"{sample.id}.png", prediction[i], spec.palette)
+            row = {title: column[i : i + 1] for title, column in columns.items()}
+            panel = picture_grid(x[i : i + 1], row, spec.palette)
+            save_image(panel, folder / "panels" / f"{sample.id}.png")
+        bar.update(len(x))
+
+    counts = evaluate(model, batches(data.val), len(spec.classes), write)
+    bar.close()
+    metrics = utils.segmentation_metrics(counts, spec)
+    about = {
+        "n_images": len(samples),
+        "split": state["split"],
+        "epoch": state["epoch"],
+        "checkpoint": str(trained.path),
+        "dataset": spec.name,
+        "method": args.method,
+        "ratio": args.ratio,
+        "seed": args.seed,
+    }
+    if args.native_size:
+        about["native_size"] = utils.segmentation_metrics(native.counts, spec)
+    utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))
+    images = f"{len(samples)} validation images of {spec.name}"
+    print(f"{trained.path} after epoch {state['epoch']}, on {images}, in %:")
+    print(utils.format_metrics(metrics))
+    if args.native_size:
+        print(f"at the masks' own size: {utils.format_means(about['native_size'])}")
+    print(f"metrics.json, masks/ and panels/ (image, truth, predictions) are in {folder}")
+    return 0
+
+
+@torch.inference_mode()
+def predict(trained) -> int:
+    """--predict: write the masks of pictures and NIfTI volumes at their own size.
+
+    Files that are neither are listed and skipped.
+    """
+    args, spec = trained.args, trained.spec
+    found, skipped = files.find_pictures([Path(path) for path in args.predict])
+    folder = Path(args.results) / trained.path.resolve().parent.name / "predict"
+    utils.make_folder(folder / "masks", "--results")
+
+    def planes() -> Iterator[tuple[Path, int, Tensor]]:
+        for path in tqdm(found, desc="predicting", unit=" files", disable=None):
+            try:
+                pixels = files.read_planes(path, spec.channels)
+            except InputError as error:
+                skipped.append(str(error))
+                continue
+            for plane in pixels:
+                yield path, len(pixels), plane
+
+    waiting, n_written = planes(), 0
+    masks: dict[Path, list[Tensor]] = {}
+    while batch := list(itertools.islice(waiting, args.batch_size)):
+        x = [resize(plane, args.size)[None].to(trained.device) for _, _, plane in batch]
+        x = torch.cat([normalize(each, args.normalization) for each in x])
+        logits = trained.model.segment(x)
+        for (path, n_planes, plane), own in zip(batch, logits, strict=True):
+            mask = enlarge(own[None], plane.shape[-2:]).argmax(1)[0].to("cpu", torch.uint8)
+            volume, place = masks.setdefault(path, []), found[path]
+            if args.overlay:
+                number = f"_s{len(volume):02d}" if n_planes > 1 else ""
+                file = folder / "overlays" / f"{place}{number}.png"
+                save_overlay(file, plane, mask, spec.palette)
+            volume.append(mask)
+            if len(volume) == n_planes:
+                volume = torch.stack(masks.pop(path))
+                files.save_prediction(folder / "masks" / place, path, volume, spec)
+                n_written += 1
+    for problem in skipped:
+        print(f"skipped {problem}")
+    if not n_written:
+        raise InputError("--predict: found no picture and no NIfTI volume")
+    print(f"{n_written} masks by {trained.path} are in {folder / 'masks'}")
+    return 0

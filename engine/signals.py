@@ -1,0 +1,36 @@
+"""SIGINT, SIGTERM and SIGUSR1: finish the step, save, exit. Imports nothing slow."""
+
+import os
+import signal
+import time
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+
+
+class Stop:
+    """The signal that asks for an end. Without steps to lose, it exits at once."""
+
+    signum = 0
+    heard_at = 0.0
+    training = False  # True while a run has steps to lose
+
+    def __call__(self, signum: int, _frame) -> None:
+        if signum == self.signum and time.monotonic() < self.heard_at + 1:  # torchrun passes it on
+            return
+        if self.signum:  # the second one does not wait; what is on disk is whole
+            os._exit(128 + signum)
+        self.signum, self.heard_at = signum, time.monotonic()
+        if not self.training:
+            if int(os.environ.get("RANK", 0)) == 0:
+                name = signal.Signals(signum).name
+                os.write(1, f"{name}: stopped; there was nothing to save\n".encode())
+            raise SystemExit(128 + signum)
+
+
+stop = Stop()
+
+
+def install() -> None:
+    """Handle the signals from here on."""
+    for signum in SIGNALS:
+        signal.signal(signum, stop)

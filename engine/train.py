@@ -1,0 +1,39 @@
+"""One epoch of training, and evaluation."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from engine.run import Run
+from utils import ConfusionMatrix, NonFiniteLoss
+
+
+def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:
+    """Step through the batches (x, y, x_u) of the run's epoch, up to a signal; TrainingError."""
+    model.train()
+    for x, y, *x_u in batches:
+        model.progress = run.progress
+        try:
+            losses = model.step(x, y, *x_u)
+        except NonFiniteLoss as error:
+            raise run.diverged(error) from error
+        run.after_step(losses)
+        if run.stopped:
+            return
+    run.after_epoch()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable, n_classes: int, visit: Callable | None = None
+) -> Tensor:
+    """The confusion matrix (K, K) over batches (x, y); `visit(x, y, logits)` sees each batch."""
+    model.eval()
+    matrix = ConfusionMatrix(n_classes, next(model.parameters()).device)
+    for x, y in batches:
+        logits = model.segment(x)
+        matrix.update(logits.argmax(1), y)
+        if visit:
+            visit(x, y, logits)
+    return matrix.counts

@@ -1,0 +1,71 @@
+"""What the tests of whole runs share: flags of tiny networks, and helpers around main.main."""
+
+import json
+from pathlib import Path
+
+import torch
+
+import main
+import utils
+
+TINY = "--dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 1 --workers 0 --device cpu"
+TINY = TINY.split()
+SUPERVISED = [*TINY, "--method", "supervised", "--epochs", "1"]
+SIMPLE = Path("checkpoints/tiny_supervised_0.2_s0")  # the folder of a run with these flags
+
+
+def tiny_on(dataset: str | Path) -> list[str]:
+    """The flags of TINY with another dataset."""
+    return ["--dataset", str(dataset), *TINY[2:]]
+
+
+def run(*flags) -> int:
+    """The exit code of a command line."""
+    return main.main(list(map(str, flags)))
+
+
+def error_line(capsys, *flags, code: int = 2) -> str:
+    """The error line, the only one, of a command that must end with this exit code."""
+    capsys.readouterr()
+    assert run(*flags) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def last_state(name: str) -> dict:
+    """All that a run's last.pt holds, but for where the data are."""
+    state = utils.load_checkpoint(Path("checkpoints", name, "last.pt"))
+    del state["data_root"]
+    return state
+
+
+def evaluations(name: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    lines = Path("checkpoints", name, "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def split_ids(name: str) -> dict:
+    """A run's split.json."""
+    return json.loads(Path("checkpoints", name, "split.json").read_text())
+
+
+def edit_checkpoint(path: Path, change) -> None:
+    """Let `change` alter the dict that a checkpoint holds."""
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+def record_steps(monkeypatch, method: str, observe) -> list:
+    """From now on, what `observe(model, x, y)` returns at the start of each training step."""
+    seen, step = [], main.METHODS[method].step
+
+    def recorded_step(self, x, y, *x_u):
+        seen.append(observe(self, x, y))
+        return step(self, x, y, *x_u)
+
+    monkeypatch.setattr(main.METHODS[method], "step", recorded_step)
+    return seen

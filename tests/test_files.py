@@ -1,0 +1,373 @@
+"""Reading and writing pictures and NIfTI volumes, and the errors that name a bad file."""
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ACDC_AFFINE,
+    error_of,
+    folder_spec,
+    make_acdc,
+    make_folder,
+    picture_sample,
+    read_errors,
+    toy_spec,
+    write_indexed,
+    write_volume,
+)
+from PIL import Image
+
+from datasets import files
+from datasets.layouts import index
+from datasets.spec import Sample, Slice, load_spec
+from utils import IGNORE
+
+needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+
+
+def png(path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values).save(path, "PNG")
+
+
+# Pictures
+
+
+def test_palette_png_gives_its_indices_and_255_is_ignored(tmp_path):
+    values = np.array([[0, 1, 2], [20, 255, 15]])
+    sample = picture_sample(tmp_path, np.zeros((2, 3, 3), np.uint8), values)
+    mask = files.read_sample(sample, load_spec("voc"))[1]
+    assert mask.dtype == np.uint8
+    assert mask.tolist() == values.tolist()
+
+
+def test_another_ignore_value_becomes_IGNORE(tmp_path):
+    mask = np.array([[0, 11], [2, 1]])
+    sample = picture_sample(tmp_path, np.zeros((2, 2, 3), np.uint8), mask)
+    assert files.read_sample(sample, toy_spec(ignore=11))[1].tolist() == [[0, IGNORE], [2, 1]]
+
+
+def test_cityscapes_label_ids_become_classes(cityscapes):
+    spec = load_spec("cityscapes")
+    sample = index(spec, cityscapes)[1]
+    mask = files.read_sample(sample, spec)[1]
+    assert np.array_equal(mask, spec.lookup()[np.array(Image.open(sample.mask))])
+    assert {*np.unique(mask)} == {*range(20)}
+
+
+def test_picture_is_the_file_and_without_a_mask_no_pixel_counts(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    png(tmp_path / "a.png", pixels)
+    image, mask = files.read_sample(Sample("a", "a", tmp_path / "a.png", None), load_spec("voc"))
+    assert image.dtype == np.uint8
+    assert np.array_equal(image, pixels)
+    assert (mask.shape, {*np.unique(mask)}) == ((5, 7), {IGNORE})
+
+
+def test_gray_voc_jpeg_becomes_three_equal_channels(voc):
+    sample, gray = index(load_spec("voc"), voc)[0], np.arange(20 * 28, dtype=np.uint8)
+    Image.fromarray(gray.reshape(20, 28)).save(sample.image)
+    pixels = files.as_pixels(files.read_sample(sample, load_spec("voc"))[0], 3)
+    assert pixels.shape == (3, 20, 28)
+    assert all(np.array_equal(channel, Image.open(sample.image)) for channel in pixels)
+
+
+def test_color_picture_becomes_one_channel_where_the_spec_says_so(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    sample = picture_sample(tmp_path, pixels, np.zeros((4, 5)))
+    image = files.read_sample(sample, toy_spec(channels=1))[0]
+    assert np.array_equal(image, Image.fromarray(pixels).convert("L"))
+
+
+def test_a_folders_deep_gray_pictures_keep_their_values(tmp_path):
+    values = np.arange(480, dtype=np.uint16).reshape(20, 24) * 100
+    floats = values.astype(np.float32) / 7
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(floats).save(tmp_path / "b.tif")
+    for file, expected in ("a.png", values), ("b.tif", floats):
+        image, _ = files.read_sample(Sample("a", "a", tmp_path / file, None), folder_spec())
+        assert image.dtype == np.float32
+        assert np.array_equal(image, expected)
+
+
+def png16(path: Path) -> None:
+    """A 28x20 RGB PNG of 16 bits per channel, which Pillow reads as 8 and does not write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 20, 16, 2, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress((b"\0" + bytes(28 * 6)) * 20))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + rows + chunk(b"IEND", b""))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def flip_checksum(path: Path) -> None:
+    """Damage the CRC of a PNG's pixels, which 12 bytes of an IEND chunk follow."""
+    content = bytearray(path.read_bytes())
+    content[-13] ^= 1
+    path.write_bytes(content)
+
+
+def zeros(*shape: int, dtype: type = np.uint8, value: float = 0):
+    return lambda path: png(path, np.full(shape, value, dtype))
+
+
+def replace_by(make):
+    def replace(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("kind", "breakage", "reason"),
+    [
+        ("image", Path.unlink, "No such file"),
+        ("mask", Path.unlink, "No such file"),
+        ("image", lambda p: p.write_bytes(b""), "cannot identify"),
+        ("image", cut, "truncated"),
+        ("mask", cut, ""),
+        ("mask", flip_checksum, "bad header checksum"),
+        ("image", zeros(20, 28, dtype=np.uint16), "mode I"),
+        ("mask", zeros(28, 20), "20x28"),
+        ("mask", zeros(20, 28, 3), "RGB"),
+        ("mask", zeros(20, 28, 4), "RGBA"),
+        ("mask", zeros(20, 28, 2), "LA"),
+        ("mask", zeros(20, 28, dtype=bool), "mode 1"),
+        ("mask", zeros(20, 28, dtype=np.uint16), "mode I"),
+        ("mask", png16, "mode RGB"),
+        ("image", png16, "of 16 bits"),
+        ("image", lambda p: Image.new("CMYK", (28, 20)).save(p), "mode CMYK"),
+        ("image", replace_by(lambda p: p.symlink_to("gone")), "No such file"),
+        ("mask", replace_by(lambda p: p.symlink_to(p)), ""),
+        ("image", replace_by(Path.mkdir), "Is a directory"),
+        ("mask", replace_by(Path.mkdir), "Is a directory"),
+        ("image", lambda p: p.rename(p.with_suffix(".JPG")), "No such file"),
+        pytest.param("mask", lambda p: p.chmod(0), "Permission denied", marks=needs_permissions),
+        ("mask", zeros(20, 28, value=21), "label 21 "),
+        ("mask", zeros(20, 28, value=254), "label 254 "),
+    ],
+)
+def test_bad_picture_is_named(voc, kind, breakage, reason):
+    spec = load_spec("voc")
+    samples = index(spec, voc)
+    file = getattr(samples[2], kind)
+    breakage(file)
+    (message,) = read_errors(samples, spec)
+    assert message.startswith(f"{file}: ")
+    assert "\n" not in message
+    assert reason in message
+
+
+def test_an_image_of_another_size_than_its_mask_names_the_mask(voc):
+    sample = index(load_spec("voc"), voc)[2]
+    png(sample.image, np.zeros((20, 27), np.uint8))
+    message = error_of(files.read_sample, sample, load_spec("voc"))
+    assert message == f"{sample.mask}: 28x20 pixels, but its image has 27x20"
+
+
+@pytest.mark.parametrize("label", [34, 254])
+def test_label_that_cityscapes_does_not_know_is_named(cityscapes, label):
+    sample = index(load_spec("cityscapes"), cityscapes)[0]
+    png(sample.mask, np.full((16, 34), label, np.uint8))
+    message = error_of(files.read_sample, sample, load_spec("cityscapes"))
+    assert message.startswith(f"{sample.mask}: label {label} ")
+
+
+@pytest.mark.parametrize(
+    ("breakage", "named"),
+    [
+        (lambda root: (root / "images/picture 0.png").write_bytes(b"junk"), "picture 0.png: "),
+        (
+            lambda root: write_indexed(root / "masks/picture 0.png", np.full((20, 24), 2)),
+            "picture 0.png: label 2 is out of range; expected one of 0, 1, 255",
+        ),
+        (
+            lambda root: Image.new("F", (24, 20), np.nan).save(root / "unlabeled/nan.tif"),
+            "nan.tif: holds values that are not finite",
+        ),
+    ],
+)
+def test_bad_picture_of_a_folder_is_named(tmp_path, breakage, named):
+    root, spec = make_folder(tmp_path, 4, n_unlabeled=2, n_val=1), folder_spec()
+    breakage(root)
+    (message,) = read_errors(index(spec, root), spec)
+    assert named in message
+
+
+# Volumes
+
+
+@pytest.mark.parametrize(
+    ("image_type", "mask_type"), [(np.int16, np.float32), (np.float32, np.uint8)]
+)
+@pytest.mark.parametrize("affine", [ACDC_AFFINE, np.eye(4), np.diag([-1, -2, 3, 1])])
+def test_decoded_slice_is_the_arrays_slice_with_y_as_rows_whatever_the_affine(
+    tmp_path, image_type, mask_type, affine
+):
+    rng = np.random.default_rng(0)
+    volume, truth = rng.integers(-50, 4032, (7, 5, 4)), rng.integers(0, 4, (7, 5, 4))
+    write_volume(tmp_path / "i.nii.gz", volume.astype(image_type), affine)
+    write_volume(tmp_path / "m.nii.gz", truth.astype(mask_type), affine)
+    for z in range(4):
+        sample = Sample("a", "a", Slice(tmp_path / "i.nii.gz", z), Slice(tmp_path / "m.nii.gz", z))
+        image, mask = files.read_sample(sample, load_spec("acdc"))
+        assert (image.dtype, mask.dtype, image.shape) == (np.float32, np.uint8, (5, 7))
+        assert image.tolist() == [[volume[x, y, z] for x in range(7)] for y in range(5)]
+        assert mask.tolist() == [[truth[x, y, z] for x in range(7)] for y in range(5)]
+
+
+def test_nifti_slope_and_intercept_are_applied(tmp_path):
+    volume = nibabel.Nifti1Image(np.arange(12, dtype=np.int16).reshape(3, 4, 1), np.eye(4))
+    volume.header.set_slope_inter(0.5, -3)
+    nibabel.save(volume, tmp_path / "i.nii.gz")
+    sample = Sample("a", "a", Slice(tmp_path / "i.nii.gz", 0), None)
+    image, mask = files.read_sample(sample, load_spec("acdc"))
+    assert np.array_equal(image, nibabel.load(tmp_path / "i.nii.gz").get_fdata()[:, :, 0].T)
+    assert image[1].tolist() == [-2.5, -0.5, 1.5]
+    assert {*np.unique(mask)} == {IGNORE}
+
+
+def with_value(value: float, dtype: type):
+    def write(path: Path) -> None:
+        volume = np.zeros((18, 14, 3), dtype)
+        volume[5, 6, 1] = value
+        write_volume(path, volume)
+
+    return write
+
+
+def without_checksum(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+
+
+def volume_of(*shape: int, dtype: type = np.uint8):
+    return lambda path: write_volume(path, np.zeros(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "breakage", "reason"),
+    [
+        ("", Path.unlink, "No such file"),
+        ("", lambda p: p.write_bytes(b"junk"), ""),
+        ("", lambda p: p.write_bytes(p.read_bytes()[:-300]), ""),
+        ("", without_checksum, "CRC"),
+        ("_gt", without_checksum, "CRC"),
+        ("", lambda p: p.write_bytes(b""), ""),
+        ("", with_value(np.nan, np.float32), "slice 1 holds values"),
+        ("", with_value(np.inf, np.float32), "slice 1 holds values"),
+        ("", with_value(1e300, np.float64), "not finite as float32"),
+        ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
+        ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),
+        ("_gt", Path.unlink, "No such file"),
+        ("_gt", volume_of(18, 14, 2), "another number of slices"),
+        ("_gt", volume_of(18, 14, 5), "another number of slices"),
+        ("_gt", volume_of(14, 18, 3), "14x18"),
+        ("_gt", with_value(4, np.uint8), "label 4 "),
+        ("_gt", with_value(-1, np.int16), "label -1 "),
+        ("_gt", with_value(259, np.int16), "label 259 "),  # 3 + 256
+        ("_gt", with_value(1.5, np.float32), "label 1.5 "),
+        ("_gt", with_value(np.nan, np.float32), "slice 1 holds values"),
+    ],
+)
+def test_bad_volume_is_named(tmp_path, suffix, breakage, reason):
+    spec = load_spec("acdc")
+    exam = make_acdc(tmp_path, 1, 3) / "training/patient001"
+    file = exam / f"patient001_frame12{suffix}.nii.gz"
+    breakage(file)
+    messages = read_errors(index(spec, tmp_path), spec)
+    assert messages
+    assert all(message.startswith(f"{file}: ") for message in messages)
+    assert reason in messages[0]
+    assert not any("\n" in message for message in messages)
+
+
+def test_slice_beyond_a_volume_is_an_error(tmp_path):
+    write_volume(tmp_path / "a.nii.gz", np.zeros((4, 3, 2), np.int16))
+    message = error_of(files.read_slice, Slice(tmp_path / "a.nii.gz", 2))
+    assert message == f"{tmp_path / 'a.nii.gz'}: has 2 slices; slice 2 is missing"
+
+
+# What --predict reads and writes
+
+
+def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_path):
+    for name in "a.png", "b/a.jpg", "b/c.nii.gz", "d.nii", "notes.txt":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    found, other = files.find_pictures([tmp_path, tmp_path / "b" / "c.nii.gz"])
+    places = {str(file.relative_to(tmp_path)): str(place) for file, place in found.items()}
+    assert places == {"a.png": "a", "b/a.jpg": "b/a", "b/c.nii.gz": "b/c", "d.nii": "d"}
+    assert other == [f"{tmp_path / 'notes.txt'}: neither a picture nor a NIfTI volume"]
+
+
+def test_paths_to_predict_must_exist_and_their_results_differ(tmp_path):
+    gone = tmp_path / "gone"
+    assert error_of(files.find_pictures, [gone]) == f"--predict {gone}: no such file or folder"
+    for name in "a.png", "a.jpg":
+        (tmp_path / name).write_text("")
+    assert "several files would be written as a;" in error_of(files.find_pictures, [tmp_path])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_a_picture_of_any_mode_is_one_plane(tmp_path, mode):
+    Image.new(mode, (5, 4), 1).save(tmp_path / "a.tif")
+    for channels in 1, 3:
+        (plane,) = files.read_planes(tmp_path / "a.tif", channels)
+        assert plane.shape == (channels, 4, 5)
+        assert plane.dtype == (torch.float32 if mode in ("I;16", "F") else torch.uint8)
+
+
+def test_a_volumes_planes_are_its_slices(tmp_path):
+    volume = np.random.default_rng(0).integers(-9, 9, (4, 5, 3)).astype(np.int16)
+    write_volume(tmp_path / "a.nii.gz", volume)
+    planes = files.read_planes(tmp_path / "a.nii.gz", 3)
+    assert len(planes) == 3
+    for z, plane in enumerate(planes):
+        assert plane.dtype == torch.float32
+        assert all(np.array_equal(channel, volume[:, :, z].T) for channel in plane)
+
+
+PALETTE = ((0, 0, 0), (70, 130, 180), (240, 200, 80), (200, 60, 60))
+
+
+def test_saved_mask_keeps_its_indices_and_shows_the_palette(tmp_path):
+    mask = torch.tensor([[0, 1, 2], [3, IGNORE, 1]])
+    files.save_mask(tmp_path / "m.png", mask, PALETTE)
+    with Image.open(tmp_path / "m.png") as image:
+        assert (image.mode, image.size) == ("P", (3, 2))
+        assert np.array(image).tolist() == mask.tolist()
+        colors = np.array(image.convert("RGB")).reshape(-1, 3).tolist()
+    assert colors == [
+        [*PALETTE[0]], [*PALETTE[1]], [*PALETTE[2]], [*PALETTE[3]], [224, 224, 192], [*PALETTE[1]],
+    ]  # fmt: skip
+
+
+def test_prediction_of_a_volume_has_its_header_and_affine(tmp_path):
+    source = nibabel.Nifti1Image(np.zeros((4, 5, 3), np.int16), ACDC_AFFINE)
+    source.header.set_slope_inter(0.5, -3)
+    source.header.set_xyzt_units("mm", "sec")
+    nibabel.save(source, tmp_path / "a.nii.gz")
+    masks = torch.randint(4, (3, 5, 4), dtype=torch.uint8)
+    files.save_prediction(tmp_path / "new" / "a", tmp_path / "a.nii.gz", masks, load_spec("acdc"))
+    written = nibabel.load(tmp_path / "new" / "a.nii.gz")
+    assert np.array_equal(written.get_fdata(), masks.permute(2, 1, 0))
+    assert (written.get_data_dtype(), written.header.get_xyzt_units()) == (np.uint8, ("mm", "sec"))
+    np.testing.assert_allclose(written.affine, ACDC_AFFINE, rtol=1e-6)
+
+
+def test_prediction_of_a_picture_is_an_indexed_png(tmp_path):
+    masks = torch.tensor([[[0, 1], [20, 2]]], dtype=torch.uint8)
+    files.save_prediction(tmp_path / "new" / "a.b", Path("a.b.jpg"), masks, load_spec("voc"))
+    assert files.read_mask(tmp_path / "new" / "a.b.png").tolist() == masks[0].tolist()

@@ -1,0 +1,213 @@
+"""From a root folder to samples: the layouts of VOC, Cityscapes, ACDC and of plain folders."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import (
+    add_acdc_testing,
+    error_of,
+    folder_spec,
+    make_acdc,
+    make_folder,
+    read_errors,
+    write_volume,
+)
+
+from datasets.layouts import index
+from datasets.spec import Slice, load_spec
+
+LISTS = "VOCdevkit/VOC2012/ImageSets/Segmentation"
+
+
+def test_voc_root_may_be_voc2012_or_a_folder_above(voc):
+    spec, ids = load_spec("voc"), [f"2007_{i:06d}" for i in range(4)]
+    for root in voc, voc / "VOCdevkit", voc / "VOCdevkit" / "VOC2012":
+        samples = index(spec, root)
+        assert [s.id for s in samples] == ids  # train_aug.txt alone, not val.txt
+        assert all(s.image.is_file() and s.mask.is_file() for s in samples)
+
+
+def test_cityscapes_pools_train_and_val(cityscapes):
+    samples = index(load_spec("cityscapes"), cityscapes)
+    assert Counter(s.part for s in samples) == {"train": 4, "val": 2}
+    assert samples[0].id == "aachen_000000_000019"
+    assert samples[0].mask.name == "aachen_000000_000019_gtFine_labelIds.png"
+    assert samples[-1].id == "frankfurt_000001_000019"
+    assert all(s.image.is_file() and s.mask.is_file() and s.group == s.id for s in samples)
+
+
+def test_acdc_takes_every_slice_of_the_two_frames_that_info_names(acdc):
+    exam = acdc / "training" / "patient001"
+    write_volume(exam / "patient001_frame05.nii.gz", np.zeros((18, 14, 3), np.int16))
+    write_volume(exam / "patient001_4d.nii.gz", np.zeros((18, 14, 3, 2), np.int16))
+    samples = index(load_spec("acdc"), acdc)
+    names = [
+        f"patient{p:03d}_frame{f:02d}_s{z:02d}" for p in (1, 2) for f in (1, 12) for z in range(3)
+    ]
+    assert [s.id for s in samples] == names
+    assert [s.group for s in samples] == ["patient001"] * 6 + ["patient002"] * 6
+    assert samples[4].image == Slice(exam / "patient001_frame12.nii.gz", 1)
+    assert samples[4].mask == Slice(exam / "patient001_frame12_gt.nii.gz", 1)
+
+
+def test_each_kind_of_split_takes_its_parts_and_a_split_file_all(voc, cityscapes, acdc, tmp_path):
+    add_acdc_testing(acdc, 2)
+    own = make_folder(tmp_path / "own", 3, n_unlabeled=2, n_val=1)
+    cases = [
+        (load_spec("voc"), voc, {"train": 4}, {"train": 4, "val": 1}),
+        (load_spec("cityscapes"), cityscapes, {"train": 4, "val": 2}, {"train": 4, "val": 2}),
+        (load_spec("acdc"), acdc, {"train": 12}, {"train": 12, "test": 8}),
+        (folder_spec(), own, {"train": 5, "val": 1}, {"train": 5, "val": 1}),
+    ]
+    for spec, root, pool, everything in cases:
+        for kind in "paper", "image":
+            assert Counter(s.part for s in index(spec, root, kind)) == pool
+        for kind in "standard", "split.json":
+            assert Counter(s.part for s in index(spec, root, kind)) == everything
+
+
+def test_standard_split_of_a_dataset_without_one_is_an_error():
+    assert "phantom" in error_of(index, load_spec("phantom"), Path("none"), "standard")
+
+
+def test_phantoms_need_no_folder_and_are_as_many_as_counts():
+    samples = index(load_spec("phantom"), Path("/nonexistent"))
+    assert len(samples) == 160 + 40
+    assert sorted(s.image for s in samples) == list(range(200))
+    assert all(s.mask == s.image for s in samples)
+
+
+def test_a_folders_pictures_and_masks_go_together_by_stem(tmp_path):
+    root = make_folder(tmp_path, 4, n_unlabeled=2, ending=".JPG")
+    (root / "masks" / "picture 2.png").unlink()
+    (root / "images" / ".DS_Store").write_text("not an image")
+    samples = index(folder_spec(), root)
+    assert [s.id for s in samples] == [f"picture {i}" for i in range(6)]
+    assert [s.mask and s.mask.name for s in samples] == [
+        "picture 0.png", "picture 1.png", None, "picture 3.png", None, None,
+    ]  # fmt: skip
+    assert all(s.image.is_file() and s.group == s.id and s.part == "train" for s in samples)
+
+
+def test_a_folders_volumes_give_one_sample_per_slice(tmp_path):
+    for number in range(2):
+        ending = (".nii", ".nii.gz")[number % 2]
+        write_volume(tmp_path / "images" / f"case{number}{ending}", np.zeros((6, 5, 3), np.int16))
+        write_volume(tmp_path / "masks" / f"case{number}.nii.gz", np.zeros((6, 5, 3), np.uint8))
+    samples = index(folder_spec(channels=1), tmp_path)
+    assert [s.id for s in samples] == [f"case{i}_s{z:02d}" for i in range(2) for z in range(3)]
+    assert [s.group for s in samples] == ["case0"] * 3 + ["case1"] * 3
+    assert samples[1].image == Slice(tmp_path / "images/case0.nii", 1)
+    assert samples[1].mask == Slice(tmp_path / "masks/case0.nii.gz", 1)
+
+
+@pytest.mark.parametrize(
+    ("breakage", "named"),
+    [
+        (lambda root: (root / "images/picture 1.png").unlink(), "picture 1.png: has no image"),
+        (
+            lambda root: (root / "images/picture 1.bmp").write_text(""),
+            "picture 1.png: picture 1.bmp has the same stem",
+        ),
+        (
+            lambda root: (root / "images/notes.txt").write_text(""),
+            "notes.txt: neither a picture nor",
+        ),
+        (lambda root: (root / "masks/more.png").mkdir(), "more.png: neither a picture nor"),
+        (lambda root: (root / "val/masks/picture 6.png").unlink(), "picture 6.png: has no mask"),
+        (
+            lambda root: (root / "masks/picture 1.png").rename(root / "masks/picture 1.nii"),
+            "picture 1.nii: image and mask must be two volumes or two pictures",
+        ),
+        (
+            lambda root: (root / "unlabeled/picture 5.png").rename(
+                root / "unlabeled/picture 0.png"
+            ),
+            "ids that occur twice: picture 0",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_the_folder_layout_are_named(tmp_path, breakage, named):
+    root = make_folder(tmp_path / "own", 4, n_unlabeled=2, n_val=1)
+    breakage(root)
+    assert named in error_of(index, folder_spec(), root)
+
+
+@pytest.mark.parametrize("name", ["voc", "cityscapes", "acdc"])
+def test_missing_or_empty_root_is_named(tmp_path, name):
+    assert str(tmp_path / "gone") in error_of(index, load_spec(name), tmp_path / "gone")
+    assert str(tmp_path) in error_of(index, load_spec(name), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "train_aug.txt: no such file"),
+        ("", "train_aug.txt: lists no image"),
+        ("2007_000001\n2007_000002\n2007_000001\n", "occur twice: 2007_000001"),
+    ],
+)
+def test_bad_voc_list_is_an_error(voc, content, named):
+    path = voc / LISTS / "train_aug.txt"
+    path.unlink() if content is None else path.write_text(content)
+    message = error_of(index, load_spec("voc"), voc)
+    assert named in message
+    assert "2007_000002" not in message
+
+
+@pytest.mark.parametrize(
+    "name", ["../2007_000001", "/etc/passwd", "a/b", "..", "a\0b", "2007_000001\x1b"]
+)
+def test_an_id_that_is_no_file_name_is_an_error(voc, name):
+    path = voc / LISTS / "train_aug.txt"
+    path.write_text(f"2007_000000\n{name}\n")
+    message = error_of(index, load_spec("voc"), voc)
+    assert message.startswith(f"{path}: ")
+    assert repr(name) in message
+
+
+@pytest.mark.parametrize("name", ["left ventricle 1", "Übung", "心臓", "a.b", "-x"])
+def test_an_id_may_hold_spaces_and_any_letters(voc, name):
+    home = voc / "VOCdevkit/VOC2012"
+    for folder, ending in ("JPEGImages", ".jpg"), ("SegmentationClassAug", ".png"):
+        (home / folder / f"2007_000000{ending}").rename(home / folder / f"{name}{ending}")
+    ids = f"{name}\r\n\n2007_000001  \n"
+    (voc / LISTS / "train_aug.txt").write_text(ids, encoding="utf-8")
+    samples = index(load_spec("voc"), voc)
+    assert {s.id for s in samples} == {name, "2007_000001"}
+    assert not read_errors(samples, load_spec("voc"))
+
+
+def test_cityscapes_endings_may_be_capital_and_other_files_are_left_out(cityscapes):
+    folder = cityscapes / "leftImg8bit/train/aachen"
+    image = folder / "aachen_000000_000019_leftImg8bit.png"
+    image.rename(image.with_suffix(".PNG"))
+    (folder / "notes.txt").write_text("not an image")
+    spec = load_spec("cityscapes")
+    samples = index(spec, cityscapes)
+    assert len(samples) == 6
+    assert not read_errors(samples, spec)
+    mask = samples[0].mask
+    mask.rename(mask.with_suffix(".PNG"))
+    assert read_errors(index(spec, cityscapes), spec) == [f"{mask}: No such file or directory"]
+
+
+def test_an_exam_that_is_a_file_or_names_another_frame_is_named(acdc):
+    spec = load_spec("acdc")
+    (acdc / "training" / "patient003").write_text("not a folder")
+    assert "patient003" in error_of(index, spec, acdc)
+    (acdc / "training" / "patient003").unlink()
+    (acdc / "training" / "patient002" / "Info.cfg").write_text("ED: 1\nES: 31\n")
+    (message,) = read_errors(index(spec, acdc), spec)
+    assert "patient002_frame31.nii.gz" in message
+
+
+def test_every_missing_or_senseless_info_is_named(tmp_path):
+    make_acdc(tmp_path, 3, 1)
+    infos = [tmp_path / "training" / f"patient00{i}" / "Info.cfg" for i in (1, 2, 3)]
+    infos[0].unlink()
+    infos[2].write_text("ED: 1\nES: end\n")
+    message = error_of(index, load_spec("acdc"), tmp_path)
+    assert [str(path) in message for path in infos] == [True, False, True]

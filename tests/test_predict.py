@@ -1,0 +1,270 @@
+"""--testing and --predict: scores, masks and panels of a run, and masks of any picture."""
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from conftest import make_acdc, make_tiny, write_volume
+from PIL import Image
+from runs import SIMPLE, TINY, error_line, run, split_ids, tiny_on
+
+import data_utils
+import engine.predict
+import engine.run
+import main
+import utils
+from data_utils import load_spec
+from datasets.phantom import draw_phantom
+from engine.signals import stop
+
+RESULTS = Path("results", SIMPLE.name)
+MASKS = RESULTS / "predict" / "masks"
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    """A folder of its own, with tiny.toml: 24 phantoms, 4 of them validation images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stop, "signum", 0)
+    make_tiny(20, 4)
+
+
+def metrics_of(name: str) -> dict:
+    return json.loads(Path("results", name, "metrics.json").read_text())
+
+
+def flat(palette) -> list[int]:
+    return [value for color in palette for value in color]
+
+
+# --testing
+
+
+@pytest.mark.parametrize("method", main.METHODS)
+def test_a_test_writes_metrics_masks_and_panels(capsys, method):
+    flags = [*TINY, "--method", method, "--epochs", "1"]
+    assert run("--training", *flags) == 0
+    name = f"tiny_{method}_0.2_s0"
+    results, ids = Path("results", name), split_ids(name)
+    for folder in "masks", "panels":
+        (results / folder).mkdir(parents=True)
+        (results / folder / "old.png").touch()  # of an earlier test
+    capsys.readouterr()
+    assert run("--testing") == 0
+    printed = capsys.readouterr().out
+    metrics = metrics_of(name)
+    assert metrics.keys() == {
+        "miou", "miou_all", "miou_official", "pixel_accuracy", "iou", "dice", "n_images", "split",
+        "epoch", "checkpoint", "dataset", "method", "ratio", "seed",
+    }  # fmt: skip
+    spec = load_spec("tiny.toml")
+    assert list(metrics["iou"]) == list(metrics["dice"]) == list(spec.classes)
+    assert (metrics["n_images"], metrics["split"], metrics["dataset"]) == (4, ids["hash"], "tiny")
+    assert (metrics["method"], metrics["ratio"], metrics["seed"]) == (method, 0.2, 0)
+    assert metrics["checkpoint"] == f"checkpoints/{name}/best.pt"
+    assert f"checkpoints/{name}/best.pt after epoch 1, on 4 validation images of tiny" in printed
+    assert utils.format_metrics(metrics) in printed
+    for folder in "masks", "panels":
+        assert {path.stem for path in (results / folder).iterdir()} == set(ids["val"])
+    mask = Image.open(results / "masks" / f"{ids['val'][0]}.png")
+    assert (mask.mode, mask.size) == ("P", (16, 16))
+    assert mask.getpalette()[:12] == flat(spec.palette)
+    columns = 6 if method == "cyclegan" else 3  # image, truth, and all that the networks make
+    panel = Image.open(results / "panels" / f"{ids['val'][0]}.png")
+    assert panel.width == 2 + columns * 18
+
+
+def test_written_masks_give_the_reported_miou(trained):
+    assert run("--testing") == 0
+    spec = load_spec("tiny.toml")
+    samples = {sample.id: sample for sample in data_utils.index(spec, Path("none"))}
+    inter, union = np.zeros(4), np.zeros(4)
+    for path in (RESULTS / "masks").iterdir():
+        truth = data_utils.decode(samples[path.stem], spec, (16, 16))[1].numpy()
+        prediction = np.array(Image.open(path))
+        for k in range(4):
+            inter[k] += ((truth == k) & (prediction == k)).sum()
+            union[k] += ((truth == k) | (prediction == k)).sum()
+    expected = (inter / union)[union > 0].mean()
+    assert metrics_of(SIMPLE.name)["miou"] == pytest.approx(expected)
+
+
+def test_native_size_scores_enlarged_logits_against_the_masks_as_they_are(capsys, trained):
+    assert run("--testing") == 0
+    small = metrics_of(SIMPLE.name)
+    assert "native_size" not in small
+    assert run("--testing", "--native-size") == 0
+    metrics = metrics_of(SIMPLE.name)
+    model = main.load_trained(["--testing"]).model
+    counts = np.zeros((4, 4))
+    for name in split_ids(SIMPLE.name)["val"]:
+        image, mask = draw_phantom(int(name.removeprefix("phantom_")))
+        x = data_utils.resize(torch.from_numpy(image)[None], (16, 16))[None]
+        with torch.inference_mode():
+            logits = model.segment(data_utils.normalize(x))
+        large = torch.nn.functional.interpolate(logits, (96, 96), mode="bilinear")
+        np.add.at(counts, (mask, large.argmax(1)[0].numpy()), 1)
+    union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    native = metrics["native_size"]["miou"]
+    assert native == pytest.approx(np.nanmean(counts.diagonal() / union), abs=1e-6)
+    assert f"at the masks' own size: mIoU {native:.4f}" in capsys.readouterr().out
+    assert metrics["miou"] == small["miou"] != native
+
+
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        (["--split", "image"], [7, 7, 2]),
+        (["--label-unit", "exam"], [8, 4, 4]),
+        (["--split", "standard"], [8, 8, 4]),
+    ],
+)
+def test_a_run_is_tested_on_the_split_that_it_was_trained_with(flags, sizes):
+    root = make_acdc(Path("acdc"), 4, 2)
+    (root / "testing").mkdir()
+    exam = make_acdc(Path("more"), 5, 2) / "training" / "patient005"
+    exam.rename(root / "testing" / "patient005")
+    small = [*tiny_on("acdc"), "--method", "supervised", "--epochs", "1", "--ratio", "0.5"]
+    assert run("--training", *small, "--data-root", root, *flags) == 0
+    name = "acdc_supervised_0.5_s0"
+    ids = split_ids(name)
+    assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == sizes
+    assert run("--testing") == 0
+    assert {path.stem for path in Path("results", name, "masks").iterdir()} == set(ids["val"])
+
+
+def test_normalization_holds_for_training_and_for_both_evaluations(monkeypatch):
+    seen, normalize = [], data_utils.normalize
+
+    def recorded(x, normalization="range"):
+        seen.append(normalization)
+        return normalize(x, normalization)
+
+    for module in data_utils, engine.predict, engine.run:
+        monkeypatch.setattr(module, "normalize", recorded)
+    assert run("--training", *TINY, "--epochs", "1", "--normalization", "half") == 0
+    n_training = len(seen)
+    assert run("--testing") == 0
+    n_testing = len(seen) - n_training
+    Image.new("L", (20, 20)).save("one.png")
+    assert run("--predict", "one.png") == 0
+    assert min(n_training, n_testing, len(seen) - n_training - n_testing) > 0
+    assert {*seen} == {"half"}
+
+
+def test_other_data_than_the_run_started_with_are_one_error_line(capsys, trained):
+    make_tiny(19, 4)
+    assert run("--testing") == 0  # the checkpoint's description counts
+    (path,) = Path("checkpoints").glob("*/best.pt")
+    state = torch.load(path, weights_only=True)
+    state["dataset"]["counts"] = (19, 4)
+    torch.save(state, path)
+    error = error_line(capsys, "--testing")
+    assert "--data-root data/tiny: holds other files than the run started with" in error
+
+
+# --predict
+
+
+def test_predictions_are_those_of_the_test():
+    assert run("--training", *TINY, "--epochs", "1") == 0
+    assert run("--testing") == 0
+    results = Path("results/tiny_cyclegan_0.2_s0")
+    paths = (results / "masks").iterdir()
+    expected = {path.name: np.array(Image.open(path)) for path in paths}
+    assert len({mask.tobytes() for mask in expected.values()}) > 1
+    spec = load_spec("tiny.toml")
+    Path("mine").mkdir()
+    for sample in data_utils.index(spec, Path("none")):
+        image, _ = data_utils.decode(sample, spec, (16, 16))
+        Image.fromarray(image[0].numpy()).save(f"mine/{sample.id}.png")
+    assert run("--predict", "mine", "--batch-size", "7") == 0  # which changes nothing
+    for name, mask in expected.items():
+        prediction = Image.open(results / "predict" / "masks" / name)
+        assert prediction.mode == "P"
+        assert prediction.getpalette()[:12] == flat(spec.palette)
+        assert np.array_equal(np.array(prediction), mask)
+    assert len(list((results / "predict" / "masks").iterdir())) == 24
+
+
+def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys, trained):
+    rng = np.random.default_rng(0)
+    mine = Path("mine/deep er")
+    mine.mkdir(parents=True)
+    Image.fromarray(rng.integers(0, 256, (30, 41), np.uint8)).save(mine / "grey.jpg")
+    Image.fromarray(rng.integers(0, 256, (17, 90, 4), np.uint8)).save(mine / "with alpha 1.png")
+    Image.fromarray(rng.integers(0, 65536, (33, 20), np.uint16)).save(mine / "deep.png")
+    Image.fromarray(rng.random((8, 9), np.float32)).save(mine / "float.TIF")
+    Image.new("CMYK", (25, 26), (9, 80, 3, 0)).save(mine / "print.jpg")
+    volume = rng.integers(-500, 500, (21, 34, 3)).astype(np.int16)
+    write_volume(mine / "heart.nii.gz", volume)
+    (mine / "notes.txt").write_text("not a picture")
+    (mine / "broken.png").write_bytes(b"junk")
+    write_volume(mine / "film.nii", np.zeros((4, 4, 2, 2), np.int16))
+    assert run("--predict", "mine", mine / "grey.jpg", "--overlay") == 0
+    lines = capsys.readouterr().out.splitlines()
+    skipped = sorted(line for line in lines if line.startswith("skipped "))
+    for line, name in zip(skipped, ("broken.png", "film.nii", "notes.txt"), strict=True):
+        assert name in line
+    assert f"6 masks by {trained} are in {MASKS}" in lines
+    sizes = {
+        "grey": (41, 30),
+        "with alpha 1": (90, 17),
+        "deep": (20, 33),
+        "float": (9, 8),
+        "print": (25, 26),
+    }
+    overlays = MASKS.with_name("overlays") / "deep er"
+    for name, size in sizes.items():
+        for folder in MASKS / "deep er", overlays:
+            assert Image.open(folder / f"{name}.png").size == size
+    assert not (MASKS / "grey.png").exists()  # named twice, predicted once
+    source, labels = map(nibabel.load, (mine / "heart.nii.gz", MASKS / "deep er" / "heart.nii.gz"))
+    assert np.array_equal(labels.affine, source.affine)
+    assert labels.header.get_zooms() == source.header.get_zooms()
+    assert (labels.shape, labels.get_data_dtype()) == (volume.shape, np.uint8)
+    assert set(np.unique(labels.dataobj)) <= {0, 1, 2, 3}
+    assert len(list(overlays.glob("heart_s*.png"))) == 3
+
+
+def test_overlays_are_written_only_where_asked_for(trained):
+    Image.new("L", (20, 20)).save("one.png")
+    assert run("--predict", "one.png") == 0
+    assert [path.name for path in MASKS.parent.rglob("*.png")] == ["one.png"]
+
+
+def test_a_volumes_slices_are_predicted_as_pictures_are(trained):
+    volume = np.random.default_rng(0).integers(0, 256, (21, 34, 2)).astype(np.uint8)
+    write_volume(Path("v.nii.gz"), volume.astype(np.float32))
+    for z in range(2):
+        Image.fromarray(volume[:, :, z].T.astype(np.float32)).save(f"p{z}.tif")
+    assert run("--predict", "v.nii.gz", "p0.tif", "p1.tif") == 0
+    labels = np.asarray(nibabel.load(MASKS / "v.nii.gz").dataobj)
+    assert labels.any()
+    for z in range(2):
+        assert np.array_equal(labels[:, :, z].T, np.array(Image.open(MASKS / f"p{z}.png")))
+
+
+def test_a_prediction_is_the_argmax_of_logits_enlarged_to_the_pictures_size(trained):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 24), np.uint8)
+    Image.fromarray(pixels).save("one.png")
+    assert run("--predict", "one.png") == 0
+    model = main.load_trained(["--predict", "one.png"]).model
+    x = data_utils.resize(torch.from_numpy(pixels)[None], (16, 16))[None]
+    with torch.inference_mode():
+        logits = model.segment(data_utils.normalize(x))
+    large = torch.nn.functional.interpolate(logits, (40, 24), mode="bilinear").argmax(1)[0]
+    assert len(large.unique()) > 1
+    assert np.array_equal(np.array(Image.open(MASKS / "one.png")), large.numpy())
+
+
+def test_nothing_to_predict_is_one_error_line(capsys, trained):
+    assert "none.png: no such file" in error_line(capsys, "--predict", "none.png")
+    assert "found no picture" in error_line(capsys, "--predict", "tiny.toml")
+    for name in "a/x.png", "b/x.jpg":
+        Path(name).parent.mkdir()
+        Image.new("L", (20, 20)).save(name)
+    assert "would be written as x" in error_line(capsys, "--predict", "a", "b")

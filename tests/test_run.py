@@ -1,0 +1,663 @@
+"""A run's folder: what it holds, how a run resumes, and what happens when it is disturbed."""
+
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder, make_tiny, same, write_indexed
+from PIL import Image
+from runs import (
+    SIMPLE,
+    SUPERVISED,
+    TINY,
+    edit_checkpoint,
+    error_line,
+    evaluations,
+    last_state,
+    record_steps,
+    run,
+    split_ids,
+    tiny_on,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+import utils
+from engine.logs import EventLog, write_manifest
+from engine.run import keep_strides, locked, to_toml
+from engine.signals import Stop, stop
+from utils import InputError
+
+ROOT = Path(main.__file__).parent
+CPU = torch.device("cpu")
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    """A folder of its own, with tiny.toml: 24 phantoms, 20 to train on, so 4 steps per epoch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stop, "signum", 0)
+    make_tiny(20, 4)
+
+
+# What a run writes
+
+
+TERMS = {
+    "supervised": ["gen_S"],
+    "cyclegan": ["gen_S", "gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I", "D_S", "D_I"],
+    "advsemi": ["gen_S", "adv", "semi_adv", "semi", "D_S"],
+    "meanteacher": ["gen_S", "cutmix"],
+}
+FILES = {
+    "last.pt", "best.pt", "config.toml", "split.json", "metrics.jsonl", "manifest.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", main.METHODS)
+def test_a_run_trains_and_is_tested(capsys, method):
+    flags = [*TINY, "--method", method, "--ratio", "0.5"]
+    assert run("--training", *flags, "--epochs", "2", "--log-every", "1") == 0
+    name = f"tiny_{method}_0.5_s0"
+    folder = Path("checkpoints", name)
+    files = {path.name for path in folder.iterdir()}
+    assert {file for file in files if not file.startswith("events.out.tfevents")} == FILES
+    assert len(files) == len(FILES) + 1
+    lines = evaluations(name)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 2), (2, 4)]
+    assert list(lines[0]["losses"]) == TERMS[method]
+    ids = split_ids(name)
+    assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == [10, 10, 4]
+    state = utils.load_checkpoint(folder / "best.pt")
+    assert (state["format"], state["split"], state["data_root"]) == (2, ids["hash"], "data/tiny")
+    assert state["settings"] == main.parse_args(["--training", *flags, "--epochs", "2"]).settings
+    assert "optimizers" not in state
+
+    printed = capsys.readouterr().out
+    means = "mIoU {miou:.4f}, every class {miou_all:.4f}, as released {miou_official:.4f}"
+    assert all(means.format(**line) in printed for line in lines)
+    assert f"after the last epoch {means.format(**lines[-1])}" in printed
+    best = max(lines, key=lambda line: line["miou"])
+    assert f"best mIoU {best['miou']:.4f} after epoch {best['epoch']}" in printed
+    commands = [words for words in printed.splitlines() if "python main.py" in words]
+    assert len(commands) == 2
+    for command in commands:
+        main.parse_args(command.split()[4:])
+
+    assert run("--testing", *flags) == 0
+    metrics = json.loads(Path("results", name, "metrics.json").read_text())
+    assert metrics["miou"] == pytest.approx(best["miou"])
+    assert metrics["epoch"] == best["epoch"]
+
+
+def test_a_runs_config_repeats_it():
+    assert run("--training", *TINY, "--epochs", "1", "--lr", "0.01") == 0
+    config = Path("checkpoints/tiny_cyclegan_0.2_s0/config.toml")
+    assert tomllib.loads(config.read_text())["dataset"]["name"] == "tiny"
+    assert run("--training", "--dataset", config, "--name", "again") == 0
+    assert same(last_state("tiny_cyclegan_0.2_s0")["model"], last_state("again")["model"])
+
+
+def test_tensorboard_holds_losses_metrics_and_settings():
+    assert run("--training", *TINY, "--epochs", "2", "--log-every", "3", "--name", "one") == 0
+    events = EventAccumulator("checkpoints/one").Reload()
+    text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| lambda2 | 0.05 |" in text
+    assert "| labeled | 4 |" in text
+    assert "_hparams_/session_start_info" in events.summary_metadata
+    assert [event.step for event in events.Scalars("loss/gen_S")] == [3, 6]
+    miou = [event.value for event in events.Scalars("val/miou")]
+    assert miou == pytest.approx([line["miou"] for line in evaluations("one")])
+    assert [event.step for event in events.Images("validation")] == [4, 8]
+
+
+def test_evaluations_come_every_so_many_epochs_and_at_the_end():
+    assert run("--training", *SUPERVISED, "--epochs", "5", "--eval-every", "2", "--name", "a") == 0
+    assert [line["epoch"] for line in evaluations("a")] == [2, 4, 5]
+
+
+def test_ones_own_images_need_a_few_lines_of_toml(capsys):
+    root = make_folder(Path("pictures"), 8, n_unlabeled=4, n_val=2)
+    table = '[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n'
+    Path("own.toml").write_text(f"ratio = 1\n{table}")
+    flags = [*tiny_on("own.toml"), "--epochs", "1", "--data-root", root]
+    assert run("--training", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "8 labeled, 4 unlabeled, 2 validation images" in printed
+    assert "no labeled mask shows" not in printed
+    assert run("--testing") == 0
+    results = Path("results/own_cyclegan_1_s0")
+    names = {path.name for path in (results / "masks").iterdir()}
+    assert names == {"picture 12.png", "picture 13.png"}
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert list(metrics["iou"]) == ["dark", "bright"]
+    for path in (root / "masks").iterdir():  # as many tools write them: 0 and 255
+        write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
+    assert run("--training", *flags, "--name", "wrong") == 0
+    assert "no labeled mask shows bright" in capsys.readouterr().out
+
+
+# --split FILE
+
+
+LISTS = {
+    "labeled": ["phantom_0003", "phantom_0001"],
+    "unlabeled": ["phantom_0005", "phantom_0007", "phantom_0009"],
+    "val": ["phantom_0020", "phantom_0002"],
+}
+
+
+def write_lists(path: str, **changes) -> None:
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).write_text(json.dumps({**LISTS, **changes}))
+
+
+def test_a_split_file_decides_what_is_labeled_in_training_testing_and_resuming(capsys):
+    write_lists("lists/mine.json")
+    flags = ["--training", *SUPERVISED, "--split", "lists/mine.json"]
+    assert run(*flags) == 0
+    printed = capsys.readouterr().out
+    assert "supervised, lists/mine.json, seed 0" in printed
+    assert "2 labeled, 3 unlabeled, 2 validation images" in printed
+    name = "tiny_supervised_mine_s0"
+    expected = {role: sorted(ids) for role, ids in LISTS.items()}
+    ids = split_ids(name)
+    assert {role: ids[role] for role in expected} == expected
+
+    assert run("--testing") == 0
+    masks = Path("results", name, "masks").iterdir()
+    assert sorted(path.stem for path in masks) == expected["val"]
+    metrics = json.loads(Path("results", name, "metrics.json").read_text())
+    assert (metrics["split"], metrics["ratio"]) == (ids["hash"], None)
+
+    assert run(*flags) == 0
+    assert "is finished" in capsys.readouterr().out
+    for mode in flags, ["--testing", "--split", "lists/mine.json"]:
+        error = error_line(capsys, *mode, "--ratio", "0.2")
+        assert "--ratio: lists/mine.json says which images are labeled" in error
+
+
+def test_a_run_with_a_split_file_resumes_with_the_same_lists_alone(capsys):
+    write_lists("lists/mine.json")
+    flags = ["--training", *SUPERVISED, "--epochs", "4", "--name", "one", "--split"]
+    with pytest.MonkeyPatch.context() as patch:
+        record_steps(patch, "supervised", lambda *_: setattr(stop, "signum", signal.SIGTERM))
+        assert run(*flags, "lists/mine.json") == 128 + signal.SIGTERM
+    stop.signum = 0
+    write_lists("lists/other.json", labeled=["phantom_0001"])
+    assert "--split lists/other.json" in error_line(capsys, *flags, "lists/other.json")
+    assert "split was lists/mine.json, is paper" in error_line(capsys, *flags, "paper")
+    Path("lists/mine.json").rename("moved.json")
+    assert run(*flags, "moved.json") == 0
+    assert "resuming at epoch 1, step 1" in capsys.readouterr().out
+    Path("moved.json").rename("again.json")
+    assert run("--testing", "--split", "again.json") == 0
+    assert "moved.json: " in error_line(capsys, "--testing")
+    error = error_line(capsys, "--testing", "--split", "lists/other.json")
+    assert "--split lists/other.json: holds other files than the run started with" in error
+
+
+def test_a_runs_split_json_is_a_split_file():
+    assert run("--training", *SUPERVISED, "--seed", "3", "--name", "first") == 0
+    file = "checkpoints/first/split.json"
+    flags = ["--training", *SUPERVISED, "--seed", "3", "--split", file, "--name", "second"]
+    assert run(*flags) == 0
+    assert split_ids("first") == split_ids("second")
+    assert same(last_state("first")["model"], last_state("second")["model"])
+
+
+def test_a_wrong_split_file_is_one_error_line(capsys):
+    write_lists("lists/mine.json", val=["phantom_0001", "phantom_99"])
+    error = error_line(capsys, "--training", *TINY, "--split", "lists/mine.json")
+    assert "lists/mine.json: not in the dataset: phantom_99" in error
+    write_lists("lists/mine.json", unlabeled=[])
+    error = error_line(capsys, "--training", *TINY, "--split", "lists/mine.json")
+    assert "--split lists/mine.json leaves no unlabeled image for --method cyclegan" in error
+    assert not Path("checkpoints").exists() or not [*Path("checkpoints").iterdir()]
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("method", ["cyclegan", "meanteacher"])
+def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(
+    capsys, monkeypatch, device, method
+):
+    flags = [*TINY, "--epochs", "2", "--dropout", "0.5", "--pool-size", "3", "--lr", "0.01"]
+    flags += ["--method", method, "--device", device, "--deterministic"]
+    assert run("--training", *flags, "--name", "whole") == 0
+    steps = []
+
+    def interrupt(*_):
+        steps.append(1)
+        if len(steps) in (2, 7):
+            stop.signum = signal.SIGTERM
+
+    record_steps(monkeypatch, method, interrupt)
+    resumed = ["--training", *flags, "--name", "cut"]
+    assert run(*resumed) == 128 + signal.SIGTERM
+    assert "SIGTERM: saved checkpoints/cut/last.pt" in capsys.readouterr().out
+    stop.signum = 0
+    assert run(*resumed, "--workers", "1") == 128 + signal.SIGTERM
+    assert "resuming at epoch 1, step 2" in capsys.readouterr().out
+    stop.signum = 0
+    assert run(*resumed, "--log-every", "1") == 0
+    assert "resuming at epoch 2, step 3" in capsys.readouterr().out
+    assert len(steps) == 8
+    assert same(last_state("whole"), last_state("cut"))
+    assert evaluations("whole") == evaluations("cut")
+
+
+def test_a_finished_run_changes_nothing_and_overwrite_starts_anew(capsys, trained):
+    flags = ["--training", *SUPERVISED]
+    last = trained.with_name("last.pt")
+    before = last.stat().st_mtime_ns
+    assert run(*flags) == 0
+    assert "is finished after 1 epochs: best mIoU" in capsys.readouterr().out
+    assert last.stat().st_mtime_ns == before
+    assert run(*flags, "--overwrite") == 0
+    assert last.stat().st_mtime_ns > before
+    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
+
+
+OTHER = {
+    "method": "advsemi", "ratio": "0.25", "seed": "1", "split": "image", "label_unit": "exam",
+    "size": ["16", "32"], "normalization": "half", "ignored": "background",
+    "lambda1": "2", "lambda2": "2", "lambda3": "2", "lambda4": "2", "lambda5": "2",
+    "epochs": "2", "decay_epoch": "1", "batch_size": "4", "lr": "0.1", "betas": ["0.1", "0.2"],
+    "pool_size": "1", "disc_input": "argmax", "cutmix_on": "labeled", "init": "other.pt",
+    "precision": "tf32", "ngf": "3", "ndf": "3", "n_blocks": "2", "dropout": "0.1",
+    "disc_norm": "instance", "disc_kernel": "3",
+}  # fmt: skip
+FREE = {
+    "device": "cpu", "compile": [], "deterministic": [], "workers": "1", "data_root": "moved",
+    "results": "other", "cache": "other", "eval_every": "7", "save_every": "7", "log_every": "7",
+}  # fmt: skip
+
+
+def test_every_flag_is_either_compared_or_free():
+    keys = main.build_parser().keys
+    assert {*OTHER} == {*main.setting_names()}
+    assert {*FREE, "name", "checkpoints"} == {*keys["machine"], *keys["files"]}
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_a_setting_that_differs_is_an_error_that_names_it(capsys, trained, key):
+    value = OTHER[key] if isinstance(OTHER[key], list) else [OTHER[key]]
+    flag = "--" + key.replace("_", "-")
+    flags = ["--training", *SUPERVISED, "--name", SIMPLE.name]
+    before = trained.with_name("last.pt").read_bytes()
+    error = error_line(capsys, *flags, flag, *value)
+    now = vars(main.parse_args([*flags, flag, *value]))[key]
+    assert f"{key} was {main.parse_args(flags).settings[key]}, is {now}" in error
+    assert "give --name for another folder, or --overwrite to start anew" in error
+    assert trained.with_name("last.pt").read_bytes() == before
+
+
+def test_a_description_of_the_data_that_differs_is_an_error_that_names_it(capsys, trained):
+    tiny = Path("tiny.toml")
+    tiny.write_text(tiny.read_text().replace("scored = [0, 1, 2, 3]", "scored = [1, 2, 3]"))
+    error = error_line(capsys, "--training", *SUPERVISED)
+    assert "([dataset] scored was (0, 1, 2, 3), is (1, 2, 3))" in error
+
+
+@pytest.mark.parametrize("key", FREE)
+def test_flags_of_machine_and_files_may_change(capsys, trained, key):
+    value = FREE[key] if isinstance(FREE[key], list) else [FREE[key]]
+    assert run("--training", *SUPERVISED, "--" + key.replace("_", "-"), *value) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.pop("progress"),
+        lambda state: state.pop("optimizers"),
+        lambda state: state.update(progress={"epoch": 1}),
+        lambda state: state.update(progress={"evaluated": 2}),
+        lambda state: state["optimizers"]["G"].update(param_groups=[]),
+        lambda state: state["processes"][0].update(rng=torch.ones(3)),
+        lambda state: state.update(processes=[]),
+        lambda state: state.update(schedulers={"G": 3}),
+    ],
+)
+def test_a_run_does_not_resume_from_a_strangers_checkpoint(capsys, change):
+    flags = ["--training", *SUPERVISED, "--epochs", "2"]
+    assert run(*flags) == 0
+    path = SIMPLE / "last.pt"
+    edit_checkpoint(path, lambda state: state["progress"].update(evaluated=1))
+    edit_checkpoint(path, change)
+    before = path.read_bytes()
+    assert f"{path}: a run cannot resume from it" in error_line(capsys, *flags)
+    assert path.read_bytes() == before
+
+
+def test_optimizer_state_with_other_strides_resumes_to_the_same_weights(monkeypatch):
+    flags = ["--training", *TINY, "--epochs", "3", "--lr", "0.01", "--name"]
+    assert run(*flags, "whole") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        observed = record_steps(patch, "cyclegan", lambda model, *_: model)
+        record_steps(
+            patch,
+            "cyclegan",
+            lambda *_: setattr(stop, "signum", signal.SIGTERM) if len(observed) == 5 else None,
+        )
+        assert run(*flags, "cut") == 128 + signal.SIGTERM
+    stop.signum = 0
+    changed = []
+
+    def channels_last(state):
+        for optimizer in state["optimizers"].values():
+            for moments in optimizer["state"].values():
+                for key, value in moments.items():
+                    if value.dim() == 4:
+                        moments[key] = value.to(memory_format=torch.channels_last)
+                        changed.append(moments[key].stride() != value.stride())
+
+    edit_checkpoint(Path("checkpoints/cut/last.pt"), channels_last)
+    assert any(changed)
+    assert run(*flags, "cut") == 0
+    assert same(last_state("whole")["model"], last_state("cut")["model"])
+
+
+def test_loaded_optimizer_state_takes_the_parameters_strides():
+    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    weight.square().sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    moments = state["state"][0]
+    before = {key: value.clone() for key, value in moments.items()}
+    for key in "exp_avg", "exp_avg_sq":
+        moments[key] = moments[key].to(memory_format=torch.channels_last)
+    optimizer.load_state_dict(state)
+    keep_strides(optimizer)
+    after = optimizer.state[weight]
+    assert same(dict(after), before)
+    assert after["exp_avg"].stride() == after["exp_avg_sq"].stride() == weight.stride()
+
+
+# --init
+
+
+def test_init_takes_over_the_networks_that_both_have(capsys):
+    def train(name: str, method: str, *flags: str) -> dict:
+        flags = ["--method", method, "--epochs", "1", *flags]
+        assert run("--training", *TINY, *flags, "--name", name) == 0
+        return last_state(name)["model"]
+
+    def close(a: dict, b: dict, prefix: str = "G_IS.", other: str = "G_IS.") -> bool:
+        keys = [key for key in a if key.startswith(prefix) and key.endswith(("weight", "bias"))]
+        pairs = [(a[key], b[other + key.removeprefix(prefix)]) for key in keys]
+        return bool(pairs) and all(torch.allclose(x, y, atol=1e-6) for x, y in pairs)
+
+    still = ["--lr", "1e-12", "--init"]
+    best = "checkpoints/{}/best.pt"
+    partial = train("partial", "supervised", "--lr", "0.01")
+    cycle = train("cycle", "cyclegan", *still, best.format("partial"))
+    assert f"starting from G_IS of {best.format('partial')}" in capsys.readouterr().out
+    assert close(cycle, partial)
+    again = train("again", "cyclegan", *still, best.format("cycle"))
+    assert "starting from G_IS, G_SI, D_S, D_I of" in capsys.readouterr().out
+    assert all(close(again, cycle, f"{net}.", f"{net}.") for net in ("G_SI", "D_S", "D_I"))
+    hung = train("hung", "advsemi", *still, best.format("cycle"))
+    assert close(hung, partial)  # G_IS alone: their D_S is another network
+    first = train("first", "meanteacher", *still, best.format("cycle"))
+    assert "starting from G_IS, teacher of" in capsys.readouterr().out
+    assert close(first, partial, "teacher.")  # the average begins where G_IS does
+    student = train("student", "meanteacher", "--lr", "0.01")
+    second = train("second", "meanteacher", *still, best.format("student"))
+    assert close(second, student)
+    steps = 0.99**4  # of the average towards a student that stands still
+    for key in [key for key in student if key.startswith("teacher.")]:
+        own = student[key.replace("teacher.", "G_IS.")]
+        assert torch.allclose(second[key], own + steps * (student[key] - own), atol=1e-6)
+    assert not close(student, student, "teacher.")
+    source = best.format("partial")
+    error = error_line(capsys, "--training", *TINY, "--ngf", "3", "--init", source, "--name", "no")
+    assert "other networks" in error
+    assert not Path("checkpoints/no").exists()
+
+
+# Folders that are in use, not runs, or cut short
+
+
+def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
+    precious = Path("checkpoints/precious/thesis.txt")
+    precious.parent.mkdir(parents=True)
+    precious.write_text("years of work")
+    flags = ["--training", *TINY, "--name", "precious", "--overwrite"]
+    assert "precious holds no run" in error_line(capsys, *flags)
+    assert precious.is_file()
+
+
+def test_overwriting_that_was_cut_short_can_be_done_again(trained):
+    for name in "last.pt", "best.pt", "split.json":
+        (SIMPLE / name).unlink()
+    assert run("--training", *SUPERVISED, "--overwrite") == 0
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(capsys, trained):
+    (SIMPLE / "last.pt").unlink()
+    assert run("--training", *SUPERVISED) == 0
+    assert "resuming" not in capsys.readouterr().out
+    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
+
+
+def test_a_start_that_fails_leaves_no_folder(capsys):
+    error_line(capsys, "--training", "--dataset", "voc", "--data-root", "none", "--name", "one")
+    assert not Path("checkpoints/one").exists()
+
+
+def hold(folder: Path, ready) -> None:
+    """Lock a run's folder until this process is killed."""
+    with locked(folder, "--checkpoints"):
+        ready.set()
+        time.sleep(60)
+
+
+def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(capsys):
+    flags = ["--training", *SUPERVISED, "--name", "one"]
+    folder = Path("checkpoints/one")
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    holder = fork.Process(target=hold, args=(folder, ready))
+    holder.start()
+    assert ready.wait(30)
+    (folder / ".other.tmp").write_text("half a file")
+    for more in [], ["--overwrite"]:
+        error = error_line(capsys, *flags, *more)
+        assert f"checkpoints/one: process {holder.pid} on " in error
+        assert "is training there; wait for it, or give --name" in error
+    holder.kill()
+    holder.join()
+    assert (folder / "lock").is_file()
+    assert run(*flags) == 0
+    assert {path.name for path in folder.iterdir() if "events" not in path.name} == FILES
+
+
+def test_a_lock_is_released_however_its_body_ends():
+    folder = Path("one")
+    with suppress(ZeroDivisionError), locked(folder, "--checkpoints"):
+        assert (folder / "lock").read_text().startswith(f"process {os.getpid()} on ")
+        raise ZeroDivisionError
+    assert not folder.exists()
+    with locked(folder, "--checkpoints"):
+        (folder / "kept").touch()
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+    with pytest.raises(InputError, match="--checkpoints one/kept"):
+        locked(folder / "kept", "--checkpoints").__enter__()
+
+
+@contextmanager
+def full_disk(size: int):
+    """No file may grow over so many bytes, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("size", "file"), [(1500, "cache"), (2000, "events"), (200_000, "best.pt")]
+)
+def test_a_full_disk_is_one_error_line_and_the_last_checkpoint_stays(capsys, size, file):
+    flags = ["--training", *TINY, "--ngf", "8", "--epochs", "1", "--name", "one"]
+    flags += ["--batch-size", "2", "--log-every", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        record_steps(patch, "cyclegan", lambda *_: setattr(stop, "signum", signal.SIGTERM))
+        assert run(*flags) == 128 + signal.SIGTERM
+    stop.signum = 0
+    last = Path("checkpoints/one/last.pt")
+    before = last.read_bytes()
+    assert len(before) > 200_000
+    if file == "cache":
+        shutil.rmtree("data")
+    with full_disk(size):
+        error = error_line(capsys, *flags, code=1)
+    assert file in error
+    assert "cannot be written (File too large)" in error
+    assert "MiB are needed" in error
+    assert last.read_bytes() == before
+    assert not list(Path("checkpoints/one").glob(".*"))
+    assert run(*flags) == 0
+
+
+# Signals
+
+
+def test_a_signal_saves_a_checkpoint_and_ends_with_128_and_its_number():
+    flags = [*TINY, "--workers", "1", "--epochs", "1000", "--log-every", "1"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", "--training", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the reading processes hear it too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "SIGINT: saved checkpoints/tiny_cyclegan_0.2_s0/last.pt" in out
+    assert "Traceback" not in err
+    assert last_state("tiny_cyclegan_0.2_s0")["epoch"] >= 1
+
+
+def test_a_second_signal_does_not_wait(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    handler = Stop()
+    handler.training = True
+    handler(signal.SIGTERM, None)
+    assert (handler.signum, codes) == (signal.SIGTERM, [])
+    handler(signal.SIGINT, None)
+    assert codes == [130]
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    handler = Stop()
+    handler.training = True
+    handler(signal.SIGINT, None)
+    handler(signal.SIGINT, None)  # torchrun passes on what the terminal has sent already
+    assert (handler.signum, codes) == (signal.SIGINT, [])
+    handler.heard_at -= 2
+    handler(signal.SIGINT, None)
+    assert codes == [130]
+
+
+def test_a_signal_while_there_is_nothing_to_save_ends_the_program(capfd):
+    with pytest.raises(SystemExit) as caught:
+        Stop()(signal.SIGUSR1, None)
+    assert caught.value.code == 128 + signal.SIGUSR1
+    assert capfd.readouterr().out == "SIGUSR1: stopped; there was nothing to save\n"
+
+
+def test_signals_are_handled_before_anything_slow_is_imported():
+    script = "import sys, engine.signals; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, cwd=ROOT, text=True) == "False False\n"
+
+
+# Logs
+
+
+def test_tensorboard_reads_events_at_once_and_forgets_those_of_a_killed_process(
+    tmp_path, monkeypatch
+):
+    first = EventLog(tmp_path, 0)
+    for step in 1, 2, 3:
+        first.scalar("loss/gen_S", step / 2, step)
+    first.image("validation", torch.rand(3, 8, 9), 3)
+    seen = EventAccumulator(str(tmp_path)).Reload()  # before it is closed
+    points = [(event.step, event.value) for event in seen.Scalars("loss/gen_S")]
+    assert points == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    (picture,) = seen.Images("validation")
+    assert (picture.step, picture.width, picture.height) == (3, 9, 8)
+    monkeypatch.setattr(os, "getpid", lambda: 99999999)
+    second = EventLog(tmp_path, 3)  # resumes from step 2
+    second.scalar("loss/gen_S", 7, 3)
+    second.close()
+    seen = EventAccumulator(str(tmp_path)).Reload()
+    points = [(event.step, event.value) for event in seen.Scalars("loss/gen_S")]
+    assert points == [(1, 0.5), (2, 1.0), (3, 7.0)]
+
+
+def test_the_manifest_names_command_versions_and_machine_and_keeps_what_it_held(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "--training"])
+    write_manifest(Path("."), CPU, started="today")
+    write_manifest(Path("."), CPU, finished="tomorrow")
+    manifest = json.loads(Path("manifest.json").read_text())
+    assert (manifest["started"], manifest["finished"]) == ("today", "tomorrow")
+    assert (manifest["command"], manifest["device"]) == ("main.py --training", "cpu")
+    assert (manifest["torch"], manifest["gpu"]) == (version("torch"), None)
+    assert {"torchvision", "numpy", "python", "platform", "commit"} <= manifest.keys()
+
+
+def test_without_git_the_manifest_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "nowhere")
+    write_manifest(Path("."), CPU)
+    assert json.loads(Path("manifest.json").read_text())["commit"] is None
+
+
+def test_toml_reads_back_as_it_was_written():
+    table = {
+        "text": 'say "no" \\ to C:\\new\ttabs\nand lines',
+        "unicode": "cœur ♥ 𝄞",
+        "empty": "",
+        "yes": True,
+        "no": False,
+        "whole": -3,
+        "small": 2e-05,
+        "large": 1e22,
+        "nested": [[1, 2], [], ["a", "b"]],
+        "tuple": (0.5, 0.999),
+        "mixed": [True, False],
+    }
+    read = tomllib.loads(to_toml({**table, "nothing": None}))
+    assert read == {**table, "tuple": [0.5, 0.999]}
+    assert read["yes"] is True
+    assert read["no"] is False

@@ -1,0 +1,172 @@
+"""Descriptions of datasets: the committed ones, the keys of a [dataset] table, and its errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TABLE, error_of, toy_spec
+
+from datasets.spec import dataset_toml, load_spec, make_spec, voc_palette
+from utils import IGNORE
+
+OFFICIAL_CITYSCAPES = {  # cityscapesscripts.helpers.labels: the evaluated ids, by their trainId
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole",
+    19: "traffic light", 20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky",
+    24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle",
+    33: "bicycle",
+}  # fmt: skip
+
+
+def write_table(path: Path, table: dict) -> str:
+    lines = [f"{key} = {json.dumps(value)}\n" for key, value in table.items()]
+    path.write_text("[dataset]\n" + "".join(lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "scored", "void", "channels", "counts"),
+    [
+        ("voc", 21, range(1, 21), None, 3, (8994, 1588)),
+        ("cityscapes", 20, range(19), 19, 3, (2953, 522)),
+        ("acdc", 4, range(4), None, 1, (75, 25)),
+        ("phantom", 4, range(4), None, 1, (160, 40)),
+    ],
+)
+def test_committed_description(name, k, scored, void, channels, counts):
+    spec = load_spec(name)
+    assert (spec.name, spec.layout, len(spec.classes), len(spec.palette)) == (name, name, k, k)
+    assert (spec.scored, spec.void, spec.ignore) == (tuple(scored), void, IGNORE)
+    assert (spec.channels, spec.counts) == (channels, counts)
+
+
+def test_counts_of_the_standard_splits_are_the_fields():
+    counts = {name: load_spec(name).standard_counts for name in ("voc", "cityscapes", "acdc")}
+    assert counts == {"voc": (10582, 1449), "cityscapes": (2975, 500), "acdc": (100, 50)}
+
+
+def test_voc_palette_is_the_official_one():
+    official = [  # VOCcode/VOClabelcolormap.m
+        (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128),
+        (0, 128, 128), (128, 128, 128), (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0),
+        (64, 0, 128), (192, 0, 128), (64, 128, 128), (192, 128, 128), (0, 64, 0), (128, 64, 0),
+        (0, 192, 0), (128, 192, 0), (0, 64, 128),
+    ]  # fmt: skip
+    assert load_spec("voc").palette == voc_palette(21) == tuple(official)
+    assert voc_palette(256)[255] == (224, 224, 192)
+
+
+def test_toml_file_is_a_dataset_named_by_its_stem(tmp_path):
+    spec = load_spec(write_table(tmp_path / "mine.toml", TABLE))
+    assert (spec.name, spec.classes) == ("mine", ("sky", "tree", "cat"))
+    assert (spec.palette[1], spec.counts) == ((0, 128, 0), None)
+
+
+def test_a_tables_name_comes_before_the_files(tmp_path):
+    assert load_spec(write_table(tmp_path / "mine.toml", {**TABLE, "name": "sky"})).name == "sky"
+
+
+def test_layout_and_classes_are_enough():
+    spec = make_spec({"name": "a", "layout": "folder", "classes": TABLE["classes"]}, "a.toml")
+    assert (spec.palette, spec.scored) == (voc_palette(3), (0, 1, 2))
+    assert (spec.channels, spec.ignore, spec.counts) == (3, 255, None)
+
+
+def test_unknown_dataset_is_an_error_that_lists_the_known():
+    message = error_of(load_spec, "nope")
+    assert all(name in message for name in ("nope", "voc", "cityscapes", "acdc", "phantom"))
+    assert "official" not in message  # a preset without a [dataset] table
+    assert "gone.toml" in error_of(dataset_toml, "gone.toml")
+
+
+@pytest.mark.parametrize("content", [b"layout = ", b"size = [1, 2]\n", b"dataset = 3\n", b"\xff"])
+def test_file_without_a_dataset_table_is_named(tmp_path, content):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    assert error_of(load_spec, str(path)).startswith(f"{path}: ")
+
+
+def test_unknown_key_is_named_with_its_file(tmp_path):
+    path = write_table(tmp_path / "a.toml", {**TABLE, "colors": 3})
+    assert error_of(load_spec, path).startswith(f"{path}: [dataset] unknown key 'colors'")
+
+
+@pytest.mark.parametrize("key", ["layout", "classes"])
+def test_missing_key_is_named(key):
+    table = {k: v for k, v in TABLE.items() if k != key}
+    assert error_of(make_spec, table, "a.toml") == f"a.toml: [dataset] lacks '{key}'"
+
+
+BLACK_WHITE = [[0, 0, 0], [255, 255, 255]]
+WRONG = {
+    "name": ["a/b", 3],
+    "layout": ["nope", 3, {"a": 1}],
+    "classes": [[], ["one"], ["sky", "tree", "tree"], [1, 2, 3], "abc"],
+    "palette": [
+        7,
+        BLACK_WHITE,
+        [*BLACK_WHITE, [2, 2]],
+        [*BLACK_WHITE, [2, 2, 256]],
+        [*BLACK_WHITE, [2, 2, -1]],
+        [*BLACK_WHITE, [2, 2, 0.5]],
+    ],
+    "scored": [[], [3], [-1], ["tree"], 1, [1, 1]],
+    "channels": [2, "3", True],
+    "ignore": [256, -1, "255"],
+    "void": [3, -1, "tree"],
+    "label_ids": [[1], [1, 2, 3, 4], [1, 2, 256], [-1, 2], 5, [7, 7, 8]],
+    "void_ids": [[9]],  # there is no void
+    "pool": [[], "train", ["trian"]],
+    "counts": [[1], [1, 2, 3], [0, 5], [5, 0], [1.5, 2], 100],
+    "standard": [
+        [], ["train"], ["train", "train"], ["train", "dev"], ["train", "val", "test"], "train", 1,
+    ],
+    "standard_counts": [[1], [0, 5], [1.5, 2], 100],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in WRONG.items() for value in values]
+)
+def test_wrong_value_is_named_with_its_key(key, value):
+    message = error_of(make_spec, {"name": "a", **TABLE, key: value}, "a.toml")
+    assert message.startswith(f"a.toml: [dataset] {key} is {value!r}; expected ")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ignore": 0},
+        {"void": 2},  # scored
+        {"void": 2, "scored": [1], "void_ids": [0]},
+        {"void": 2, "scored": [1], "void_ids": [255]},
+        {"void": 2, "scored": [1], "label_ids": [5, 6], "void_ids": [6]},
+    ],
+)
+def test_a_value_with_two_meanings_is_an_error(changes):
+    message = error_of(make_spec, {"name": "a", **TABLE, **changes}, "a.toml")
+    assert message.startswith("a.toml: [dataset] a value means two things")
+
+
+def test_void_ids_are_values_of_a_byte_and_void_is_the_last_class():
+    for void, value in (2, 256), (1, 9):
+        changes = {"void": void, "scored": [0], "void_ids": [value]}
+        assert "void_ids is" in error_of(make_spec, {"name": "a", **TABLE, **changes}, "a.toml")
+
+
+def test_lookup_gives_the_class_of_each_value_of_a_mask_file():
+    changes = {"ignore": 11, "label_ids": [7, 5], "void": 2, "scored": [0], "void_ids": [0, 200]}
+    table = toy_spec(**changes).lookup()
+    expected = {7: 0, 5: 1, 0: 2, 200: 2, 11: IGNORE}
+    assert [*table] == [expected.get(value, -1) for value in range(256)]
+
+
+def test_official_cityscapes_ids_become_classes_and_the_rest_void():
+    spec = load_spec("cityscapes")
+    table = spec.lookup()
+    assert {value: spec.classes[table[value]] for value in OFFICIAL_CITYSCAPES} == (
+        OFFICIAL_CITYSCAPES
+    )
+    assert table[[*OFFICIAL_CITYSCAPES]].tolist() == list(range(19))
+    assert {table[value] for value in range(34) if value not in OFFICIAL_CITYSCAPES} == {19}
+    assert np.flatnonzero(table >= 0).tolist() == [*range(34), 255]
