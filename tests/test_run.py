@@ -209,7 +209,7 @@ def test_a_run_with_a_split_file_resumes_with_the_same_lists_alone(capsys):
     assert run("--testing", "--split", "again.json") == 0
     assert "moved.json: " in error_line(capsys, "--testing")
     error = error_line(capsys, "--testing", "--split", "lists/other.json")
-    assert "--split lists/other.json: holds other files than the run started with" in error
+    assert "--split lists/other.json: lists other images than the run started with" in error
 
 
 def test_a_runs_split_json_is_a_split_file():
