@@ -36,8 +36,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main
 import utils
-from engine.logs import EventLog, write_manifest
-from engine.run import keep_strides, locked, to_toml
+from engine.logs import write_manifest
+from engine.run import keep_strides, locked
 from engine.signals import Stop, stop
 from utils import InputError
 
@@ -605,27 +605,6 @@ def test_signals_are_handled_before_anything_slow_is_imported():
 # Logs
 
 
-def test_tensorboard_reads_events_at_once_and_forgets_those_of_a_killed_process(
-    tmp_path, monkeypatch
-):
-    first = EventLog(tmp_path, 0)
-    for step in 1, 2, 3:
-        first.scalar("loss/gen_S", step / 2, step)
-    first.image("validation", torch.rand(3, 8, 9), 3)
-    seen = EventAccumulator(str(tmp_path)).Reload()  # before it is closed
-    points = [(event.step, event.value) for event in seen.Scalars("loss/gen_S")]
-    assert points == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    (picture,) = seen.Images("validation")
-    assert (picture.step, picture.width, picture.height) == (3, 9, 8)
-    monkeypatch.setattr(os, "getpid", lambda: 99999999)
-    second = EventLog(tmp_path, 3)  # resumes from step 2
-    second.scalar("loss/gen_S", 7, 3)
-    second.close()
-    seen = EventAccumulator(str(tmp_path)).Reload()
-    points = [(event.step, event.value) for event in seen.Scalars("loss/gen_S")]
-    assert points == [(1, 0.5), (2, 1.0), (3, 7.0)]
-
-
 def test_the_manifest_names_command_versions_and_machine_and_keeps_what_it_held(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--training"])
     write_manifest(Path("."), CPU, started="today")
@@ -641,23 +620,3 @@ def test_without_git_the_manifest_has_no_commit(monkeypatch):
     monkeypatch.setenv("PATH", "nowhere")
     write_manifest(Path("."), CPU)
     assert json.loads(Path("manifest.json").read_text())["commit"] is None
-
-
-def test_toml_reads_back_as_it_was_written():
-    table = {
-        "text": 'say "no" \\ to C:\\new\ttabs\nand lines',
-        "unicode": "cœur ♥ 𝄞",
-        "empty": "",
-        "yes": True,
-        "no": False,
-        "whole": -3,
-        "small": 2e-05,
-        "large": 1e22,
-        "nested": [[1, 2], [], ["a", "b"]],
-        "tuple": (0.5, 0.999),
-        "mixed": [True, False],
-    }
-    read = tomllib.loads(to_toml({**table, "nothing": None}))
-    assert read == {**table, "tuple": [0.5, 0.999]}
-    assert read["yes"] is True
-    assert read["no"] is False

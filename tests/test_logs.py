@@ -1,19 +1,16 @@
-"""What a run's folder holds: TOML, the lock, the manifest and TensorBoard's events."""
+"""TensorBoard's events, a run's TOML and the lock of its folder."""
 
-import json
 import multiprocessing
 import os
-import sys
 import time
 import tomllib
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from conftest import error_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from engine.logs import EventLog, write_manifest
+from engine.logs import EventLog
 from engine.run import locked, to_toml
 
 
@@ -91,14 +88,3 @@ def test_a_lock_leaves_a_folder_with_files(tmp_path):
 def test_folder_that_cannot_be_locked_is_named_with_its_flag(tmp_path):
     (tmp_path / "a").write_text("in the way")
     assert error_of(try_lock, tmp_path / "a").startswith(f"--checkpoints {tmp_path / 'a'}: ")
-
-
-def test_manifest_keeps_what_an_earlier_process_wrote_and_adds_to_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["main.py", "--training"])
-    write_manifest(tmp_path, torch.device("cpu"), started="noon")
-    write_manifest(tmp_path, torch.device("cpu"), finished="night")
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert (manifest["started"], manifest["finished"]) == ("noon", "night")
-    found = [manifest[key] for key in ("command", "device", "gpu", "torch")]
-    assert found == ["main.py --training", "cpu", None, version("torch")]
-    assert {"commit", "torchvision", "numpy", "python", "platform"} < manifest.keys()
