@@ -271,13 +271,7 @@ def train(args: argparse.Namespace) -> int:
         processes = f"{utils.world_size()} processes"
         raise InputError(f"--batch-size {args.batch_size} cannot be divided among {processes}")
     utils.join_processes(device)
-    batches = functools.partial(
-        data_utils.batches,
-        batch_size=args.batch_size,
-        device=device,
-        workers=args.workers,
-        normalization=args.normalization,
-    )
+    batches = make_batches(args, device)
     with Run(args, spec, device) as run:
         if run.finished:
             return 0
@@ -293,6 +287,17 @@ def train(args: argparse.Namespace) -> int:
             else:
                 train_one_epoch(model, batches(run.rest_of_epoch()), run)
         return run.end()
+
+
+def make_batches(args: argparse.Namespace, device: torch.device) -> Callable:
+    """The function from a dataset to its batches on the device, as the flags say."""
+    return functools.partial(
+        data_utils.batches,
+        batch_size=args.batch_size,
+        device=device,
+        workers=args.workers,
+        normalization=args.normalization,
+    )
 
 
 def build_model(args: argparse.Namespace, spec: DatasetSpec, device: torch.device) -> Method:
@@ -412,14 +417,7 @@ def test(trained: Trained) -> int:
     """--testing: score a checkpoint on the validation images of its split."""
     args = trained.args
     data = load_data(args, trained.spec, trained.state["split"])
-    batches = functools.partial(
-        data_utils.batches,
-        batch_size=args.batch_size,
-        device=trained.device,
-        workers=args.workers,
-        normalization=args.normalization,
-    )
-    return predict.test(trained, data, batches)
+    return predict.test(trained, data, make_batches(args, trained.device))
 
 
 def run(argv: list[str]) -> int:

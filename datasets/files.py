@@ -38,6 +38,16 @@ def is_volume(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file's name says it is a picture that Pillow knows."""
+    return path.suffix.lower() in Image.registered_extensions()
+
+
+def stem_of(path: Path) -> str:
+    """A file's name without its extension, which of a volume may be .nii.gz."""
+    return path.name.removesuffix(".gz").removesuffix(".nii") if is_volume(path) else path.stem
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """A picture whose checksums hold, if its format has them; InputError names it."""
@@ -168,11 +178,9 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
             raise InputError(f"--predict {path}: no such file or folder")
         inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         for file in inside:
-            volume = is_volume(file)
-            stem = file.name.removesuffix(".gz").removesuffix(".nii") if volume else file.stem
-            if volume or file.suffix.lower() in Image.registered_extensions():
+            if is_volume(file) or is_picture(file):
                 place = file.relative_to(path) if path.is_dir() else Path(file.name)
-                found.setdefault(file, place.with_name(stem))
+                found.setdefault(file, place.with_name(stem_of(file)))
             else:
                 other.append(f"{file}: neither a picture nor a NIfTI volume")
     places = Counter(found.values())

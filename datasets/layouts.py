@@ -7,9 +7,8 @@ from collections import Counter
 from pathlib import Path
 
 import nibabel
-from PIL import Image
 
-from datasets.files import is_volume, naming
+from datasets.files import is_picture, is_volume, naming, stem_of
 from datasets.spec import PARTS, DatasetSpec, Sample, Slice
 from utils import InputError, first_ten
 
@@ -113,13 +112,10 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
     def by_stem(folder: Path) -> dict[str, Path]:
         files: dict[str, Path] = {}
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            volume = is_volume(file)
-            stem = file.name.removesuffix(".gz").removesuffix(".nii") if volume else file.stem
+            stem = stem_of(file)
             if file.name.startswith("."):
                 continue
-            if file.is_dir() or not (
-                volume or file.suffix.lower() in Image.registered_extensions()
-            ):
+            if file.is_dir() or not (is_volume(file) or is_picture(file)):
                 problems.append(f"{file}: neither a picture nor a NIfTI volume")
             elif stem in files:
                 problems.append(f"{file}: {files[stem].name} has the same stem")

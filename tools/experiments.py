@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main
 import utils
 from data_utils import load_spec
+from engine.signals import SIGNALS
 from tools import report
 from tools.report import DATASETS, EXPERIMENTS, PLAN, SCALES
 from utils import InputError
 
 FIXED = {"dataset", "data_root", "method", "ratio", "seed", "checkpoints", "name"}  # not after --
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 MAIN = Path(main.__file__)
 
 
