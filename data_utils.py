@@ -1,7 +1,7 @@
 """From a dataset to batches: split, decoded cache, epochs, normalization (Section 4.1).
 
 load_data() finds a dataset's samples, splits them and opens the cache, which holds every image
-decoded and resized once; batches() brings them to the device in the networks' range. Masks hold
+decoded and resized once; Batches brings them to the device in the networks' range. Masks hold
 class indices, IGNORE where a pixel does not count.
 """
 
@@ -13,7 +13,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -348,36 +348,31 @@ class Stored(Dataset):
         return self.image(i), self.mask(i)
 
 
-class Epoch(Dataset):
-    """One epoch: item i is (x, y, x_u), or (x, y) if nothing is unlabeled.
+class Pairs(Dataset):
+    """Labeled samples beside unlabeled images: item (i, j) is (x, y, x_u), item (i,) is (x, y)."""
 
-    One pass over the longer list in random order, the shorter one cycled, each pass in a new order;
-    the next pass's first images complete the last batch. The order follows from seed and epoch
-    alone, so that a run can resume within an epoch.
-    """
-
-    def __init__(
-        self, labeled: Stored, unlabeled: Stored, seed: int, epoch: int, batch_size: int = 1
-    ):
+    def __init__(self, labeled: Stored, unlabeled: Stored):
         self.labeled, self.unlabeled = labeled, unlabeled
-        length = batch_size * -(-max(len(labeled), len(unlabeled)) // batch_size)
+
+    def __getitem__(self, rows: tuple[int, ...]) -> tuple[Tensor, ...]:
+        i, *j = rows
+        return *self.labeled[i], *map(self.unlabeled.image, j)
+
+    def epoch(self, seed: int, epoch: int, batch_size: int = 1) -> list[tuple[int, ...]]:
+        """The items of one epoch, in order: (i, j), or (i,) if nothing is unlabeled.
+
+        One pass over the longer list in random order, the shorter one cycled, each pass in a new
+        order; the next pass's first images complete the last batch. The order follows from seed and
+        epoch alone, so that a run can resume within an epoch.
+        """
+        counts = len(self.labeled), len(self.unlabeled)
+        length = batch_size * -(-max(counts) // batch_size)
         rng = np.random.default_rng([seed, epoch])
-        self.order = self._cycle(len(labeled), length, rng)
-        self.order_u = self._cycle(len(unlabeled), length, rng)
-
-    @staticmethod
-    def _cycle(n: int, length: int, rng: np.random.Generator) -> list[int]:
-        order: list[int] = []
-        while n and len(order) < length:
-            order += rng.permutation(n).tolist()
-        return order[:length]
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, ...]:
-        x_u = (self.unlabeled.image(self.order_u[i]),) if self.order_u else ()
-        return *self.labeled[self.order[i]], *x_u
+        columns: list[list[int]] = []
+        for n in filter(None, counts):
+            passes = [rng.permutation(n) for _ in range(-(-length // n))]
+            columns.append(np.concatenate(passes)[:length].tolist())
+        return list(zip(*columns, strict=True))
 
 
 def normalize(x: Tensor, normalization: str = "range") -> Tensor:
@@ -403,31 +398,44 @@ def _ignore_signals(_worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def batches(
-    data: Dataset,
-    batch_size: int,
-    device: torch.device,
-    workers: int = 0,
-    normalization: str = "range",
-) -> Iterator[list[Tensor]]:
-    """Batches (image, mask, ...) in order, on the device: images normalized, masks int64.
+class Batches:
+    """Batches (image, mask, ...) on the device: images normalized, masks int64.
 
-    With several processes, each gets its share of every batch, of `batch_size` images in all.
+    Iterating goes through all of the data in order. With several processes, each gets its share of
+    every batch, of `batch_size` images in all. The worker processes live as long as this object.
     """
-    n = utils.world_size()
-    loader = DataLoader(
-        torch.utils.data.Subset(data, range(utils.rank(), len(data), n)),
-        batch_size // n,
-        num_workers=workers,
-        worker_init_fn=_ignore_signals,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # reading must not advance the one that training draws from
-    )
-    for x, y, *x_u in loader:
-        images = [
-            normalize(image.to(device, non_blocking=True), normalization) for image in (x, *x_u)
-        ]
-        yield [images[0], y.to(device, non_blocking=True).long(), *images[1:]]
+
+    def __init__(
+        self,
+        data: Dataset,
+        batch_size: int,
+        device: torch.device,
+        workers: int = 0,
+        normalization: str = "range",
+    ):
+        self.data, self.device, self.normalization = data, device, normalization
+        self.items: list = []  # of the pass under way; the DataLoader's sampler
+        self.loader = DataLoader(
+            data,
+            batch_size // utils.world_size(),
+            sampler=self.items,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            worker_init_fn=_ignore_signals,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # reading must not advance training's random numbers
+        )
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return self.of(range(len(self.data)))
+
+    def of(self, items: Sequence) -> Iterator[list[Tensor]]:
+        """The batches of some items of the data, in the order given."""
+        self.items[:] = items[utils.rank() :: utils.world_size()]
+        for x, y, *x_u in self.loader:
+            images = [image.to(self.device, non_blocking=True) for image in (x, *x_u)]
+            x, *x_u = (normalize(image, self.normalization) for image in images)
+            yield [x, y.to(self.device, non_blocking=True).long(), *x_u]
 
 
 @dataclass(frozen=True)
@@ -439,6 +447,11 @@ class Data:
     labeled: Stored
     unlabeled: Stored
     val: Stored
+
+    @property
+    def train(self) -> Pairs:
+        """Labeled and unlabeled images together."""
+        return Pairs(self.labeled, self.unlabeled)
 
 
 def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Data:

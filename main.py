@@ -280,19 +280,20 @@ def train(args: argparse.Namespace) -> int:
         model = build_model(args, spec, device)
         run.start(model, data)
         prepare(model, args, device)
+        train_batches, val_batches = batches(data.train), batches(data.val)
         while not (run.stopped or run.done):
             if run.evaluation_due:
-                images = itertools.takewhile(lambda _: not stop.signum, batches(data.val))
+                images = itertools.takewhile(lambda _: not stop.signum, val_batches)
                 run.record(evaluate(model, images, len(spec.classes)))
             else:
-                train_one_epoch(model, batches(run.rest_of_epoch()), run)
+                train_one_epoch(model, train_batches.of(run.rest_of_epoch()), run)
         return run.end()
 
 
 def make_batches(args: argparse.Namespace, device: torch.device) -> Callable:
     """The function from a dataset to its batches on the device, as the flags say."""
     return functools.partial(
-        data_utils.batches,
+        data_utils.Batches,
         batch_size=args.batch_size,
         device=device,
         workers=args.workers,

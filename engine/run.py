@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 import utils
-from data_utils import Data, Epoch, normalize
+from data_utils import Data, normalize
 from datasets.layouts import SPLITS
 from datasets.spec import DatasetSpec
 from engine.logs import Logs, write_manifest
@@ -139,13 +138,12 @@ class Run:
         due = self.epoch % self.args.eval_every == 0 or self.epoch == self.args.epochs
         return due and self.evaluated < self.epoch
 
-    def rest_of_epoch(self) -> Subset:
-        """The images (x, y, x_u) of the epoch that is under way, from the next step on."""
-        args, data = self.args, self.data
+    def rest_of_epoch(self) -> list[tuple[int, ...]]:
+        """The items of data.train in the epoch that is under way, from the next step on."""
+        args = self.args
         self.logs.bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
         self.epoch_started, self.first_image = time.monotonic(), self.step * args.batch_size
-        epoch = Epoch(data.labeled, data.unlabeled, args.seed, self.epoch, args.batch_size)
-        return Subset(epoch, range(self.first_image, self.n_images))
+        return self.data.train.epoch(args.seed, self.epoch, args.batch_size)[self.first_image :]
 
     def after_step(self, losses: dict[str, Tensor]) -> None:
         """Count a step; log, save and agree on a signal when due."""

@@ -29,11 +29,11 @@ from PIL import Image
 
 import data_utils
 from data_utils import (
+    Batches,
     Cache,
-    Epoch,
+    Pairs,
     Split,
     Stored,
-    batches,
     decode,
     load_data,
     normalize,
@@ -684,19 +684,22 @@ def test_images_of_many_classes_are_those_with_the_most_values_spread_out():
     assert pictures.of_many_classes(99) == [0, 1, 2, 3, 4, 5]
 
 
-def numbers(epoch: Epoch, column: int) -> list[int]:
-    return [int(epoch[i][column]) for i in range(len(epoch))]
+def drawn(n: int, n_u: int, seed: int = 0, epoch: int = 0, batch_size: int = 1) -> list[list[int]]:
+    """The numbers of x, y and x_u in an epoch over samples 0 to n and 10 to 10 + n_u."""
+    pairs = Pairs(stored(0, n), stored(10, n_u))
+    items = [pairs[rows] for rows in pairs.epoch(seed, epoch, batch_size)]
+    return [[int(number) for number in column] for column in zip(*items, strict=True)]
 
 
 @pytest.mark.parametrize(
     ("n", "n_u", "longer", "shorter"), [(4, 10, 2, 0), (10, 4, 0, 2), (1, 10, 2, 0), (5, 5, 0, 2)]
 )
 def test_epoch_passes_once_over_the_longer_list_and_cycles_the_shorter(n, n_u, longer, shorter):
-    epoch = Epoch(stored(0, n), stored(10, n_u), 0, 0)
+    columns = drawn(n, n_u)
     start = {0: 0, 2: 10}
     every = list(range(start[longer], start[longer] + max(n, n_u)))
-    assert sorted(numbers(epoch, longer)) == every
-    cycled = numbers(epoch, shorter)
+    assert sorted(columns[longer]) == every
+    cycled = columns[shorter]
     whole = set(range(start[shorter], start[shorter] + min(n, n_u)))
     for i in range(0, len(cycled), len(whole)):
         one_pass = cycled[i : i + len(whole)]
@@ -706,44 +709,40 @@ def test_epoch_passes_once_over_the_longer_list_and_cycles_the_shorter(n, n_u, l
 
 
 def test_last_batch_is_filled_up_by_a_next_pass():
-    epoch = Epoch(stored(0, 3), stored(10, 7), 0, 0, batch_size=5)
-    assert len(epoch) == 10
-    drawn = numbers(epoch, 2)
-    assert sorted(drawn[:7]) == list(range(10, 17))
-    assert len({*drawn[7:]}) == 3
+    x_u = drawn(3, 7, batch_size=5)[2]
+    assert len(x_u) == 10
+    assert sorted(x_u[:7]) == list(range(10, 17))
+    assert len({*x_u[7:]}) == 3
 
 
 def test_each_pass_over_the_shorter_list_has_its_own_order():
-    cycled = numbers(Epoch(stored(0, 5), stored(10, 20), 0, 0), 0)
+    cycled = drawn(5, 20)[0]
     assert len({tuple(cycled[i : i + 5]) for i in range(0, 20, 5)}) > 1
 
 
 def test_epoch_without_unlabeled_images_yields_pairs():
-    epoch = Epoch(stored(0, 6), stored(10, 0), 0, 0)
-    assert {len(epoch[i]) for i in range(len(epoch))} == {2}
-    assert sorted(numbers(epoch, 0)) == list(range(6))
-    assert numbers(epoch, 0) != list(range(6))
+    x, y = drawn(6, 0)
+    assert x == y
+    assert sorted(x) == list(range(6))
+    assert x != list(range(6))
 
 
 def test_image_and_mask_stay_together():
-    epoch = Epoch(stored(0, 4), stored(10, 10), 0, 0)
-    assert numbers(epoch, 0) == numbers(epoch, 1)
+    x, y, _ = drawn(4, 10)
+    assert x == y
 
 
 def test_order_follows_from_seed_and_epoch_alone():
-    def order(seed, epoch):
-        drawn = Epoch(stored(0, 4), stored(10, 10), seed, epoch)
-        return numbers(drawn, 0), numbers(drawn, 2)
-
     torch.manual_seed(0)
     np.random.seed(0)
-    before = order(1, 2)
+    before = drawn(4, 10, 1, 2)
     torch.manual_seed(9)
     np.random.seed(9)
-    assert order(1, 2) == before
-    for other in order(1, 3), order(2, 2), order(2, 1):
+    assert drawn(4, 10, 1, 2) == before
+    for seed, epoch in (1, 3), (2, 2), (2, 1):
+        other = drawn(4, 10, seed, epoch)
         assert other[0] != before[0]
-        assert other[1] != before[1]
+        assert other[2] != before[2]
 
 
 def test_normalize_by_hand_for_each_image_and_channel():
@@ -797,25 +796,25 @@ def of(cache: Cache, rows: list[int]) -> Stored:
 @pytest.mark.parametrize("normalization", ["range", "half"])
 def test_batches_are_normalized_as_the_flag_says(phantoms, normalization):
     images = torch.tensor(phantoms.images[:2])
-    x, _ = next(iter(batches(of(phantoms, [0, 1]), 2, CPU, normalization=normalization)))
+    x, _ = next(iter(Batches(of(phantoms, [0, 1]), 2, CPU, normalization=normalization)))
     assert torch.equal(x, normalize(images, normalization))
 
 
 def test_batches_come_in_order_and_end_with_a_smaller_one(phantoms):
     rows = [3, 1, 4, 0, 5, 9, 2]
-    drawn = list(batches(of(phantoms, rows), 3, CPU))
-    assert [len(x) for x, _ in drawn] == [3, 3, 1]
-    x, y = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    batches = list(Batches(of(phantoms, rows), 3, CPU))
+    assert [len(x) for x, _ in batches] == [3, 3, 1]
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
     assert torch.equal(x, normalize(torch.from_numpy(phantoms.images[rows])))
     assert np.array_equal(y, phantoms.masks[rows])
 
 
 def test_batches_of_an_epoch_hold_x_y_and_x_u(phantoms):
-    epoch = Epoch(of(phantoms, [0, 1]), of(phantoms, [2, 3, 4, 5, 6]), 0, 0)
-    drawn = list(batches(epoch, 2, CPU))
-    assert [len(batch) for batch in drawn] == [3, 3, 3]
-    x_u = torch.cat([batch[2] for batch in drawn])
+    pairs = Pairs(of(phantoms, [0, 1]), of(phantoms, [2, 3, 4, 5, 6]))
+    batches = list(Batches(pairs, 2, CPU).of(pairs.epoch(0, 0)))
+    assert [len(batch) for batch in batches] == [3, 3, 3]
+    x_u = torch.cat([batch[2] for batch in batches])
     images = normalize(torch.tensor(phantoms.images[2:7]))
     rows = [int((images == image).flatten(1).all(1).nonzero()) for image in x_u]
     assert sorted(rows) == [0, 1, 2, 3, 4]
@@ -829,7 +828,7 @@ def test_each_process_gets_its_part_of_every_batch(phantoms, monkeypatch, n):
     monkeypatch.setenv("WORLD_SIZE", str(n))
     for rank in range(n):
         monkeypatch.setenv("RANK", str(rank))
-        shards.append([y.flatten().tolist() for _, y in batches(data, 4, CPU)])
+        shards.append([y.flatten().tolist() for _, y in Batches(data, 4, CPU)])
     assert all(len(part) == 4 // n for shard in shards for part in shard[:-1])
     for i, whole in enumerate([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]):
         together = [shard[i] for shard in shards if i < len(shard)]
@@ -838,8 +837,30 @@ def test_each_process_gets_its_part_of_every_batch(phantoms, monkeypatch, n):
 
 def test_reading_batches_leaves_torchs_generator_alone(phantoms):
     before = torch.get_rng_state()
-    list(batches(Epoch(of(phantoms, [0, 1]), of(phantoms, [2]), 0, 0), 2, CPU))
+    list(Batches(of(phantoms, [0, 1, 2]), 2, CPU))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class ReadBy(torch.utils.data.Dataset):
+    """Item i is (i, the process that read it)."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((1, 1, 1), i), torch.tensor(os.getpid())
+
+
+def test_worker_processes_live_through_epochs_and_each_epoch_has_its_order(monkeypatch):
+    monkeypatch.setattr(data_utils, "normalize", lambda x, _: x)
+    batches, readers, read = Batches(ReadBy(), 2, CPU, workers=2), [], []
+    for order in [0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4], [3, 1]:
+        numbers, pids = (torch.cat(parts) for parts in zip(*batches.of(order), strict=True))
+        read.append(numbers.flatten().tolist())
+        readers += pids.tolist()
+    assert read == [[0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4], [3, 1]]
+    assert len({*readers}) == 2
+    assert os.getpid() not in readers
 
 
 # load_data

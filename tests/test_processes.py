@@ -212,7 +212,7 @@ def test_every_image_of_a_batch_goes_to_one_process(monkeypatch):
     seen = []
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        batches = data_utils.batches(images, 4, torch.device("cpu"))
+        batches = data_utils.Batches(images, 4, torch.device("cpu"))
         seen.append([y.tolist() for x, y in batches if torch.equal(x.flatten(), y)])
     halves = list(zip(*seen, strict=True))
     assert [sorted(first + second) for first, second in halves] == numbers.view(3, 4).tolist()

@@ -84,7 +84,7 @@ def shared_images(runs: list[Trained], ids: list[str] | None, n: int) -> Stored:
 def predictions(run: Trained, images: Stored) -> Tensor:
     """What the run's network makes of the images: masks (N, H, W)."""
     args = run.args
-    batches = data_utils.batches(
+    batches = data_utils.Batches(
         images, args.batch_size, run.device, normalization=args.normalization
     )
     return torch.cat([run.model.segment(x).argmax(1).cpu() for x, _ in batches])
