@@ -33,7 +33,7 @@ from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice, load_spec, read_toml
 from utils import IGNORE, InputError, first_ten
 
-__all__ = ["Sample", "index", "load_spec", "read_toml"]  # handed on from datasets/
+__all__ = ["Sample", "index", "load_spec", "read_toml"]  # re-exported from datasets/
 ROLES = ("labeled", "unlabeled", "val")
 
 
@@ -42,7 +42,7 @@ ROLES = ("labeled", "unlabeled", "val")
 
 @dataclass(frozen=True)
 class Split:
-    """Samples to train on with and without their mask, and to validate on; each sorted by id."""
+    """Labeled and unlabeled training samples, and validation samples; each sorted by id."""
 
     labeled: tuple[Sample, ...]
     unlabeled: tuple[Sample, ...]
@@ -53,7 +53,7 @@ class Split:
         return {role: [s.id for s in getattr(self, role)] for role in ROLES}
 
     def hash(self) -> str:
-        """A digest of the ids by role: equal splits have equal hashes."""
+        """A digest of the ids by role; equal for equal splits."""
         return hashlib.sha256(json.dumps(self.ids()).encode()).hexdigest()[:16]
 
 
@@ -67,25 +67,25 @@ def split(
 ) -> Split:
     """Divide samples into labeled (`ratio` of the training ones), unlabeled and validation.
 
-    kind: "paper" (Section 4.1): spec.counts groups, or their proportions if there are fewer; no
-        group is on both sides. "image": 85% and 15% of single images, as released. "standard": the
-        parts that other papers train and validate on. A "folder" with val/ is validated on that.
+    kind: "paper" (Section 4.1): spec.counts groups, or the same proportions if the data have fewer;
+        no group is on both sides. "image": 85% and 15% of single images, as released. "standard":
+        the parts that other papers train and validate on. A "folder" with val/ validates on it.
     label_unit: `ratio` counts training samples that have a mask ("image") or whole groups ("exam").
 
     The validation set and the order in which samples get labels depend on the seed alone, so that a
     smaller labeled set is part of a larger one. Samples without a mask are always unlabeled.
     """
-    taken = parts_of(spec, kind)
-    samples = [s for s in samples if s.part is None or s.part in taken]
+    parts = parts_of(spec, kind)
+    samples = [s for s in samples if s.part is None or s.part in parts]
     samples.sort(key=lambda s: s.id)
     rng = np.random.default_rng(seed)
     has_val = spec.layout == "folder" and any(s.part == "val" for s in samples)
     if kind == "standard" or (has_val and kind == "paper"):
-        val = {s for s in samples if s.part == taken[1] and s.mask is not None}
+        val = {s for s in samples if s.part == parts[1] and s.mask is not None}
         if not val:
-            missing = f"{spec.name}'s part {taken[1]!r} is not there"
+            missing = f"{spec.name}'s part {parts[1]!r} is missing"
             raise InputError(f"--split standard: {missing}; see README.md")
-        train = [s for s in samples if s.part == taken[0]]
+        train = [s for s in samples if s.part == parts[0]]
     else:
         n_train, n_val = spec.counts if spec.counts and kind == "paper" else (85, 15)
         units = [s.group if kind == "paper" else s.id for s in samples]
@@ -113,16 +113,16 @@ def split(
 
 
 def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
-    """The first n of the units in random order."""
-    known = sorted(units)
-    return {known[i] for i in rng.permutation(len(known))[:n]}
+    """n randomly chosen units."""
+    ordered = sorted(units)
+    return {ordered[i] for i in rng.permutation(len(ordered))[:n]}
 
 
 def read_split(path: Path, samples: list[Sample]) -> Split:
-    """The split of a split.json: lists `labeled`, `unlabeled`, `val` of ids or whole groups.
+    """Read a split.json: lists `labeled`, `unlabeled`, `val` of ids or whole groups.
 
-    InputError names the ids that are unknown, in two roles or labeled without a mask, and the
-    groups that are on both sides of training and validation.
+    InputError names ids that are unknown, have two roles, or are labeled without a mask, and groups
+    that are in both training and validation.
     """
     with files.naming(path):
         lists = json.loads(path.read_text(encoding="utf-8"))
@@ -149,8 +149,8 @@ def read_split(path: Path, samples: list[Sample]) -> Split:
             raise InputError(f"{path}: both {one} and {other}: {first_ten(both)}")
     if both := sorted({s.group for s in train} & {s.group for s in chosen["val"]}):
         raise InputError(f"{path}: in training and validation: {first_ten(both)}")
-    if bare := sorted(s.id for s in chosen["labeled"] | chosen["val"] if s.mask is None):
-        raise InputError(f"{path}: labeled or val, but without a mask: {first_ten(bare)}")
+    if unmasked := sorted(s.id for s in chosen["labeled"] | chosen["val"] if s.mask is None):
+        raise InputError(f"{path}: labeled or val, but without a mask: {first_ten(unmasked)}")
     return Split(*(tuple(sorted(chosen[role], key=lambda s: s.id)) for role in ROLES))
 
 
@@ -164,7 +164,7 @@ def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """A sample at the networks' size.
+    """Read a sample at the networks' size.
 
     Image (C, H, W) uint8 or float32, bilinear; mask (H, W) uint8, nearest.
     """
@@ -176,7 +176,7 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
 
 
 class Decoder(Dataset):
-    """Item i is sample i decoded, with None, or (None, None, what is wrong with it)."""
+    """Item i is (image, mask, None) of sample i, or (None, None, its error message)."""
 
     def __init__(self, samples: list[Sample], spec: DatasetSpec, size: tuple[int, int]):
         self.samples, self.spec, self.size = samples, spec, size
@@ -201,9 +201,9 @@ class Cache:
 
 
 def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -> str:
-    """A digest of all that a cache depends on.
+    """A digest of everything that a cache depends on.
 
-    Ids, files with their sizes and times, the labels' meaning, the size, the code that reads.
+    Ids, files with their sizes and times, the meaning of labels, the size, the code that reads.
     """
 
     def stamp(source: Path | Slice | int | None):
@@ -226,30 +226,30 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
 def open_cache(
     spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], folder: Path, workers: int = 0
 ) -> Cache:
-    """The decoded samples, from `folder` if they are there, otherwise decoded now and kept there.
+    """Open the decoded samples in `folder`; decode and store them first if they are not there.
 
-    Raises InputError that names every file that cannot be used (the first ten, then the count).
+    InputError names the unusable files (the first ten, then the count).
     """
     home = folder / f"{spec.name}_{size[0]}x{size[1]}_{cache_key(spec, samples, size)}"
     arrays = _map_cache(home)
     if arrays is None:
         utils.make_folder(folder, "--cache")
         _sweep(folder)
-        beside = folder / f".{home.name}.{socket.gethostname()}.{os.getpid()}"
-        beside.mkdir(exist_ok=True)
+        partial = folder / f".{home.name}.{socket.gethostname()}.{os.getpid()}"
+        partial.mkdir(exist_ok=True)
         try:
-            _fill_cache(beside, spec, samples, size, workers)
-            if _map_cache(home) is None:  # otherwise another run was faster
+            _fill_cache(partial, spec, samples, size, workers)
+            if _map_cache(home) is None:  # unless another run was faster
                 shutil.rmtree(home, ignore_errors=True)
-                beside.rename(home)
+                partial.rename(home)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
         arrays = _map_cache(home)
     return Cache(*arrays, {sample.id: row for row, sample in enumerate(samples)})
 
 
 def _sweep(folder: Path) -> None:
-    """Delete the leftovers of this machine's processes that were killed while filling a cache."""
+    """Delete incomplete caches of processes on this machine that were killed."""
     for leftover in folder.glob(f".*.{glob.escape(socket.gethostname())}.*"):
         pid = leftover.name.rpartition(".")[2]
         try:
@@ -270,7 +270,7 @@ def _map_cache(home: Path) -> list[np.ndarray] | None:
 
 def _needs_float(source: Path | Slice | int, spec: DatasetSpec) -> bool:
     if spec.layout == "folder" and isinstance(source, Path):
-        # decoding reports what is wrong with a broken file
+        # decoding reports broken files
         with suppress(Exception), Image.open(source) as image:
             return files.is_deep(image)
     return isinstance(source, Slice)
@@ -289,7 +289,7 @@ def _fill_cache(
     )
     files.read_volume.cache_clear()  # the files may have changed
     problems = []
-    # written piece by piece, not through a memory map: a full disk is then an error, not a crash
+    # in pieces, not through a memory map: there a full disk is a crash, not an error
     try:
         with open(home / "images.npy", "wb") as images, open(home / "masks.npy", "wb") as masks:
             arrays = (images, dtype, (spec.channels, *size)), (masks, np.uint8, size)
@@ -339,7 +339,7 @@ class Stored(Dataset):
         return mask.masked_fill_(mask == IGNORE, self.ignored_class)
 
     def of_many_classes(self, n: int) -> list[int]:
-        """n images (or all, if there are fewer) whose masks show many classes, spread out."""
+        """Indices of up to n images whose masks have the most classes, spread over the list."""
         variety = np.array([len(np.unique(self.cache.masks[row])) for row in self.rows])
         rich = np.flatnonzero(variety >= np.sort(variety)[-n:][0])
         return rich[np.linspace(0, len(rich) - 1, min(n, len(rich))).astype(int)].tolist()
@@ -379,21 +379,21 @@ def normalize(x: Tensor, normalization: str = "range") -> Tensor:
     """Images (B, C, H, W) of bytes or floats to float32 within [-1, 1].
 
     "range": Section 3.3, (v - mean) / (max - min) per image and channel; a constant becomes 0.
-    "half": the released code's (v - 0.5) / 0.5, where v is a byte / 255; a float, which has no
-    scale of its own, is placed between its image's extremes.
+    "half": the released code's (v - 0.5) / 0.5, with v = byte / 255; float images are first scaled
+    to [0, 1] by their own extremes.
     """
     v = x.float()
     extremes = torch.aminmax(v.flatten(2), dim=2)
     lowest, highest = (extreme[..., None, None] for extreme in extremes)
-    reach = torch.where(highest > lowest, highest - lowest, torch.inf)
+    span = torch.where(highest > lowest, highest - lowest, torch.inf)
     if normalization == "range":
-        return (v - v.mean((2, 3), keepdim=True)) / reach
-    unit = v / 255 if x.dtype == torch.uint8 else (v - lowest) / reach
+        return (v - v.mean((2, 3), keepdim=True)) / span
+    unit = v / 255 if x.dtype == torch.uint8 else (v - lowest) / span
     return (unit - 0.5) / 0.5
 
 
 def _ignore_signals(_worker: int) -> None:
-    # they reach the whole process group; the parent decides
+    # Ctrl-C reaches the whole process group; the parent decides
     for signum in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
         signal.signal(signum, signal.SIG_IGN)
 
@@ -440,7 +440,7 @@ class Batches:
 
 @dataclass(frozen=True)
 class Data:
-    """A dataset as a run uses it: how it is split, and the cached images of each role."""
+    """A run's dataset: its split and the cached images of each role."""
 
     n_groups: int  # images or exams that the index found
     split: Split
@@ -455,10 +455,10 @@ class Data:
 
 
 def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Data:
-    """Index --data-root, split it as the flags say, and open its cache: for training and testing.
+    """Index --data-root, split it as the flags say, and open its cache.
 
-    InputError if files are missing, unusable, too few for the flags, or if the split is not the
-    expected one (the hash in a checkpoint).
+    InputError if files are missing, unusable or too few, or if the split does not have the expected
+    hash (a checkpoint's).
     """
     samples = index(spec, Path(args.data_root), args.split)
     if args.split in SPLITS:

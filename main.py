@@ -46,7 +46,7 @@ SETTINGS = ("experiment", "optimization", "networks")  # groups of flags that ch
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show every default but None and False."""
+    """Show every default except None and False."""
 
     def _get_help_string(self, action):
         hidden = action.default is None or action.default is False
@@ -54,7 +54,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Report what is wrong as one error line, and remember which group a flag is in."""
+    """Raise InputError for wrong flags, and remember the flags of each group."""
 
     def __init__(self, *args, **kwargs):
         defaults = {"formatter_class": Help, "allow_abbrev": False}
@@ -66,19 +66,19 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message + hint)
 
     def group(self, title: str) -> Callable:
-        """A function like add_argument that adds to a new group."""
+        """Like add_argument, for a new group."""
         group, keys = self.add_argument_group(title), self.keys.setdefault(title, [])
         return lambda *flags, **about: keys.append(group.add_argument(*flags, **about).dest)
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
-    """An argparse type: a finite int or float from `low` (with `above`: over it) to `high`."""
+    """An argparse type: a finite int or float from `low` (`above`: exclusive) to `high`."""
 
     def convert(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or not math.isfinite(value) or (above and value == low):
             limit = f" and at most {high:g}" if high < math.inf else ""
-            least = f"{'over' if above else 'at least'} {low:g}"
+            least = f"{'greater than' if above else 'at least'} {low:g}"
             raise argparse.ArgumentTypeError(f"{text} must be {least}{limit}")
         return value
 
@@ -102,7 +102,7 @@ def split_kind(text: str) -> str:
 
 
 def build_parser() -> Parser:
-    """Every flag, with the paper's default (Section 3.3) if it has one."""
+    """All flags, with the paper's defaults (Section 3.3)."""
     parser = Parser("main.py", description=__doc__.splitlines()[0])
     share, weight, count = number(float, 0, 1, above=True), number(float, 0), number(int, 1, 10**9)
     size, beta = number(int, MIN_SIZE, 16384), number(float, 0, 0.9999)
@@ -116,7 +116,7 @@ def build_parser() -> Parser:
     flag("--checkpoint", metavar="FILE", help="checkpoint to test; default: newest run's best.pt")
     flag("--overlay", action="store_true", help="with --predict, also write masks over pictures")
     flag("--native-size", action="store_true", help="with --testing, also score at full size")
-    flag("--overwrite", action="store_true", help="delete the run's folder and start anew")
+    flag("--overwrite", action="store_true", help="delete the run's folder and start over")
 
     flag = parser.group("experiment")
     flag("--dataset", default="voc", help="name in config/ or path of a .toml file")
@@ -148,15 +148,15 @@ def build_parser() -> Parser:
     flag("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
     betas = {"nargs": 2, "default": [0.5, 0.999], "metavar": ("B1", "B2")}
     flag("--betas", type=beta, **betas, help="Adam's betas")
-    pool = "past fakes shown to the discriminators (released code: 50)"
+    pool = "size of the pool of past fakes for the discriminators (released code: 50)"
     flag("--pool-size", type=number(int, 0), default=0, metavar="N", help=pool)
     fakes = "what D_S sees of G_IS(x')"
     flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help=fakes)
     on = "images that meanteacher mixes and perturbs"
     flag("--cutmix-on", default="both", choices=["both", "unlabeled", "labeled"], help=on)
-    flag("--init", metavar="FILE", help="checkpoint whose networks are the starting point")
-    products = ["fp32", "tf32", "bf16"]
-    flag("--precision", default="fp32", choices=products, help="of products; losses stay fp32")
+    flag("--init", metavar="FILE", help="checkpoint whose networks to start from")
+    kinds = ["fp32", "tf32", "bf16"]
+    flag("--precision", default="fp32", choices=kinds, help="of convolutions; losses stay fp32")
 
     flag = parser.group("networks")
     flag("--ngf", type=count, default=64, metavar="N", help="width of the generators")
@@ -171,9 +171,9 @@ def build_parser() -> Parser:
     flag = parser.group("machine")
     flag("--device", help="cpu, cuda or cuda:1; default: cuda if there is a GPU")
     flag("--compile", action=switch, default=False, help="torch.compile the networks")
-    flag("--deterministic", action=switch, default=False, help="kernels that repeat bit for bit")
+    flag("--deterministic", action=switch, default=False, help="repeat bit for bit, slower")
     workers = number(int, 0, 1000)
-    flag("--workers", type=workers, default=2, metavar="N", help="processes that read images")
+    flag("--workers", type=workers, default=2, metavar="N", help="processes that load images")
 
     flag = parser.group("files")
     flag("--data-root", metavar="DIR", help="folder of the dataset; default: data/<dataset>")
@@ -189,13 +189,13 @@ def build_parser() -> Parser:
 
 
 def setting_names(parser: Parser | None = None) -> list[str]:
-    """The flags that change a result: kept in a checkpoint, compared when a run resumes."""
+    """The flags that change a result; checkpoints contain them and resumed runs must match them."""
     keys = (parser or build_parser()).keys
     return [key for group in SETTINGS for key in keys[group] if key != "dataset"]
 
 
 def toml_flags(path: Path, table: dict, parser: Parser, known: list[str]) -> list[str]:
-    """A TOML's top-level keys as a command line; InputError names the file."""
+    """A TOML's top-level keys as command-line flags; InputError names the file."""
     flags = []
     for key, value in table.items():
         if key not in known:
@@ -217,10 +217,10 @@ def toml_flags(path: Path, table: dict, parser: Parser, known: list[str]) -> lis
 
 
 def parse_args(argv: list[str], checkpoint: tuple[Path, dict] | None = None) -> argparse.Namespace:
-    """The command line over the TOMLs of dataset and --config, or over a checkpoint's settings.
+    """Flags from the TOMLs of dataset and --config, or from a checkpoint, then the command line.
 
-    Beside the flags: `given`, those of the command line alone; `settings`, those that change the
-    result; `flags`, those of a run's config.toml.
+    Also sets `given`, the flags on the command line; `settings`, those that change the result;
+    `flags`, those of a run's config.toml.
     """
     parser = build_parser()
     defaults, unset = vars(parser.parse_args([])), object()
@@ -264,7 +264,7 @@ def parse_args(argv: list[str], checkpoint: tuple[Path, dict] | None = None) -> 
 
 
 def train(args: argparse.Namespace) -> int:
-    """--training: a new run, or the rest of an interrupted one."""
+    """--training: start a run, or resume an interrupted one."""
     device = utils.pick_device(args.device, args.precision)
     spec = load_spec(args.dataset)
     if args.batch_size % utils.world_size():
@@ -302,16 +302,16 @@ def make_batches(args: argparse.Namespace, device: torch.device) -> Callable:
 
 
 def build_model(args: argparse.Namespace, spec: DatasetSpec, device: torch.device) -> Method:
-    """The method's networks with their first weights, the same in every process."""
+    """The method with initial weights that are the same in every process."""
     utils.seed_everything(args.seed, args.deterministic)
     model = METHODS[args.method](spec, args).to(device)
-    if utils.rank():  # drop-out and pools differ between processes
+    if utils.rank():  # dropout and pools differ between processes
         torch.manual_seed(args.seed + 2**33 * utils.rank())
     return model
 
 
 def prepare(model: Method, args: argparse.Namespace, device: torch.device) -> None:
-    """Wrap the networks for several processes and for --compile."""
+    """Prepare the networks for several processes and for --compile."""
     if utils.world_size() > 1:
         distribute(model, device)
     if args.compile:
@@ -319,7 +319,7 @@ def prepare(model: Method, args: argparse.Namespace, device: torch.device) -> No
 
 
 def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: Path) -> None:
-    """Print what is about to be trained, and warn about data that look incomplete."""
+    """Print a summary of the run, with warnings about data that look incomplete."""
     counts = spec.standard_counts if args.split == "standard" else spec.counts
     expected, found = sum(counts or ()), data.n_groups
     if args.split in SPLITS and expected not in (0, found):
@@ -342,8 +342,8 @@ def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: 
     for i in range(len(data.labeled)):
         seen += np.bincount(data.labeled.mask(i).numpy().ravel(), minlength=256)
     if absent := [name for k, name in enumerate(spec.classes) if not seen[k]]:
-        question = "is every value of the masks the class's index?"
-        print(f"no labeled mask shows {utils.first_ten(absent)}: {question}")
+        question = "are the values of the masks class indices?"
+        print(f"no labeled mask contains {utils.first_ten(absent)}: {question}")
 
 
 # Testing and predicting
@@ -363,25 +363,22 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
         wanted["dataset"] = Path(args.dataset).stem
     runs = {}
     for config in Path(args.checkpoints).glob("*/config.toml"):
-        table, best, last = (
-            read_toml(config),
-            config.with_name("best.pt"),
-            config.with_name("last.pt"),
-        )
+        table = read_toml(config)
+        best, last = config.with_name("best.pt"), config.with_name("last.pt")
         name = table.get("dataset", {}).get("name")
         found = {**table, "dataset": name, "name": config.parent.name}
         if best.is_file() and all(found.get(key) == value for key, value in wanted.items()):
             runs[best] = (last if last.is_file() else best).stat().st_mtime_ns
     if not runs:
         flags = "".join(f" --{key} {value}" for key, value in wanted.items())
-        advice = f"python main.py --training{flags} makes one"
-        raise InputError(f"{args.checkpoints} holds no trained run{flags}: {advice}")
+        advice = f"start one with python main.py --training{flags}"
+        raise InputError(f"{args.checkpoints} contains no trained run{flags}: {advice}")
     return max(runs, key=runs.get)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint's network, and its settings under those of the command line."""
+    """A checkpoint's networks and settings, with the flags of the command line."""
 
     path: Path
     state: dict
@@ -392,7 +389,7 @@ class Trained:
 
 
 def load_trained(argv: list[str]) -> Trained:
-    """The network for --testing or --predict; InputError if flags contradict its checkpoint."""
+    """Load the checkpoint for --testing or --predict; InputError if flags contradict it."""
     path = find_checkpoint(parse_args(argv))
     state = utils.load_checkpoint(path)
     spec = make_spec(state["dataset"], str(path))
@@ -407,7 +404,7 @@ def load_trained(argv: list[str]) -> Trained:
     differ = [key for key, value in asked.items() if value != fixed[key]]
     if differ:
         flags = [f"--{k.replace('_', '-')} is {fixed[k]}, not {asked[k]}" for k in differ]
-        raise InputError(f"{path}: {utils.first_ten(flags)}; a checkpoint fixes these")
+        raise InputError(f"{path}: {utils.first_ten(flags)}; the checkpoint sets these")
     device = utils.pick_device(args.device, args.precision)
     model = METHODS[args.method](spec, args).to(device)
     utils.load_weights(model, state["model"], path)
@@ -422,21 +419,21 @@ def test(trained: Trained) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """Do what a command line of this program asks for."""
+    """Run a command line of this program."""
     args = parse_args(argv)
     if args.training:
         return train(args)
     if utils.world_size() > 1:
-        raise InputError("--testing and --predict run in one process: without torchrun")
+        raise InputError("--testing and --predict run in one process; start them without torchrun")
     trained = load_trained(argv)
     return test(trained) if args.testing else predict.predict(trained)
 
 
 def main(argv: list[str] | None = None, command: Callable[[list[str]], int] = run) -> int:
-    """Run a command, this program's or a tool's; what is wrong becomes one error line.
+    """Run a command, this program's or a tool's, and print errors as one line.
 
-    Exit code: 0 done, 1 failed while running, 2 wrong flags, configuration or data, 128 + n after
-    signal n.
+    Exit code: 0 done, 1 failed while running, 2 invalid flags, configuration or data, 128 + n
+    after signal n.
     """
     if utils.rank():  # of several processes, the first one prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

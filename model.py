@@ -1,4 +1,4 @@
-"""The method: Eq. 1 to 9, and one class for each row of Table 1.
+"""The method: Eq. 1 to 9, and one class for each method of Table 1.
 
 Read the equations, Method, Supervised and CycleGAN; the baselines follow. Symbols of the paper,
 with B images in a batch, C channels, K classes and H x W pixels:
@@ -9,7 +9,7 @@ with B images in a batch, C channels, K classes and H x W pixels:
     logits   (B, K, H, W)  what G_IS returns; its softmax over K is the paper's G_IS(x)
     G_IS     image to segmentation: the network we want
     G_SI     segmentation (one-hot masks or softmax maps) to image
-    D_S, D_I one judgment per pixel, (B, 1, H, W), of masks and of images: 1 is real, 0 is generated
+    D_S, D_I masks and images to one score per pixel, (B, 1, H, W): 1 is real, 0 is generated
 """
 
 import copy
@@ -33,7 +33,7 @@ from utils import IGNORE, NonFiniteLoss, share, total, world_size
 
 def gen_S(logits: Tensor, y: Tensor) -> Tensor:
     """Eq. 1, 2: cross-entropy H(y, G_IS(x)), mean over the pixels that count; 0 if none does."""
-    # summed by hand: the kernel that sums does not repeat bit for bit on GPUs
+    # reduction="sum" has no deterministic kernel on GPUs
     error = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none")
     return error.sum() / share((y != IGNORE).sum())
 
@@ -80,7 +80,7 @@ def one_hot(y: Tensor, n_classes: int, dtype: torch.dtype = torch.float32) -> Te
 
 @contextmanager
 def frozen(*networks: nn.Module) -> Iterator[None]:
-    """Eq. 9: inside, these networks are "considered as fixed"; their inputs get gradients."""
+    """Eq. 9: inside, these networks are "considered as fixed"; gradients pass to their inputs."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad = False
@@ -92,7 +92,7 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
 
 
 def descend(optimizer: Optimizer, loss: Tensor, terms: dict[str, Tensor]) -> None:
-    """Update the optimizer's parameters by the loss's gradient; NonFiniteLoss before any change."""
+    """Update the optimizer's parameters; NonFiniteLoss, before any change, if the loss is."""
     finite = total((~loss.detach().isfinite()).int()) == 0
     finite = finite.to("cpu", non_blocking=loss.is_cuda)
     known = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
@@ -158,7 +158,7 @@ class Method(nn.Module):
     def generator_terms(
         self, x: Tensor, y: Tensor, x_u: Tensor | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The terms with a weight, unweighted, by name; and the fakes the discriminators see."""
+        """The unweighted terms by name, without those of weight 0, and fakes for discriminators."""
         raise NotImplementedError
 
     def step(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
@@ -177,12 +177,12 @@ class Method(nn.Module):
         return {name: term.detach() for name, term in (terms | losses).items()}
 
     def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """What the networks make of labeled images: masks (B, H, W) and images (B, C, H, W)."""
+        """The networks' outputs for labeled images: masks (B, H, W) and images (B, C, H, W)."""
         return {"G_IS(x)": self.segment(x).argmax(1)}
 
 
 class Supervised(Method):
-    """Full (every label) and Partial (some): G_IS trained by Eq. 1 alone."""
+    """Full (all labels) and Partial (some): G_IS trained with Eq. 1 only."""
 
     def __init__(self, spec, args):
         super().__init__(spec, args)
@@ -219,7 +219,7 @@ class CycleGAN(Method):
             self.optimize("D", discriminators, self.discriminator_terms, args)
 
     def terms_on(self) -> set[str]:
-        """The names of the terms with a weight."""
+        """The names of the terms whose weight is not 0."""
         return {name for name, weight in self.weights.items() if weight}
 
     def paint(self, y: Tensor) -> Tensor:
@@ -229,10 +229,10 @@ class CycleGAN(Method):
         return self.run(self.G_SI, y)
 
     def generator_terms(self, x, y, x_u):
-        """The terms of Eq. 8 with a weight, and the fakes {"y": G_IS(x'), "x": G_SI(y)}.
+        """The terms of Eq. 8 whose weight is not 0, and the fakes {"y": G_IS(x'), "x": G_SI(y)}.
 
-        A backward through the terms leaves no gradient in the discriminators. Each generator runs
-        once on both its inputs: instance norm works image by image, so values do not change.
+        Their backward pass leaves no gradient in the discriminators. Each generator runs once on
+        both of its inputs: instance norm works image by image, so the values are the same.
         """
         on, terms, fakes = self.terms_on(), {}, {}
         uses_x_u, uses_y = on & {"cycle_I", "disc_S"}, on & {"gen_I", "cycle_S", "disc_I"}
@@ -254,7 +254,7 @@ class CycleGAN(Method):
         if "cycle_I" in on:
             terms["cycle_I"] = cycle_I(images[-len(x_u) :], x_u)
 
-        if uses_x_u and self.hard_fakes:  # the released code: index maps, which pass no gradient
+        if uses_x_u and self.hard_fakes:  # as released: index maps, which pass no gradient
             fakes["y"] = one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype)
         with frozen(self.D_S, self.D_I):
             if "disc_S" in on:
@@ -277,7 +277,7 @@ class CycleGAN(Method):
         return terms
 
     def pictures(self, x, y):
-        """Both generators on labeled images, and both cycles."""
+        """The outputs of both generators and of both cycles."""
         logits = self.segment(x)
         fake_x = self.paint(y)
         return {
@@ -289,9 +289,9 @@ class CycleGAN(Method):
 
 
 class ReplayPool:
-    """The released code's buffer of past fakes: half of the time, swap a new one for an old one.
+    """The released code's buffer of past fakes: with probability 1/2 swap a new one for an old one.
 
-    A pool of size 0 (the paper) returns what it is given.
+    A pool of size 0 (the paper) returns its input.
     """
 
     def __init__(self, size: int):
@@ -304,7 +304,7 @@ class ReplayPool:
         returned = []
         for fake in batch:
             if len(self.fakes) < self.size:
-                self.fakes.append(fake.clone())  # a view would keep its whole batch
+                self.fakes.append(fake.clone())  # a view would keep the whole batch
             elif torch.rand(()) < 0.5:
                 slot = int(torch.randint(self.size, ()))
                 fake, self.fakes[slot] = self.fakes[slot], fake.clone()
@@ -318,7 +318,7 @@ class ReplayPool:
 def judge(logits: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of D's logits (B, 1, H, W) with 1 (real) or 0.
 
-    Mean over the `valid` pixels; 0 if there are none.
+    Mean over the `valid` pixels; 0 if there is none.
     """
     truth = torch.full_like(logits, target)
     error = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
@@ -328,8 +328,8 @@ def judge(logits: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
 def semi(logits: Tensor, judgment: Tensor, threshold: float) -> Tensor:
     """Cross-entropy of the prediction with its own argmax where sigmoid(judgment) >= threshold.
 
-    logits (B, K, H, W), judgment (B, 1, H, W); mean over the pixels that pass, 0 if none does.
-    Neither the argmax nor the choice of pixels passes a gradient.
+    logits (B, K, H, W), judgment (B, 1, H, W); mean over the selected pixels, 0 if there is none.
+    No gradient passes through the argmax or the selection.
     """
     unsure = judgment.squeeze(1).sigmoid() < threshold
     return gen_S(logits, logits.argmax(1).masked_fill(unsure, IGNORE))
@@ -341,7 +341,7 @@ class AdvSemi(Method):
     D_S tells masks from predictions and selects the pixels of x_u whose predictions become labels.
     """
 
-    threshold, start = 0.2, 0.25  # D_S's confidence; share of the run without the term `semi`
+    threshold, start = 0.2, 0.25  # confidence of D_S; share of the run before the term `semi`
 
     def __init__(self, spec, args):
         super().__init__(spec, args)
@@ -371,7 +371,8 @@ class AdvSemi(Method):
     def discriminator_terms(self, y, x_u, fakes):
         """Half the cross-entropy of predictions with 0, half that of true masks with 1.
 
-        As in their code, the predictions include those on unlabeled images; ignored pixels are out.
+        As in their code, predictions include those on unlabeled images. Ignored pixels do not
+        count.
         """
         maps, valid = fakes["y"].detach(), (y != IGNORE).unsqueeze(1)
         valid_maps = torch.cat([valid, torch.ones_like(maps[len(y) :, :1], dtype=torch.bool)])
@@ -385,7 +386,7 @@ class AdvSemi(Method):
 
 
 def boxes(x: Tensor) -> Tensor:
-    """One random box per image, bool (B, 1, H, W), each side 1/4 to 3/4 of the image's."""
+    """One random box per image, bool (B, 1, H, W), with sides of 1/4 to 3/4 of the image's."""
     inside = []
     for n in x.shape[-2:]:
         side = 0.25 + 0.5 * torch.rand(len(x), 1, device=x.device)
@@ -403,9 +404,10 @@ def perturb(x: Tensor) -> Tensor:
 
 
 def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of the student on mixed, perturbed images with the masks mixed the same way.
+    """Cross-entropy of the student on mixed and perturbed images with equally mixed masks.
 
-    A box of each image shows the next image of the batch. Mean over all pixels, ignored ones as 0.
+    A box in each image is filled from another image of the batch. Mean over all pixels, where
+    ignored ones add 0.
     """
     box = boxes(x)
     x_mixed = perturb(torch.where(box, x.roll(1, 0), x))
@@ -422,13 +424,13 @@ def pseudo_masks(logits: Tensor, confidence: float) -> Tensor:
 
 
 class MeanTeacher(Method):
-    """G_IS learns from labels and from the masks of its own moving average under CutMix.
+    """G_IS learns from labels and, under CutMix, from the masks of its own moving average.
 
-    The average is the network that is evaluated. --cutmix-on labeled is the control: labeled images
-    with their true masks, mixed and perturbed, and no unlabeled image.
+    The average is evaluated. --cutmix-on labeled is the control: labeled images with their true
+    masks, mixed and perturbed, and no unlabeled image.
     """
 
-    decay, confidence, ramp_up = 0.99, 0.7, 0.25  # of the average; of a pixel; share of the run
+    decay, confidence, ramp_up = 0.99, 0.7, 0.25  # average; least confidence; share of the run
 
     def __init__(self, spec, args):
         super().__init__(spec, args)
@@ -471,7 +473,7 @@ METHODS = {
 
 
 def distribute(model: Method, device: torch.device) -> None:
-    """Average the gradients of every process in each update."""
+    """Average gradients over all processes."""
     for module in model.modules():
         if isinstance(module, (NormedConv2d, NormedConvTranspose2d)):
             module.bias.requires_grad_(False)  # DDP would wait for its gradient

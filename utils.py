@@ -1,4 +1,4 @@
-"""Metrics, schedule, devices, processes, checkpoint files, and the errors that end a run."""
+"""Metrics, learning-rate schedule, devices, processes, checkpoint files, errors."""
 
 import io
 import os
@@ -26,7 +26,7 @@ CHECKPOINT_PARTS = {
 
 
 class InputError(Exception):
-    """Wrong flags, configuration or data; main prints one `error: ...` line and exits with 2."""
+    """Invalid flags, configuration or data; main prints one `error: ...` line and exits with 2."""
 
 
 class TrainingError(Exception):
@@ -34,11 +34,11 @@ class TrainingError(Exception):
 
 
 class NonFiniteLoss(ArithmeticError):
-    """A loss is infinite or not a number; the message gives the terms."""
+    """A loss is infinite or NaN; the message gives the terms."""
 
 
 def first_ten(items: Iterable[str]) -> str:
-    """'a; b; c', and after ten of them how many more there are."""
+    """'a; b; c', and after ten items the number of the others."""
     items = list(items)
     more = f"; and {len(items) - 10} more" if len(items) > 10 else ""
     return "; ".join(items[:10]) + more
@@ -56,7 +56,7 @@ class ConfusionMatrix:
         self.counts = self.flat[:-1].view(n_classes, n_classes)
 
     def update(self, prediction: Tensor, truth: Tensor) -> None:
-        """Add a batch of class indices; pixels whose truth is IGNORE are left out."""
+        """Add a batch of class indices; pixels whose truth is IGNORE do not count."""
         k = len(self.counts)
         index = torch.where(truth != IGNORE, truth.long() * k + prediction, k * k).flatten()
         self.flat.scatter_add_(0, index, torch.ones_like(index))
@@ -75,7 +75,7 @@ def _iou(counts: Tensor) -> list[float | None]:
 
 
 def segmentation_metrics(counts: Tensor, spec) -> dict:
-    """Every reported metric from a K x K confusion matrix (rows truth, columns prediction).
+    """All reported metrics, from a K x K confusion matrix (rows truth, columns prediction).
 
     miou: Section 4.2, the mean of TP / (TP + FP + FN) over `spec.scored`. Pixels whose truth is
         `spec.void` are skipped; a void predicted on a real class is a miss.
@@ -83,7 +83,7 @@ def segmentation_metrics(counts: Tensor, spec) -> dict:
     miou_official: the released code's. Rows and columns of unscored classes are cut out first, so
         confusions with them cost nothing.
 
-    A class in neither truth nor prediction is None and stays out of every mean.
+    A class in neither truth nor prediction is None and enters no mean.
     """
     counts = counts.cpu()
     judged = counts.clone()
@@ -113,7 +113,7 @@ def format_means(metrics: dict) -> str:
 
 
 def format_metrics(metrics: dict) -> str:
-    """A table of IoU and Dice by class, then the means, in %; a dash for a class that is absent."""
+    """A table of IoU and Dice by class, then the means, in %; a dash for an absent class."""
 
     def percent(value: float | None) -> str:
         return "      -" if value is None else f"{100 * value:7.2f}"
@@ -136,7 +136,7 @@ def format_metrics(metrics: dict) -> str:
 
 
 def linear_decay(epochs: int, decay_epoch: int) -> Callable[[float], float]:
-    """The learning rate's factor by epoch (Section 3.3), the same for every step of an epoch.
+    """The learning rate's factor by epoch (Section 3.3), constant within an epoch.
 
     1 until decay_epoch, then linearly to 0 at `epochs`.
     """
@@ -159,7 +159,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 
 def pick_device(name: str | None, precision: str) -> torch.device:
-    """The device of that name, or the GPU if there is one; sets float32 matmul precision."""
+    """The device of that name, by default a GPU if there is one; sets the precision of products."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{local_rank()}" if name == "cuda" and world_size() > 1 else name
     try:
@@ -181,21 +181,21 @@ def compile_networks(model: nn.Module) -> None:
         network.compile(dynamic=False)
 
 
-# Processes: one, or as many as torchrun starts. Each trains on its part of every batch.
+# Processes: one, or as many as torchrun starts. Each trains on its share of every batch.
 
 
 def rank() -> int:
-    """This process's number; 0 is the one that writes and prints."""
+    """This process's number; process 0 writes and prints."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
-    """This process's number on its machine, and that of its GPU."""
+    """This process's number on its machine, which is also its GPU's."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -214,15 +214,15 @@ def total(values: Tensor) -> Tensor:
 
 
 def share(count: Tensor) -> Tensor:
-    """A count over all processes, at least 1, divided by their number.
+    """A count over all processes (at least 1), divided by their number.
 
-    Each process divides its own sum by it; the mean of the quotients is the mean over all.
+    Each process divides its own sum by it; the mean of the quotients is the overall mean.
     """
     return total(count).clamp(min=1) / world_size()
 
 
 def agree(*values: int) -> list[int]:
-    """The largest of each value over all processes, so that all of them decide alike."""
+    """The maximum of each value over all processes, so that all of them decide alike."""
     if not dist.is_initialized():
         return list(values)
     largest = torch.tensor(values)
@@ -258,15 +258,15 @@ def first_process_first() -> Iterator[None]:
 
 
 def failure(error: Exception) -> str | None:
-    """An error message for a failure of the machine; None for a defect of the program."""
+    """A message for a failure of the machine; None for a bug in the program."""
     signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return (
-            "out of memory; half of --batch-size or of --size's area needs half the memory, "
+            "out of memory; half the --batch-size or half the area of --size takes half of it, "
             "--ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
         )
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process of this run has ended; the last checkpoint is whole"
+        return "another process of this run has ended; the last checkpoint is intact"
     return None
 
 
@@ -274,32 +274,32 @@ def failure(error: Exception) -> str | None:
 
 
 def unwritten(path: Path, size: int, error: OSError) -> TrainingError:
-    """What to raise when a file of `size` bytes could not be written."""
+    """The error for a file of `size` bytes that could not be written."""
     free = shutil.disk_usage(path.parent).free / 2**20
     need = f"{size / 2**20:.1f} MiB are needed, {free:.1f} MiB are free"
     reason = f"cannot be written ({error.strerror}): {need}"
-    return TrainingError(f"{path}: {reason}; what is on disk is whole")
+    return TrainingError(f"{path}: {reason}; files already on disk are intact")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace a file so that a reader finds the old content or the new, whole."""
+    """Replace a file; readers find either the old content or the new, never a part."""
     content = content.encode() if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise unwritten(path, len(content), error) from error
     finally:
         with suppress(OSError):
-            beside.unlink()
+            temporary.unlink()
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Create a folder and check that it can be written; InputError names it."""
+    """Create a folder and check that it is writable; InputError names it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -309,14 +309,14 @@ def make_folder(path: Path, flag: str) -> None:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a checkpoint of tensors and plain values, which loads without unpickling code."""
+    """Write a checkpoint of tensors and plain values; loading it runs no code from the file."""
     buffer = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
     write_atomically(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint onto the CPU; InputError if it is damaged or not one of this program's."""
+    """Read a checkpoint onto the CPU; InputError if it is damaged or not from this program."""
     if not path.is_file():
         raise InputError(f"checkpoint {path}: no such file")
     try:
@@ -326,16 +326,16 @@ def load_checkpoint(path: Path) -> dict:
         content.seek(0)
         state = None if damaged else torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on hostile bytes
-        reason = f"cannot be read as one ({type(error).__name__})"
+        reason = f"not a readable checkpoint ({type(error).__name__})"
         raise InputError(f"checkpoint {path}: {reason}") from error
     if damaged:
-        raise InputError(f"checkpoint {path}: damaged (its record {damaged})")
+        raise InputError(f"checkpoint {path}: damaged (record {damaged})")
     if isinstance(state, dict) and state.get("format") == 1:
-        advice = "use the version of this program that wrote it, or train anew"
+        advice = "use the version of this program that wrote it, or train again"
         raise InputError(f"checkpoint {path}: from an earlier version (format 1); {advice}")
     if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
         raise InputError(
-            f"checkpoint {path}: not one of this program's, format {CHECKPOINT_FORMAT}"
+            f"checkpoint {path}: not from this program (expected format {CHECKPOINT_FORMAT})"
         )
     wrong = [key for key, kind in CHECKPOINT_PARTS.items() if not isinstance(state.get(key), kind)]
     for key in [] if wrong else ("settings", "dataset", "model"):
@@ -347,7 +347,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:
-    """Load saved weights into a network; InputError lists the differences if they do not fit."""
+    """Load saved weights into a network; InputError lists what does not fit."""
     ours = {key: tuple(value.shape) for key, value in network.state_dict().items()}
     theirs = {key: tuple(value.shape) for key, value in weights.items()}
     differences = [
@@ -356,5 +356,5 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path | 
         if ours.get(key) != theirs.get(key)
     ]
     if differences:
-        raise InputError(f"{source}: other networks: {first_ten(differences)}")
+        raise InputError(f"{source}: does not fit the networks: {first_ten(differences)}")
     network.load_state_dict(weights)

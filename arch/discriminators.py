@@ -1,4 +1,4 @@
-"""Discriminators with outputs of the input's size: Section 3.3's, and Hung et al.'s."""
+"""Discriminators with one output per pixel: those of Section 3.3 and of Hung et al."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Pictures and NIfTI volumes: reading them, checking them, writing masks."""
+"""Pictures and NIfTI volumes: read, check, write masks."""
 
 import gzip
 from collections import Counter
@@ -22,7 +22,7 @@ IGNORE_COLOR = (224, 224, 192)  # as in VOC's own masks
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong inside into an InputError that names the file."""
+    """Turn any exception inside into an InputError that names the file."""
     try:
         yield
     except InputError:
@@ -34,26 +34,26 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a file's name says it is a NIfTI volume."""
+    """Whether a file has the extension of a NIfTI volume."""
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file's name says it is a picture that Pillow knows."""
+    """Whether a file has an extension that Pillow knows."""
     return path.suffix.lower() in Image.registered_extensions()
 
 
 def stem_of(path: Path) -> str:
-    """A file's name without its extension, which of a volume may be .nii.gz."""
+    """A file's name without its extension; .nii.gz is one."""
     return path.name.removesuffix(".gz").removesuffix(".nii") if is_volume(path) else path.stem
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """A picture whose checksums hold, if its format has them; InputError names it."""
+    """Open a picture after verifying its checksums, if it has any; InputError names it."""
     with naming(path):
         with Image.open(path) as image:
-            image.verify()  # all of a PNG's, while decoding stops at the last pixel
+            image.verify()  # checks all of a PNG; decoding stops at the last pixel
         with Image.open(path) as image:
             yield image
 
@@ -64,7 +64,7 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def as_array(image: Image.Image, channels: int) -> np.ndarray:
-    """A picture of any mode as (H, W) or (H, W, 3) uint8, a deep one as (H, W) float32."""
+    """A picture of any mode as (H, W) or (H, W, 3) uint8, or (H, W) float32 if it is deep."""
     if not is_deep(image):
         return np.array(image.convert("L" if channels == 1 else "RGB"))
     values = np.array(image, np.float32)
@@ -74,7 +74,7 @@ def as_array(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def read_image(path: Path, channels: int, deep: bool = False) -> np.ndarray:
-    """An 8-bit picture as (H, W) or (H, W, 3) uint8; with `deep` also more bits, as float32."""
+    """Read an 8-bit picture as (H, W) or (H, W, 3) uint8; `deep` allows more, as float32."""
     with opened(path) as image:
         if deep and is_deep(image):
             return as_array(image, channels)
@@ -87,7 +87,7 @@ def read_image(path: Path, channels: int, deep: bool = False) -> np.ndarray:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """An indexed or gray 8-bit PNG as (H, W) uint8."""
+    """Read an indexed or gray 8-bit PNG as (H, W) uint8."""
     with opened(path) as image:
         if image.mode not in ("L", "P"):
             expected = "a mask must be an indexed or gray 8-bit PNG of class indices"
@@ -97,7 +97,7 @@ def read_mask(path: Path) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def read_volume(path: Path) -> np.ndarray:
-    """A NIfTI volume (X, Y, Z) as stored; neighboring samples are slices of the same one."""
+    """Read a NIfTI volume (X, Y, Z); cached, as neighboring samples are slices of one volume."""
     if path.suffix == ".gz":
         with gzip.open(path) as stream:
             while stream.read(2**20):  # to the end: nibabel does not reach the checksum
@@ -110,7 +110,7 @@ def read_volume(path: Path) -> np.ndarray:
 
 
 def read_slice(source: Slice) -> np.ndarray:
-    """One slice of a volume as rows and columns, (Y, X) in the file's own type."""
+    """One slice of a volume, (Y, X), in the file's own type."""
     path, z = source
     with naming(path):
         volume = read_volume(path)
@@ -125,7 +125,7 @@ def read_slice(source: Slice) -> np.ndarray:
 
 
 def as_pixels(image: np.ndarray, channels: int) -> Tensor:
-    """(H, W) or (H, W, 3) to (C, H, W); a gray image becomes `channels` equal ones."""
+    """(H, W) or (H, W, 3) to (C, H, W); gray images are repeated over the channels."""
     pixels = torch.from_numpy(image if image.ndim == 3 else image[..., None]).permute(2, 0, 1)
     return pixels.expand(channels, -1, -1)
 
@@ -144,7 +144,8 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
         if values is not None:
             depths = [read_volume(s.path).shape[2] for s in (sample.image, sample.mask)]
             if depths[0] != depths[1]:
-                raise InputError(f"{sample.mask.path}: has another number of slices than its image")
+                found = f"has {depths[1]} slices, but its image has {depths[0]}"
+                raise InputError(f"{sample.mask.path}: {found}")
     else:
         image = read_image(sample.image, spec.channels, deep=spec.layout == "folder")
         values = None if sample.mask is None else read_mask(sample.mask)
@@ -167,10 +168,10 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
 
 
 def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
-    """The pictures and NIfTI volumes among files and in folders, and what is neither.
+    """Find the pictures and NIfTI volumes among files and folders.
 
-    The first is by file the result's path without extension. InputError if a path does not exist or
-    if two files would write one result.
+    Returns each file's output path without extension, and messages about other files. InputError if
+    a path does not exist or two files have the same output path.
     """
     found, other = {}, []
     for path in paths:
@@ -191,7 +192,7 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
 
 
 def read_planes(path: Path, channels: int) -> list[Tensor]:
-    """A picture of any mode, or every slice of a NIfTI volume, as (C, H, W) uint8 or float32."""
+    """Read a picture of any mode, or all slices of a volume, as (C, H, W) uint8 or float32."""
     if is_volume(path):
         with naming(path):
             depth = read_volume(path).shape[2]
@@ -202,20 +203,20 @@ def read_planes(path: Path, channels: int) -> list[Tensor]:
 
 
 def flat_palette(palette: tuple[tuple[int, int, int], ...]) -> list[int]:
-    """256 RGB triples in a row: the classes' colors, black, and IGNORE's color last."""
+    """256 RGB triples, flat: the colors of the classes, black, and last IGNORE's color."""
     colors = [*palette, *[(0, 0, 0)] * (255 - len(palette)), IGNORE_COLOR]
     return [value for color in colors for value in color]
 
 
 def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> None:
-    """Write an (H, W) mask as an indexed PNG whose pixel values are the mask's."""
+    """Write an (H, W) mask as an indexed PNG of class indices."""
     image = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
     image.putpalette(flat_palette(palette))
     image.save(path)
 
 
 def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec) -> None:
-    """Write masks (Z, H, W) of a source: NIfTI with a volume's header and affine, else a PNG."""
+    """Write the masks (Z, H, W) of a volume as NIfTI with its header, of a picture as a PNG."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if not is_volume(source):
         save_mask(place.with_name(f"{place.name}.png"), masks[0], spec.palette)

@@ -1,6 +1,6 @@
-"""Layouts (Section 4.1): from a dataset's root folder to its samples.
+"""Layouts (Section 4.1): find a dataset's samples under its root folder.
 
-A layout is a function (spec, root) -> list[Sample]. Files are opened later, when they are decoded.
+A layout is a function (spec, root) -> list[Sample]. It opens no image; decoding does.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ def index_voc(spec: DatasetSpec, root: Path) -> list[Sample]:
     home = next((h for h in homes if (h / "ImageSets" / "Segmentation").is_dir()), None)
     if home is None:
         expected = "VOC2012 (a folder with ImageSets/Segmentation)"
-        raise InputError(f"{root}: holds no {expected}; point --data-root at it")
+        raise InputError(f"{root}: contains no {expected}; point --data-root at it")
     images, masks = home / "JPEGImages", home / "SegmentationClassAug"
     samples = []
     for part, file in ("train", "train_aug.txt"), ("val", "val.txt"):
@@ -35,7 +35,7 @@ def index_voc(spec: DatasetSpec, root: Path) -> list[Sample]:
 
 
 def read_ids(path: Path) -> list[str]:
-    """A list file's ids: file names without folder and extension, one per line."""
+    """Read a list of ids, file names without folder and extension, one per line."""
     with naming(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     ids = [line.strip() for line in lines if line.strip()]
@@ -92,7 +92,7 @@ def slices(name: str, group: str, image: Path, mask: Path | None, part: str) -> 
     """One sample per slice of a NIfTI volume and of its mask."""
     try:
         depth = max(1, nibabel.load(image).shape[2])
-    except Exception:  # whatever a broken file raises; decoding it reports what is wrong
+    except Exception:  # anything, for a broken file; decoding reports it
         depth = 1
     samples = []
     for z in range(depth):
@@ -148,7 +148,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
 
 
 def index_phantom(spec: DatasetSpec, root: Path) -> list[Sample]:
-    """As many phantoms as `counts` says, drawn by number."""
+    """Phantoms by number, as many as `counts` says."""
     names = [f"phantom_{number:04d}" for number in range(sum(spec.counts or (160, 40)))]
     return [Sample(name, name, number, number, "train") for number, name in enumerate(names)]
 
@@ -163,7 +163,7 @@ INDEX = {
 
 
 def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
-    """The parts of the layout that a kind of split takes; a split file may name all of them."""
+    """The parts of the layout that a kind of split uses; split files may use all of them."""
     if kind not in SPLITS:
         return PARTS
     if spec.layout == "folder":
@@ -177,16 +177,16 @@ def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
 
 
 def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
-    """The samples under root that a kind of split takes, sorted by id; InputError if none."""
+    """The samples under root that a kind of split uses, sorted by id; InputError if none."""
     if spec.layout != "phantom" and not root.is_dir():
-        expected = f"it must hold {spec.name} as README.md lays it out"
+        expected = f"expected {spec.name} in the layout that README.md describes"
         raise InputError(f"--data-root {root}: no such folder; {expected}")
     parts = parts_of(spec, kind)
     samples = [s for s in INDEX[spec.layout](spec, root) if s.part in parts]
     if not samples:
-        found = f"no image in the layout {spec.layout!r}"
-        raise InputError(f"--data-root {root}: holds {found}; README.md shows the layout")
+        found = f"contains no image in the layout {spec.layout!r}"
+        raise InputError(f"--data-root {root}: {found}; README.md describes the layout")
     counts = Counter(sample.id for sample in samples)
     if duplicates := sorted(name for name, count in counts.items() if count > 1):
-        raise InputError(f"--data-root {root}: ids that occur twice: {first_ten(duplicates)}")
+        raise InputError(f"--data-root {root}: duplicate ids: {first_ten(duplicates)}")
     return sorted(samples, key=lambda sample: sample.id)

@@ -30,48 +30,37 @@ def draw_phantom(number: int) -> tuple[np.ndarray, np.ndarray]:
         if label is not None:
             mask[shape < 0] = label
 
-    paint(ellipse(0, 0, u(0.85, 1.0), u(0.75, 0.95)), u(0.3, 0.5))  # chest
-    paint(
-        ellipse(u(0.5, 0.7), u(-0.3, 0.1), u(0.2, 0.35), u(0.4, 0.6), u(-0.3, 0.3), 0.05),
-        u(0.02, 0.12),
-    )  # lung
-    paint(
-        ellipse(u(-0.7, -0.4), u(0.4, 0.7), u(0.3, 0.5), u(0.2, 0.35), u(-0.5, 0.5), 0.05),
-        u(0.3, 0.55),
-    )  # liver
-    for _ in range(rng.integers(2, 6)):  # vessels
-        paint(
-            ellipse(u(-0.8, 0.8), u(-0.8, 0.8), u(0.03, 0.13), u(0.03, 0.13), u(0, 3)), u(0.5, 0.9)
-        )
+    chest = ellipse(0, 0, u(0.85, 1.0), u(0.75, 0.95))
+    paint(chest, u(0.3, 0.5))
+    x, y, a, b, turn = u(0.5, 0.7), u(-0.3, 0.1), u(0.2, 0.35), u(0.4, 0.6), u(-0.3, 0.3)
+    lung = ellipse(x, y, a, b, turn, 0.05)
+    paint(lung, u(0.02, 0.12))
+    x, y, a, b, turn = u(-0.7, -0.4), u(0.4, 0.7), u(0.3, 0.5), u(0.2, 0.35), u(-0.5, 0.5)
+    liver = ellipse(x, y, a, b, turn, 0.05)
+    paint(liver, u(0.3, 0.55))
+    for _ in range(rng.integers(2, 6)):
+        x, y, a, b, turn = u(-0.8, 0.8), u(-0.8, 0.8), u(0.03, 0.13), u(0.03, 0.13), u(0, 3)
+        vessel = ellipse(x, y, a, b, turn)
+        paint(vessel, u(0.5, 0.9))
 
     kind = u()
-    x, y, turn, outer = (
-        u(-0.2, 0.25),
-        u(-0.2, 0.2),
-        u(-0.6, 0.6),
-        u(0.24, 0.34) * (0.5 if kind < 0.1 else 1),
-    )
+    is_apex, has_heart = kind < 0.1, kind < 0.9
+    x, y, turn = u(-0.2, 0.25), u(-0.2, 0.2), u(-0.6, 0.6)
+    outer = u(0.24, 0.34) * (0.5 if is_apex else 1)
     inner, squeeze, blood, muscle = outer * u(0.5, 0.78), u(0.88, 1.12), u(0.6, 0.85), u(0.22, 0.38)
-    if kind < 0.9:
-        if kind >= 0.1:
-            reach = outer * u(0.85, 1.1)
-            across, along = outer * u(0.7, 1), outer * u(0.9, 1.3)
-            right = ellipse(
-                x - reach * np.cos(turn), y - reach * np.sin(turn), across, along, turn, 0.04
-            )
-            paint(right - 0.03, muscle)
-            paint(right, blood * u(0.9, 1.1), label=1)
+    if has_heart and not is_apex:
+        distance, a, b = outer * u(0.85, 1.1), outer * u(0.7, 1), outer * u(0.9, 1.3)
+        x_right, y_right = x - distance * np.cos(turn), y - distance * np.sin(turn)
+        right = ellipse(x_right, y_right, a, b, turn, 0.04)
+        paint(right - 0.03, muscle)
+        paint(right, blood * u(0.9, 1.1), label=1)
+    if has_heart:
         paint(ellipse(x, y, outer * squeeze, outer / squeeze, turn, 0.02), muscle, label=2)
         paint(ellipse(x, y, inner * squeeze, inner / squeeze, turn, 0.03), blood, label=3)
-        for angle in u(
-            0, 6.28, rng.integers(0, 3)
-        ):  # papillary muscles: dark, but counted with the cavity
-            paint(
-                ellipse(
-                    x + 0.6 * inner * np.cos(angle), y + 0.6 * inner * np.sin(angle), 0.03, 0.03
-                ),
-                muscle,
-            )
+        # papillary muscles: dark, but labeled as part of the cavity
+        for angle in u(0, 6.28, rng.integers(0, 3)):
+            x_muscle, y_muscle = x + 0.6 * inner * np.cos(angle), y + 0.6 * inner * np.sin(angle)
+            paint(ellipse(x_muscle, y_muscle, 0.03, 0.03), muscle)
 
     picture *= 1 + u(-0.3, 0.3) * columns + u(-0.3, 0.3) * rows
     picture += rng.normal(0, u(0.02, 0.06), picture.shape)

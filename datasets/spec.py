@@ -1,4 +1,4 @@
-"""What a dataset is: its description, a TOML's [dataset] table (DatasetSpec), and one Sample."""
+"""A dataset's description, from the [dataset] table of a TOML (DatasetSpec), and a Sample."""
 
 import tomllib
 from dataclasses import dataclass, fields
@@ -10,13 +10,7 @@ import numpy as np
 from utils import IGNORE, InputError
 
 CONFIG = Path(__file__).parents[1] / "config"
-LAYOUTS = (
-    "voc",
-    "cityscapes",
-    "acdc",
-    "folder",
-    "phantom",
-)  # datasets/layouts.py finds their files
+LAYOUTS = ("voc", "cityscapes", "acdc", "folder", "phantom")  # see datasets/layouts.py
 PARTS = ("train", "val", "test")
 
 
@@ -28,19 +22,19 @@ class DatasetSpec:
     layout: str
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]  # RGB of each class
-    scored: tuple[int, ...]  # the classes that the mean IoU takes
+    scored: tuple[int, ...]  # classes in the mean IoU
     channels: int = 3
-    ignore: int = IGNORE  # value in the mask files of a pixel that does not count
+    ignore: int = IGNORE  # value of pixels that do not count, in the mask files
     void: int | None = None  # a class that is trained but skipped in evaluation
     label_ids: tuple[int, ...] | None = None  # values of classes 0, 1, ... in the mask files
     void_ids: tuple[int, ...] = ()  # values in the mask files that become the void class
     pool: tuple[str, ...] = ("train",)  # parts of the layout that the paper's split divides
-    counts: tuple[int, int] | None = None  # groups to train on, to validate; otherwise 85%, 15%
+    counts: tuple[int, int] | None = None  # training and validation groups; default: 85%, 15%
     standard: tuple[str, str] | None = None  # parts that other papers train and validate on
     standard_counts: tuple[int, int] | None = None  # their groups
 
     def lookup(self) -> np.ndarray:
-        """(256,) int16: the class of each value of a mask file, IGNORE, or -1 if not legal."""
+        """(256,) int16: the class of each value of a mask file, IGNORE, or -1 if it is invalid."""
         table = np.full(256, -1, np.int16)
         table[self.ignore] = IGNORE
         ids = range(len(self.classes)) if self.label_ids is None else self.label_ids
@@ -121,7 +115,7 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
 
 
 def _frozen(value):
-    """Lists as tuples, all the way down."""
+    """Lists as tuples, recursively."""
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
@@ -130,7 +124,7 @@ def _ints(values, low: int, below: int) -> bool:
 
 
 def _checks(spec: DatasetSpec, k: int, ids) -> dict[str, tuple[bool, str]]:
-    """By key: whether its value is legal, and what is expected."""
+    """By key: whether its value is valid, and the expected one."""
     strings = isinstance(spec.classes, tuple) and all(type(name) is str for name in spec.classes)
     colors = spec.palette if isinstance(spec.palette, tuple) else ()
     triples = all(_ints(color, 0, 256) and len(color) == 3 for color in colors)

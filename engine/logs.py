@@ -1,4 +1,4 @@
-"""What a run writes for people: progress bar, metrics.jsonl, manifest.json, TensorBoard events."""
+"""A run's logs: progress bar, metrics.jsonl, manifest.json, TensorBoard events."""
 
 import json
 import os
@@ -22,8 +22,8 @@ import utils
 class Logs:
     """The logs of one run; only the first process writes.
 
-    first_step: what an earlier process logged from this step on is hidden in TensorBoard.
-    n_images, n_done: how many images the whole run takes, and has taken.
+    first_step: TensorBoard hides what an earlier process logged from this step on.
+    n_images, n_done: number of images in the whole run, and so far.
     """
 
     def __init__(self, folder: Path, first_step: int, n_images: int, n_done: int):
@@ -39,7 +39,7 @@ class Logs:
         )
 
     def losses(self, losses: dict[str, Tensor], step: int, lr: float) -> None:
-        """A step's losses, on the progress bar and in TensorBoard. Waits for the device."""
+        """Log a step's losses on the progress bar and in TensorBoard. Waits for the device."""
         means = utils.total(torch.stack(list(losses.values()))) / utils.world_size()
         if self.events is None:
             return
@@ -51,7 +51,7 @@ class Logs:
         self.bar.set_postfix(postfix, refresh=False)
 
     def evaluation(self, title: str, record: dict, grid: Tensor) -> None:
-        """An evaluation: a line in metrics.jsonl and on the screen, curves and a picture."""
+        """Log an evaluation: a line in metrics.jsonl and on the screen, curves, a picture."""
         before = self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
         utils.write_atomically(self.log, f"{before}{json.dumps(record)}\n")
         means = "miou", "miou_all", "miou_official", "pixel_accuracy"
@@ -67,24 +67,24 @@ class Logs:
             print(f"{title}, {terms}", flush=True)
 
     def forget_after(self, epoch: int) -> None:
-        """Drop the evaluations after an epoch, which a resumed run repeats."""
+        """Drop the evaluations after an epoch; a resumed run repeats them."""
         lines = self.log.read_text().splitlines() if self.log.is_file() else []
         kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
         utils.write_atomically(self.log, "".join(f"{line}\n" for line in kept))
 
     def close(self) -> None:
-        """End the progress bar and the event file."""
+        """Close the progress bar and the event file."""
         self.bar.close()
         if self.events:
             self.events.close()
 
 
 class EventLog:
-    """A run's TensorBoard events, each on disk once it is logged.
+    """A run's TensorBoard events, written to disk as they are logged.
 
     tensorboardX's SummaryWriter writes in a thread, which dies on a full disk and leaves the run
-    waiting forever; here the error reaches the caller, as TrainingError. What an earlier process
-    logged from `first_step` on is hidden.
+    waiting forever; here the caller gets a TrainingError. TensorBoard hides what an earlier process
+    logged from `first_step` on.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -98,11 +98,11 @@ class EventLog:
             self._write(Event(step=first_step, session_log=start))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
-        """A point of a curve."""
+        """Log a point of a curve."""
         self._write(Event(step=step, summary=summary.scalar(tag, value)))
 
     def settings(self, table: dict, metric: str) -> None:
-        """The settings, as text and in the hparams table, which compares runs by `metric`."""
+        """Log the settings as text and in the hparams table, which compares runs by `metric`."""
         values = {key: value for key, value in table.items() if value is not None}
         rows = ["| setting | value |", "| --- | --- |"]
         rows += [f"| {key} | {value} |" for key, value in values.items()]
@@ -115,11 +115,11 @@ class EventLog:
             self._write(Event(summary=part))
 
     def image(self, tag: str, picture: Tensor, step: int) -> None:
-        """A picture (3, H, W) in [0, 1]."""
+        """Log a picture (3, H, W) in [0, 1]."""
         self._write(Event(step=step, summary=summary.image(tag, picture.numpy())))
 
     def close(self) -> None:
-        """End the file."""
+        """Close the file."""
         try:
             self.writer.close()
         except OSError as error:

@@ -20,18 +20,18 @@ def colorize(mask: Tensor, palette: Palette) -> Tensor:
 
 
 def picture_grid(x: Tensor, columns: dict[str, Tensor], palette: Palette) -> Tensor:
-    """One row per image of x, a titled column for x and each of `columns`.
+    """Draw one row per image of x, with titled columns for x and each of `columns`.
 
-    Columns are masks (B, H, W) or images (B, C, H, W) on x's scale, whose own range is shown from
-    black to white. Returns (3, height, width) in [0, 1].
+    Columns are masks (B, H, W) or images (B, C, H, W); the minimum of x is shown black, its maximum
+    white. Returns (3, height, width) in [0, 1].
     """
     darkest, brightest = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
-    reach = torch.where(brightest > darkest, brightest - darkest, 1)
+    span = torch.where(brightest > darkest, brightest - darkest, 1)
 
     def show(picture: Tensor) -> Tensor:
         if picture.dim() == 3:
             return colorize(picture, palette)
-        return ((picture - darkest) / reach).clamp(0, 1).expand(-1, 3, -1, -1)
+        return ((picture - darkest) / span).clamp(0, 1).expand(-1, 3, -1, -1)
 
     pictures = [show(picture).float().cpu() for picture in (x, *columns.values())]
     cells = torch.stack(pictures, 1).flatten(0, 1)  # row by row
@@ -45,9 +45,9 @@ def picture_grid(x: Tensor, columns: dict[str, Tensor], palette: Palette) -> Ten
 
 
 def save_overlay(path: Path, picture: Tensor, mask: Tensor, palette: Palette) -> None:
-    """Write a picture (C, H, W) of any range under its half-transparent mask (H, W).
+    """Write a picture (C, H, W) of any range with its half-transparent mask (H, W) on top.
 
-    Pixels of the first class show the picture alone.
+    Pixels of the first class show the picture only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     x, mask = picture.float().cpu(), mask.cpu()

@@ -1,4 +1,4 @@
-"""Using a trained network: test() scores its validation set, predict() segments any pictures."""
+"""Trained networks: test() scores the validation set, predict() segments pictures and volumes."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ from utils import InputError
 
 
 def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits (B, K, H, W) at another size, bilinear, in float32."""
+    """Resize logits (B, K, H, W), bilinear, in float32."""
     return torch.nn.functional.interpolate(logits.float(), size, mode="bilinear")
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: lock, checkpoints, resuming, and how far the run is."""
+"""A run's folder: lock, checkpoints, resuming, progress."""
 
 import fcntl
 import json
@@ -31,7 +31,7 @@ BROKEN = (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError,
 
 
 class Run:
-    """A training run: its folder, and how far it is.
+    """A training run: its folder and its progress.
 
     last.pt holds networks, optimizers, schedulers, counters, the running sums of the losses, and
     each process's replay pools and random generators; the order of the images follows from seed and
@@ -117,7 +117,7 @@ class Run:
         self.saved_at = time.monotonic()
         stop.training = True
 
-    # How far it is
+    # Progress
 
     @property
     def global_step(self) -> int:
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """The share of the run's steps that is done."""
+        """The share of the run's steps that are done."""
         return self.global_step / (self.args.epochs * self.n_steps)
 
     @property
@@ -134,12 +134,12 @@ class Run:
 
     @property
     def evaluation_due(self) -> bool:
-        """Whether the epoch that has ended is to be evaluated."""
+        """Whether the last finished epoch still has to be evaluated."""
         due = self.epoch % self.args.eval_every == 0 or self.epoch == self.args.epochs
         return due and self.evaluated < self.epoch
 
     def rest_of_epoch(self) -> list[tuple[int, ...]]:
-        """The items of data.train in the epoch that is under way, from the next step on."""
+        """The items of data.train in the current epoch, from the next step on."""
         args = self.args
         self.logs.bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
         self.epoch_started, self.first_image = time.monotonic(), self.step * args.batch_size
@@ -167,7 +167,7 @@ class Run:
         self.epoch, self.step = self.epoch + 1, 0
 
     def diverged(self, error: ArithmeticError) -> TrainingError:
-        """What to raise for a loss that is not finite. What is on disk stays."""
+        """The error for a loss that is not finite; files on disk stay as they are."""
         last = self.folder / "last.pt"
         kept = f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint exists"
         where = f"epoch {self.epoch + 1}, step {self.step + 1}"
@@ -176,7 +176,7 @@ class Run:
     def record(self, counts: Tensor) -> None:
         """Log an evaluation's confusion matrix (K, K) and save best.pt and last.pt.
 
-        Nothing after a signal, which cuts the evaluation short: the resumed run evaluates again.
+        After a signal, which cuts an evaluation short, do neither: the resumed run evaluates again.
         """
         (self.stopped,) = utils.agree(stop.signum)
         if self.stopped:
@@ -223,7 +223,7 @@ class Run:
 
     @torch.inference_mode()
     def _grid(self) -> Tensor:
-        """Four fixed validation images of many classes, and what the networks make of them."""
+        """Four fixed validation images with many classes, and the networks' outputs for them."""
         if self.shown is None:
             items = [self.data.val[i] for i in self.data.val.of_many_classes(4)]
             images, masks = map(torch.stack, zip(*items, strict=True))
@@ -236,7 +236,7 @@ class Run:
     # Checkpoints
 
     def _save(self, name: str) -> None:
-        """Write last.pt with all that resuming needs, or best.pt with what testing needs."""
+        """Write last.pt, with everything that resuming needs, or best.pt, for testing."""
         state = {
             "settings": self.args.settings,
             "dataset": asdict(self.spec),
@@ -273,7 +273,7 @@ class Run:
         state = utils.load_checkpoint(path)
         progress = state.get("progress")
         if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
-            reason = "a run cannot resume from it; --overwrite starts anew"
+            reason = "a run cannot resume from it; --overwrite starts over"
             raise InputError(f"checkpoint {path}: {reason}")
         before, now = dict(state["settings"]), dict(self.args.settings)
         before |= {f"[dataset] {key}": value for key, value in state["dataset"].items()}
@@ -283,12 +283,12 @@ class Run:
         keys = [key for key in now if str(before.get(key)) != str(now[key])]
         if keys:
             differ = utils.first_ten(f"{key} was {before.get(key)}, is {now[key]}" for key in keys)
-            advice = "give --name for another folder, or --overwrite to start anew"
+            advice = "give --name for another folder, or --overwrite to start over"
             raise InputError(f"{self.folder}: holds a run with other settings ({differ}); {advice}")
         return state
 
     def _restore(self, state: dict) -> None:
-        """Continue where a last.pt was written; InputError if it is not whole."""
+        """Restore the state of a last.pt; InputError if parts are missing."""
         path = self.folder / "last.pt"
         utils.load_weights(self.model, state["model"], path)
         try:
@@ -309,7 +309,7 @@ class Run:
             raise InputError(f"checkpoint {path}: {reason}") from error
 
     def _initialize(self, state: dict) -> None:
-        """Load the networks of another run's checkpoint: all from the same method, otherwise G_IS.
+        """Load networks of another run's checkpoint: all of the same method, otherwise G_IS.
 
         A mean teacher starts from the other run's average, or from its G_IS if it has none.
         """
@@ -331,7 +331,7 @@ class Run:
         if self.args.overwrite:
             old = [path for path in folder.iterdir() if path.name != "lock"]
             if old and not config.is_file():
-                raise InputError(f"--overwrite: {folder} holds no run; delete it by hand")
+                raise InputError(f"--overwrite: {folder} contains no run; delete it by hand")
             for path in sorted(old, key=lambda path: path == config):  # the sign of a run goes last
                 is_folder = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if is_folder else path.unlink()
@@ -345,7 +345,7 @@ class Run:
 
 
 def keep_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Lay loaded state out in memory as the parameters are; fused kernels assume that."""
+    """Give loaded state the memory layout of its parameters, as fused kernels require."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
@@ -360,7 +360,7 @@ def to_toml(table: dict) -> str:
 
 @contextmanager
 def locked(folder: Path, flag: str) -> Iterator[None]:
-    """Create a folder and hold its lock, which ends with this process, however that ends.
+    """Create a folder and hold its lock, which is released however this process ends.
 
     InputError if the folder cannot be written or another process holds the lock.
     """
@@ -374,15 +374,15 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
             holder = os.read(file, 200).decode() or "another process"
             os.close(file)
             advice = "wait for it, or give --name"
-            raise InputError(f"{folder}: {holder} is training there; {advice}") from error
+            raise InputError(f"{folder}: {holder} is already training there; {advice}") from error
         except OSError as error:
             reason = f"cannot be locked here ({error.strerror})"
-            print(f"{folder}: {reason}: do not start a second run on it")
+            print(f"{folder}: {reason}: do not start a second run in it")
         with suppress(OSError):
             if os.path.samestat(os.fstat(file), path.stat()):
                 break
         os.close(file)  # the process that held it has deleted it
-    for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+    for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
         leftover.unlink(missing_ok=True)
     os.truncate(file, 0)
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())

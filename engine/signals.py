@@ -8,16 +8,16 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 
 class Stop:
-    """The signal that asks for an end. Without steps to lose, it exits at once."""
+    """The handler: remember the signal, or exit at once if no training step would be lost."""
 
     signum = 0
     heard_at = 0.0
-    training = False  # True while a run has steps to lose
+    training = False  # whether a run has steps to lose
 
     def __call__(self, signum: int, _frame) -> None:
         if signum == self.signum and time.monotonic() < self.heard_at + 1:  # torchrun passes it on
             return
-        if self.signum:  # the second one does not wait; what is on disk is whole
+        if self.signum:  # the second one does not wait; files on disk are complete
             os._exit(128 + signum)
         self.signum, self.heard_at = signum, time.monotonic()
         if not self.training:
@@ -31,6 +31,6 @@ stop = Stop()
 
 
 def install() -> None:
-    """Handle the signals from here on."""
+    """Install the handler."""
     for signum in SIGNALS:
         signal.signal(signum, stop)

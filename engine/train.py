@@ -10,7 +10,7 @@ from utils import ConfusionMatrix, NonFiniteLoss
 
 
 def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:
-    """Step through the batches (x, y, x_u) of the run's epoch, up to a signal; TrainingError."""
+    """Train on the batches (x, y, x_u) of the current epoch, or until a signal; TrainingError."""
     model.train()
     for x, y, *x_u in batches:
         model.progress = run.progress
@@ -28,7 +28,7 @@ def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:
 def evaluate(
     model: nn.Module, batches: Iterable, n_classes: int, visit: Callable | None = None
 ) -> Tensor:
-    """The confusion matrix (K, K) over batches (x, y); `visit(x, y, logits)` sees each batch."""
+    """Confusion matrix (K, K) over batches (x, y); calls `visit(x, y, logits)` for each batch."""
     model.eval()
     matrix = ConfusionMatrix(n_classes, next(model.parameters()).device)
     for x, y in batches:

@@ -197,7 +197,7 @@ def test_standard_split_validates_on_all_of_its_part_whatever_the_seed():
 def test_standard_split_without_its_part_or_of_a_dataset_without_one_is_an_error():
     samples = made_up(40)
     message = error_of(split, samples, 0.5, 0, load_spec("acdc"), "standard")
-    assert "'test' is not there" in message
+    assert "'test' is missing" in message
     assert "phantom" in error_of(split, samples, 0.5, 0, load_spec("phantom"), "standard")
 
 

@@ -163,7 +163,7 @@ def test_the_type_of_the_pixels_may_be_asked_for(runs, capsys, written_as):
         ("checkpoints/phantom x.pth", ".pt2 or .onnx"),
         ("checkpoints/none x.pt2", "checkpoints/none: no such file"),
         ("checkpoints x.pt2", "checkpoints/best.pt: no such file"),
-        ("tiny.toml x.pt2", "tiny.toml: cannot be read"),
+        ("tiny.toml x.pt2", "tiny.toml: not a readable checkpoint"),
         ("checkpoints/phantom tiny.toml/x.pt2", "FILE tiny.toml: cannot be written"),
         ("checkpoints/phantom x.pt2 --input int8", "--input"),
         ("checkpoints/phantom x.onnx", "x.onnx needs onnx, onnxscript, onnxruntime: pip install"),

@@ -125,7 +125,7 @@ def test_a_folders_volumes_give_one_sample_per_slice(tmp_path):
             lambda root: (root / "unlabeled/picture 5.png").rename(
                 root / "unlabeled/picture 0.png"
             ),
-            "ids that occur twice: picture 0",
+            "duplicate ids: picture 0",
         ),
     ],
 )
@@ -146,7 +146,7 @@ def test_missing_or_empty_root_is_named(tmp_path, name):
     [
         (None, "train_aug.txt: no such file"),
         ("", "train_aug.txt: lists no image"),
-        ("2007_000001\n2007_000002\n2007_000001\n", "occur twice: 2007_000001"),
+        ("2007_000001\n2007_000002\n2007_000001\n", "duplicate ids: 2007_000001"),
     ],
 )
 def test_bad_voc_list_is_an_error(voc, content, named):

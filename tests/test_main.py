@@ -208,7 +208,7 @@ def test_a_wrong_command_is_one_error_line(capsys, flags, named):
         ("--batch-size 0", "--batch-size"),
         ("--batch-size 2.5", "invalid int value"),
         ("--lr -1", "--lr"),
-        ("--lr 0", "over 0"),
+        ("--lr 0", "greater than 0"),
         ("--seed 4294967297", "at most"),
         ("--disc-kernel 33", "from 1 to 31"),
         ("--device tpu9", "--device tpu9"),
@@ -231,8 +231,8 @@ def test_a_wrong_flag_of_a_training_is_one_error_line(capsys, flags, named):
 @pytest.mark.parametrize(
     ("raised", "message"),
     [
-        (MemoryError(), "out of memory; half of --batch-size"),
-        (RuntimeError("CUDA error: out of memory"), "out of memory; half of --batch-size"),
+        (MemoryError(), "out of memory; half the --batch-size"),
+        (RuntimeError("CUDA error: out of memory"), "out of memory; half the --batch-size"),
         (PermissionError(13, "Permission denied", "a/b.png"), "a/b.png: Permission denied"),
         (utils.TrainingError("no more"), "no more"),
     ],
@@ -287,7 +287,7 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
     assert find() == old
     for flags in ["--seed", "2"], ["--dataset", "voc"], ["--name", "unfinished"]:
         error = error_line(capsys, "--testing", *flags)
-        assert f"checkpoints holds no trained run {' '.join(flags)}" in error
+        assert f"checkpoints contains no trained run {' '.join(flags)}" in error
 
 
 def test_a_checkpoint_may_be_given_as_a_file_or_as_a_runs_folder():
@@ -320,14 +320,14 @@ def test_a_checkpoints_settings_lie_under_the_command_line(trained):
 )
 def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained, flags, named):
     error = error_line(capsys, "--testing", *flags.format(trained).split())
-    assert f"{trained}: {named}; a checkpoint fixes these" in error
+    assert f"{trained}: {named}; the checkpoint sets these" in error
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         (lambda state: state["settings"].update(ngf="wide"), "--ngf"),
-        (lambda state: state["settings"].update(ngf=3), "other networks"),
+        (lambda state: state["settings"].update(ngf=3), "does not fit the networks"),
         (lambda state: state["settings"].update(depth=3), "unknown key 'depth'"),
         (lambda state: state["settings"].update(overwrite=True), "unknown key 'overwrite'"),
         (lambda state: state["settings"].update(size=torch.ones(2)), "--size"),
@@ -338,9 +338,9 @@ def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained
         (lambda state: state["dataset"].pop("classes"), "classes"),
         (
             lambda state: state["dataset"].update(classes=[*"abcde"], palette=[[0, 0, 0]] * 5),
-            "other networks",
+            "does not fit the networks",
         ),
-        (lambda state: state["model"].popitem(), "other networks"),
+        (lambda state: state["model"].popitem(), "does not fit the networks"),
         (lambda state: state["model"].update(more=torch.ones(3)), "more is (3,), expected none"),
         (lambda state: state.update(split="other"), "holds other files"),
         (lambda state: state.update(format=3), "format 2"),

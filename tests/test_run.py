@@ -139,7 +139,7 @@ def test_ones_own_images_need_a_few_lines_of_toml(capsys):
     assert run("--training", *flags) == 0
     printed = capsys.readouterr().out
     assert "8 labeled, 4 unlabeled, 2 validation images" in printed
-    assert "no labeled mask shows" not in printed
+    assert "no labeled mask contains" not in printed
     assert run("--testing") == 0
     results = Path("results/own_cyclegan_1_s0")
     names = {path.name for path in (results / "masks").iterdir()}
@@ -149,7 +149,7 @@ def test_ones_own_images_need_a_few_lines_of_toml(capsys):
     for path in (root / "masks").iterdir():  # as many tools write them: 0 and 255
         write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
     assert run("--training", *flags, "--name", "wrong") == 0
-    assert "no labeled mask shows bright" in capsys.readouterr().out
+    assert "no labeled mask contains bright" in capsys.readouterr().out
 
 
 # --split FILE
@@ -306,7 +306,7 @@ def test_a_setting_that_differs_is_an_error_that_names_it(capsys, trained, key):
     error = error_line(capsys, *flags, flag, *value)
     now = vars(main.parse_args([*flags, flag, *value]))[key]
     assert f"{key} was {main.parse_args(flags).settings[key]}, is {now}" in error
-    assert "give --name for another folder, or --overwrite to start anew" in error
+    assert "give --name for another folder, or --overwrite to start over" in error
     assert trained.with_name("last.pt").read_bytes() == before
 
 
@@ -431,7 +431,7 @@ def test_init_takes_over_the_networks_that_both_have(capsys):
     assert not close(student, student, "teacher.")
     source = best.format("partial")
     error = error_line(capsys, "--training", *TINY, "--ngf", "3", "--init", source, "--name", "no")
-    assert "other networks" in error
+    assert "does not fit the networks" in error
     assert not Path("checkpoints/no").exists()
 
 
@@ -443,7 +443,7 @@ def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
     precious.parent.mkdir(parents=True)
     precious.write_text("years of work")
     flags = ["--training", *TINY, "--name", "precious", "--overwrite"]
-    assert "precious holds no run" in error_line(capsys, *flags)
+    assert "precious contains no run" in error_line(capsys, *flags)
     assert precious.is_file()
 
 
@@ -484,7 +484,7 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(caps
     for more in [], ["--overwrite"]:
         error = error_line(capsys, *flags, *more)
         assert f"checkpoints/one: process {holder.pid} on " in error
-        assert "is training there; wait for it, or give --name" in error
+        assert "is already training there; wait for it, or give --name" in error
     holder.kill()
     holder.join()
     assert (folder / "lock").is_file()

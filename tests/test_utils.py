@@ -230,9 +230,9 @@ def test_a_share_is_the_count_over_the_processes_and_of_at_least_one(monkeypatch
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "out of memory; half of --batch-size"),
-        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory; half of"),
-        (RuntimeError("[enforce fail] not enough memory"), "out of memory; half of"),
+        (MemoryError(), "out of memory; half the --batch-size"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory; half the"),
+        (RuntimeError("[enforce fail] not enough memory"), "out of memory; half the"),
         (torch.distributed.DistNetworkError("reset"), "another process of this run has ended"),
         (RuntimeError("[../gloo/transport] Connection closed"), "another process of this run"),
     ],

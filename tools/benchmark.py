@@ -1,14 +1,14 @@
-"""Time training steps beside plain ones, count what a step computes, or compare two checkouts.
+"""Time training steps against plain ones, count their operations, or compare two checkouts.
 
     python tools/benchmark.py --dataset acdc --size 64 64 --ngf 16             two CPU cores
     python tools/benchmark.py --dataset voc --options fp32 tf32 bf16+compile   a GPU, full size
     python tools/benchmark.py --dataset voc --options bf16 --rounds 0          memory only
     python tools/benchmark.py --dataset voc --count                            without a GPU
-    python tools/benchmark.py --dataset acdc --ngf 16 --against ../before      is it slower?
+    python tools/benchmark.py --dataset acdc --ngf 16 --against ../before      two checkouts
 
 All other flags are main.py's. A plain step is what the released code runs: an eager fp32 step with
 one generator call per set of images; PyTorch's default on GPUs lets its convolutions round to TF32.
-All steps of a table take turns; a ratio is between medians, in parentheses the extremes by round.
+Steps are timed in turn. Ratios are between medians; extremes over rounds are in parentheses.
 """
 
 import argparse
@@ -169,7 +169,7 @@ def work(argv: list[str]) -> int:
 
 
 def take_turns(ours: argparse.Namespace, *steps: Step | Remote) -> list[dict]:
-    """Time steps in turn: median ms, and its ratio to the first step's with extremes by round."""
+    """Time steps in turn: median ms, its ratio to the first step's, and extremes over rounds."""
     times = []
     for _ in range(ours.warmup + ours.rounds):
         times.append([1000 * step.seconds(ours.steps) for step in steps])

@@ -82,7 +82,7 @@ def shared_images(runs: list[Trained], ids: list[str] | None, n: int) -> Stored:
 
 @torch.inference_mode()
 def predictions(run: Trained, images: Stored) -> Tensor:
-    """What the run's network makes of the images: masks (N, H, W)."""
+    """The run's predictions for the images: masks (N, H, W)."""
     args = run.args
     batches = data_utils.Batches(
         images, args.batch_size, run.device, normalization=args.normalization
