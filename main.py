@@ -49,8 +49,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Show every default except None and False."""
 
     def _get_help_string(self, action):
-        hidden = action.default is None or action.default is False
-        return action.help if hidden else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,7 +129,7 @@ def build_parser() -> Parser:
     flag("--seed", type=number(int, 0, 2**32), default=0, help="seed of split, weights and order")
     splits = "paper, standard (as in other papers), image (85/15, as released), or a split.json"
     flag("--split", type=split_kind, default="paper", metavar="SPLIT", help=splits)
-    unit = "what --ratio counts: single images or whole exams"
+    unit = "unit of --ratio: single images or whole exams"
     flag("--label-unit", default="image", choices=["image", "exam"], help=unit)
     hw = ("H", "W")
     flag("--size", type=size, nargs=2, default=[200, 200], metavar=hw, help="input size in pixels")
@@ -150,28 +153,28 @@ def build_parser() -> Parser:
     flag("--betas", type=beta, **betas, help="Adam's betas")
     pool = "size of the pool of past fakes for the discriminators (released code: 50)"
     flag("--pool-size", type=number(int, 0), default=0, metavar="N", help=pool)
-    fakes = "what D_S sees of G_IS(x')"
+    fakes = "D_S's input from G_IS(x'): softmax maps, or argmax as released"
     flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help=fakes)
     on = "images that meanteacher mixes and perturbs"
     flag("--cutmix-on", default="both", choices=["both", "unlabeled", "labeled"], help=on)
-    flag("--init", metavar="FILE", help="checkpoint whose networks to start from")
-    kinds = ["fp32", "tf32", "bf16"]
-    flag("--precision", default="fp32", choices=kinds, help="of convolutions; losses stay fp32")
+    flag("--init", metavar="FILE", help="checkpoint with initial weights")
+    precision = "precision of the networks; losses stay fp32"
+    flag("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help=precision)
 
     flag = parser.group("networks")
     flag("--ngf", type=count, default=64, metavar="N", help="width of the generators")
     flag("--ndf", type=count, default=64, metavar="N", help="width of the discriminators")
     flag("--n-blocks", type=number(int, 0), default=9, metavar="N", help="residual blocks")
     chance = number(float, 0, 0.99)
-    flag("--dropout", type=chance, default=0.0, metavar="P", help="in the residual blocks")
+    flag("--dropout", type=chance, default=0.0, metavar="P", help="dropout in residual blocks")
     norms = ["batch", "instance"]
-    flag("--disc-norm", default="batch", choices=norms, help="discriminators' normalization")
-    flag("--disc-kernel", type=odd, default=1, metavar="K", help="discriminators' kernel size")
+    flag("--disc-norm", default="batch", choices=norms, help="norm of the discriminators")
+    flag("--disc-kernel", type=odd, default=1, metavar="K", help="kernel of the discriminators")
 
     flag = parser.group("machine")
     flag("--device", help="cpu, cuda or cuda:1; default: cuda if there is a GPU")
     flag("--compile", action=switch, default=False, help="torch.compile the networks")
-    flag("--deterministic", action=switch, default=False, help="repeat bit for bit, slower")
+    flag("--deterministic", action=switch, default=False, help="deterministic kernels")
     workers = number(int, 0, 1000)
     flag("--workers", type=workers, default=2, metavar="N", help="processes that load images")
 

@@ -80,8 +80,10 @@ def test_help_explains_every_flag_and_shows_every_default_but_none(capsys):
     assert "(default: None)" not in text
     assert "(default: False)" not in text
     for action in PARSER._actions:
-        if not isinstance(action.default, bool | None) and action.dest != "help":
-            assert f"{action.help} (default: {action.default})" in text
+        default = action.default
+        if not isinstance(default, bool | None) and action.dest != "help":
+            typed = " ".join(map(str, default)) if isinstance(default, list) else default
+            assert f"{action.help} (default: {typed})" in text
 
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.startswith("--")])
