@@ -416,26 +416,34 @@ def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
     return error.mean()
 
 
-@torch.no_grad()
-def pseudo_masks(logits: Tensor, confidence: float) -> Tensor:
-    """The masks (B, H, W) of logits, IGNORE where the largest probability is under `confidence`."""
-    sure, y_u = logits.softmax(1).max(1)
-    return y_u.masked_fill(sure < confidence, IGNORE)
+def turn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Flip and turn each image and its mask at random: by right angles, or by 180° if H != W."""
+    angle = 1 if x.shape[-2] == x.shape[-1] else 2
+    variant = torch.randint(8 // angle, (len(x),), device=x.device)
+    image = torch.arange(len(x), device=x.device)
+
+    def chosen(maps: Tensor) -> Tensor:
+        both = maps, maps.flip(-1)
+        variants = [each.rot90(k, (-2, -1)) for each in both for k in range(0, 4, angle)]
+        return torch.stack(variants)[variant, image]
+
+    return chosen(x), chosen(y)
 
 
 class MeanTeacher(Method):
     """G_IS learns from labels and, under CutMix, from the masks of its own moving average.
 
     The average is evaluated. --cutmix-on labeled is the control: labeled images with their true
-    masks, mixed and perturbed, and no unlabeled image.
+    masks, mixed and perturbed, and no unlabeled image. Where a dataset's images have no fixed
+    orientation (`any_orientation`), they are also flipped and turned.
     """
 
-    decay, confidence, ramp_up = 0.99, 0.7, 0.25  # average; least confidence; share of the run
+    decay, ramp_up = 0.99, 0.25  # of the average; share of the run in which `cutmix` grows
 
     def __init__(self, spec, args):
         super().__init__(spec, args)
         self.weights["cutmix"] = 1.0
-        self.cutmix_on = args.cutmix_on
+        self.cutmix_on, self.any_orientation = args.cutmix_on, spec.any_orientation
         self.teacher = copy.deepcopy(self.G_IS).requires_grad_(False)
         self.follow = get_ema_multi_avg_fn(self.decay)
         self.optimize("G", [self.G_IS], self.generator_terms, args)
@@ -449,9 +457,10 @@ class MeanTeacher(Method):
         terms = {"gen_S": gen_S(self.segment(x), y)}
         if self.cutmix_on != "labeled":
             with torch.no_grad():
-                y_u = pseudo_masks(self.run(self.teacher, x_u), self.confidence)
+                y_u = self.run(self.teacher, x_u).argmax(1)
             both = self.cutmix_on == "both"
             x, y = (torch.cat([x, x_u]), torch.cat([y, y_u])) if both else (x_u, y_u)
+        x, y = turn(x, y) if self.any_orientation else (x, y)
         terms["cutmix"] = cutmix(self.segment, x, y)
         return terms, {}
 

@@ -26,6 +26,7 @@ class DatasetSpec:
     channels: int = 3
     ignore: int = IGNORE  # value of pixels that do not count, in the mask files
     void: int | None = None  # a class that is trained but skipped in evaluation
+    any_orientation: bool = False  # meanteacher may flip and turn the images
     label_ids: tuple[int, ...] | None = None  # values of classes 0, 1, ... in the mask files
     void_ids: tuple[int, ...] = ()  # values in the mask files that become the void class
     pool: tuple[str, ...] = ("train",)  # parts of the layout that the paper's split divides
@@ -142,6 +143,7 @@ def _checks(spec: DatasetSpec, k: int, ids) -> dict[str, tuple[bool, str]]:
         "scored": (scored, f"indices from 0 to {k - 1}"),
         "channels": (type(spec.channels) is int and spec.channels in (1, 3), "1 or 3"),
         "ignore": (_ints((spec.ignore,), 0, 256), "a value from 0 to 255"),
+        "any_orientation": (type(spec.any_orientation) is bool, "true or false"),
         "void": (spec.void is None or _ints((spec.void,), 0, k), f"an index from 0 to {k - 1}"),
         "label_ids": (per_class, "one value per class"),
         "void_ids": (
