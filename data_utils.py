@@ -113,7 +113,7 @@ def split(
 
 
 def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
-    """n randomly chosen units."""
+    """The first n of the units in random order: with the same rng, fewer are part of more."""
     ordered = sorted(units)
     return {ordered[i] for i in rng.permutation(len(ordered))[:n]}
 

@@ -262,7 +262,7 @@ def failure(error: Exception) -> str | None:
     signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return (
-            "out of memory; half the --batch-size or half the area of --size takes half of it, "
+            "out of memory; half the --batch-size or half the area of --size needs half of it, "
             "--ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
         )
     if isinstance(error, dist.DistError) or "gloo" in str(error):

@@ -9,7 +9,7 @@ N(0, 0.02).
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MIN_SIZE = 16  # pixels; smaller feature maps are too small for reflection padding and norm
+MIN_SIZE = 16  # pixels; below, reflection padding and instance norm have too few left
 
 
 def init_weights(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import utils
 from data_utils import Data, normalize
 from datasets.layouts import SPLITS
-from datasets.spec import DatasetSpec
+from datasets.spec import DatasetSpec, make_spec
 from engine.logs import Logs, write_manifest
 from engine.pictures import picture_grid
 from engine.signals import stop
@@ -276,8 +276,9 @@ class Run:
             reason = "a run cannot resume from it; --overwrite starts over"
             raise InputError(f"checkpoint {path}: {reason}")
         before, now = dict(state["settings"]), dict(self.args.settings)
-        before |= {f"[dataset] {key}": value for key, value in state["dataset"].items()}
-        now |= {f"[dataset] {key}": value for key, value in asdict(self.spec).items()}
+        spec = make_spec(state["dataset"], f"checkpoint {path}")  # adds keys it does not have
+        for settings, described in (before, spec), (now, self.spec):
+            settings |= {f"[dataset] {key}": value for key, value in asdict(described).items()}
         if not {now["split"], before.get("split")} & {*SPLITS}:
             del now["split"]  # two files: the split's hash decides
         keys = [key for key in now if str(before.get(key)) != str(now[key])]

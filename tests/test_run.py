@@ -317,6 +317,15 @@ def test_a_description_of_the_data_that_differs_is_an_error_that_names_it(capsys
     assert "([dataset] scored was (0, 1, 2, 3), is (1, 2, 3))" in error
 
 
+def test_a_run_from_before_a_key_of_the_description_has_its_default(capsys, trained):
+    last = trained.with_name("last.pt")
+    state = torch.load(last, weights_only=True)
+    assert state["dataset"].pop("any_orientation") is False
+    torch.save(state, last)
+    assert run("--training", *SUPERVISED, "--name", SIMPLE.name) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key", FREE)
 def test_flags_of_machine_and_files_may_change(capsys, trained, key):
     value = FREE[key] if isinstance(FREE[key], list) else [FREE[key]]
