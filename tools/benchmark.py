@@ -168,12 +168,12 @@ def work(argv: list[str]) -> int:
     return 0
 
 
-def take_turns(ours: argparse.Namespace, *steps: Step | Remote) -> list[dict]:
+def take_turns(args: argparse.Namespace, *steps: Step | Remote) -> list[dict]:
     """Time steps in turn: median ms, its ratio to the first step's, and extremes over rounds."""
     times = []
-    for _ in range(ours.warmup + ours.rounds):
-        times.append([1000 * step.seconds(ours.steps) for step in steps])
-    columns = [*zip(*times[ours.warmup :], strict=True)]
+    for _ in range(args.warmup + args.rounds):
+        times.append([1000 * step.seconds(args.steps) for step in steps])
+    columns = [*zip(*times[args.warmup :], strict=True)]
     rows = []
     for column in columns:
         ms = statistics.median(column)
@@ -183,15 +183,15 @@ def take_turns(ours: argparse.Namespace, *steps: Step | Remote) -> list[dict]:
     return rows
 
 
-def time_options(ours: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+def time_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     """Each option's step, and plain ones in turn with it."""
-    for option in ours.options:
+    for option in args.options:
         step = Step(argv, option)
         row = {"option": option, "peak GiB": step.peak()}
-        if ours.rounds:
+        if args.rounds:
             plain = ["fp32", "tf32"] if step.device.type == "cuda" else ["fp32"]
             plain_steps = [Step(argv, precision, plain=True) for precision in plain]
-            own, *others = take_turns(ours, step, *plain_steps)
+            own, *others = take_turns(args, step, *plain_steps)
             row |= {"ms": own["ms"], "images/s": 1000 * step.args.batch_size / own["ms"]}
             row |= {f"plain {name} / it": None for name in ("fp32", "tf32")}
             for name, other in zip(plain, others, strict=True):
@@ -201,23 +201,23 @@ def time_options(ours: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
         yield row
 
 
-def count_options(ours: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+def count_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     """Operations of a plain step, of each option, and of each in the other checkout."""
     argv = [*argv, "--device=cpu"]
     yield {"step": "plain fp32", **Step(argv, "fp32", plain=True).count()}
-    for option in ours.options:
+    for option in args.options:
         yield {"step": option, **Step(argv, option).count()}
-        if ours.against:
-            with Remote(ours.against, argv, option) as other:
-                yield {"step": f"{option}, {ours.against}", **other.count()}
+        if args.against:
+            with Remote(args.against, argv, option) as other:
+                yield {"step": f"{option}, {args.against}", **other.count()}
 
 
-def compare(ours: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+def compare(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     """Each option in this checkout and in the other one, by two processes in turn."""
     here = Path(main.__file__).parent
-    for option in ours.options:
-        with Remote(ours.against, argv, option) as other, Remote(here, argv, option) as own:
-            first, second = take_turns(ours, own, other)
+    for option in args.options:
+        with Remote(args.against, argv, option) as other, Remote(here, argv, option) as own:
+            first, second = take_turns(args, own, other)
         row = {"option": option, "ms": first["ms"], "ms there": second["ms"]}
         yield {**row, "there / here": second}
 
@@ -243,28 +243,28 @@ def benchmark(argv: list[str]) -> int:
     flag("--warmup", type=count, default=2, metavar="N", help="rounds before these")
     flag("--steps", type=main.number(int, 1), default=1, metavar="N", help="per round")
     flag("--json", type=Path, metavar="FILE", help="also write the table there")
-    ours, argv = parser.parse_known_args(argv)
-    if ours.against and not ((ours.against / "main.py").is_file() and ours.rounds):
-        raise utils.InputError(f"--against {ours.against}: needs a checkout and --rounds over 0")
-    if ours.count and "+compile" in " ".join(ours.options):
+    args, argv = parser.parse_known_args(argv)
+    if args.against and not ((args.against / "main.py").is_file() and args.rounds):
+        raise utils.InputError(f"--against {args.against}: needs a checkout and --rounds over 0")
+    if args.count and "+compile" in " ".join(args.options):
         raise utils.InputError("--count: operations of compiled networks cannot be counted")
-    args = main.parse_args(["--training", *argv])
+    run = main.parse_args(["--training", *argv])
     machine = f"{torch.get_num_threads()} CPU threads"
-    if torch.cuda.is_available() and args.device != "cpu" and not ours.count:
-        machine = torch.cuda.get_device_name(args.device)
-    size = f"{args.size[0]}x{args.size[1]}, ngf {args.ngf}, batches of {args.batch_size}"
-    title = f"{args.method}, {args.dataset} {size}; {machine}, torch {torch.__version__}"
+    if torch.cuda.is_available() and run.device != "cpu" and not args.count:
+        machine = torch.cuda.get_device_name(run.device)
+    size = f"{run.size[0]}x{run.size[1]}, ngf {run.ngf}, batches of {run.batch_size}"
+    title = f"{run.method}, {run.dataset} {size}; {machine}, torch {torch.__version__}"
     print(title)
     rows = []
-    table = count_options if ours.count else compare if ours.against else time_options
-    for row in table(ours, argv):
+    table = count_options if args.count else compare if args.against else time_options
+    for row in table(args, argv):
         if not rows:
             print(f"\n| {' | '.join(row)} |\n|{' --- |' * len(row)}")
         print(f"| {' | '.join(map(text, row.values()))} |", flush=True)
         rows.append(row)
-    if ours.json:
-        result = json.dumps({"title": title, "rounds": ours.rounds, "rows": rows}, indent=1)
-        utils.write_atomically(ours.json, f"{result}\n")
+    if args.json:
+        result = json.dumps({"title": title, "rounds": args.rounds, "rows": rows}, indent=1)
+        utils.write_atomically(args.json, f"{result}\n")
     return 0
 
 

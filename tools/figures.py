@@ -1,6 +1,6 @@
 """Rows of images with their predictions, as in the paper's Figures 3 to 7.
 
-    python tools/figures.py rows checkpoints/partial checkpoints/ours --out rows.png --n 4
+    python tools/figures.py rows checkpoints/partial checkpoints/args --out rows.png --n 4
 
 A RUN is a run's folder, whose best.pt is taken, or a checkpoint; FILE ends in .png, .pdf or .svg.
 The pictures have the networks' input size; the legend has the classes that they show.
@@ -40,7 +40,7 @@ TITLES = {"advsemi": "Hung et al.", "cyclegan": "Ours", "meanteacher": "Mean tea
 
 
 def titles_of(runs: list[Trained]) -> list[str]:
-    """Table 1's names of the runs; if two are equal with the ratio, or the folder, or the path."""
+    """Distinct names for the runs: Table 1's, or with the ratio, or the folder's, or the path."""
     names = []
     for run in runs:
         supervised = "Full" if run.args.ratio == 1 else "Partial"
@@ -53,7 +53,7 @@ def titles_of(runs: list[Trained]) -> list[str]:
 
 
 def shared_images(runs: list[Trained], ids: list[str] | None, n: int) -> Stored:
-    """Images that every run validates on: these ids, or n of many classes.
+    """Images that every run validates on: these ids, or n images with many classes.
 
     InputError if the runs do not match or an id is not among them.
     """
@@ -135,17 +135,17 @@ def draw_rows(
     return figure
 
 
-def rows(ours: Namespace) -> Figure:
+def rows(args: Namespace) -> Figure:
     """The figure of the command `rows`."""
-    machine = {"data-root": ours.data_root, "cache": ours.cache, "device": ours.device}
+    machine = {"data-root": args.data_root, "cache": args.cache, "device": args.device}
     flags = [f"--{key}={value}" for key, value in machine.items() if value]
-    runs = [main.load_trained(["--testing", f"--checkpoint={run}", *flags]) for run in ours.runs]
-    stored = shared_images(runs, ours.ids, ours.n)
+    runs = [main.load_trained(["--testing", f"--checkpoint={run}", *flags]) for run in args.runs]
+    stored = shared_images(runs, args.ids, args.n)
     images, truths = zip(*stored, strict=True)
     masks = [torch.stack(truths), *(predictions(run, stored) for run in runs)]
     names = ", ".join(sample.id for sample in stored.samples)
     print(f"{runs[0].spec.name}, from top to bottom: {names}")
-    titles = ["Ground truth", *(ours.titles or titles_of(runs))]
+    titles = ["Ground truth", *(args.titles or titles_of(runs))]
     return draw_rows(images, titles, masks, runs[0].spec)
 
 
@@ -153,8 +153,8 @@ def figures(argv: list[str]) -> int:
     """The command line: draw, then write."""
     parser = main.Parser("tools/figures.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="rows")
-    about = "images, truths and predictions"
-    flag = commands.add_parser("rows", help=about, description=about).add_argument
+    text = "draw images, true masks and the predictions of runs"
+    flag = commands.add_parser("rows", help=text, description=text).add_argument
     flag("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
     flag("--out", required=True, type=Path, metavar="FILE", help="a .png, .pdf or .svg to write")
     flag("--titles", nargs="+", metavar="TITLE", help="one per run, in their order")
@@ -162,17 +162,17 @@ def figures(argv: list[str]) -> int:
     flag("--n", type=main.number(int, 1, 100), default=4, help="images to show without --ids")
     for name in "--data-root", "--cache", "--device":
         flag(name, help="as main.py's")
-    ours = parser.parse_args(argv)
-    if ours.out.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"--out {ours.out}: the name must end in .png, .pdf or .svg")
-    if ours.titles and len(ours.titles) != len(ours.runs):
-        counts = f"{len(ours.titles)} for {len(ours.runs)} runs"
+    args = parser.parse_args(argv)
+    if args.out.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--out {args.out}: the name must end in .png, .pdf or .svg")
+    if args.titles and len(args.titles) != len(args.runs):
+        counts = f"{len(args.titles)} for {len(args.runs)} runs"
         raise InputError(f"--titles: {counts}; give one per run, in their order")
-    utils.make_folder(ours.out.parent, "--out")
+    utils.make_folder(args.out.parent, "--out")
     content = io.BytesIO()
-    rows(ours).savefig(content, format=ours.out.suffix[1:])
-    utils.write_atomically(ours.out, content.getvalue())
-    print(f"{ours.out}: rows of {', '.join(ours.runs)}")
+    rows(args).savefig(content, format=args.out.suffix[1:])
+    utils.write_atomically(args.out, content.getvalue())
+    print(f"{args.out}: rows of {', '.join(args.runs)}")
     return 0
 
 

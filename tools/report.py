@@ -237,7 +237,7 @@ def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
 
 def interval(values: list[float]) -> tuple[float, float] | tuple[None, None]:
     """The 95% interval of Student's t for the mean of two or more values."""
-    from scipy.special import stdtrit  # here, as list and run work without scipy
+    from scipy.special import stdtrit  # here: `list` and `run` work without scipy
 
     mean, sd = mean_and_sd(values)
     if sd is None:
@@ -411,9 +411,12 @@ def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
     scores, differences, classes = rows
     shared = {key: runs[0].settings[key] for key in SHARED}
     text = f"## {DATASETS.get(dataset, dataset)}\n\nAll runs: `{as_flags(shared)}`\n\n"
-    cut = [f"{run.run} (epoch {run.epoch} of {run.settings['epochs']})"
-           for run in runs if not run.finished]  # fmt: skip
-    text += f"Unfinished, and in no mean: {', '.join(cut)}\n\n" if cut else ""
+    unfinished = []
+    for run in runs:
+        if not run.finished:
+            unfinished.append(f"{run.run} (epoch {run.epoch} of {run.settings['epochs']})")
+    if unfinished:
+        text += f"Unfinished, and in no mean: {', '.join(unfinished)}\n\n"
     ratios = sorted({row["ratio"] for row in scores})
     for ratio in ratios if ratios == [1] else [ratio for ratio in ratios if ratio < 1]:
         rows = [row for row in scores if row["ratio"] in (ratio, 1)]  # Full is in every table
@@ -471,8 +474,8 @@ def save(figure, grid, colors: dict[str, str], path: Path) -> None:
 
 
 def draw_curves(runs: list[Run], path: Path) -> str:
-    """A panel per ratio and experiment of a dataset, with Partial and Full; the caption."""
-    from matplotlib.figure import Figure  # here, as list and run work without matplotlib
+    """One panel per ratio and experiment of a dataset, with Partial and Full; the caption."""
+    from matplotlib.figure import Figure  # here: `list` and `run` work without matplotlib
 
     colors = {"full": "0.6", "partial": "tab:blue"}
     cells = dict.fromkeys(run.cell[1:] for run in runs)
@@ -501,21 +504,17 @@ def learning_rate(run: Run) -> tuple[list[float], list[float]]:
 
 
 def draw_schedule(runs: list[Run], path: Path) -> str:
-    """Partial and Ours, a column per ratio that has both; the caption, "" if there is no ratio."""
+    """Partial and Ours, one column per ratio with both; the caption, "" if there is none."""
     from matplotlib.figure import Figure
 
     names = [name for name in EXPERIMENTS if name.startswith("ours") and "_without_" not in name]
-    runs = [run for run in runs if run.name in ("partial", *names) and run.evaluations]
-    cells = {run.cell[1:] for run in runs}
-    ratios = sorted(
-        ratio for ratio, name in cells if {(ratio, "partial"), (ratio, "ours")} <= cells
-    )
-    ratios = sorted({*ratios})
+    colors = {name: f"C{k}" for k, name in enumerate(["partial", *names])}
+    runs = [run for run in runs if run.name in colors and run.evaluations]
+    by_name = {name: {run.cell[1] for run in runs if run.name == name} for name in colors}
+    ratios = sorted(by_name["partial"] & by_name["ours"])
     if not ratios:
         return ""
     runs = [run for run in runs if run.cell[1] in ratios]
-    colors = {"partial": "tab:blue", "ours": "tab:red"}
-    colors |= {name: f"C{k}" for k, name in enumerate(names, 1) if name != "ours"}
     figure = Figure((4.5 * len(ratios) + 1, 5.5), layout="constrained")
     shape = {"squeeze": False, "sharex": "col", "sharey": "row", "height_ratios": [3, 1]}
     grid = figure.subplots(2, len(ratios), **shape)
