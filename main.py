@@ -45,11 +45,11 @@ SETTINGS = ("experiment", "optimization", "networks")  # groups of flags that ch
 # Flags
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Show every default except None and False."""
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Show the description as written, and every default except None, False and []."""
 
     def _get_help_string(self, action):
-        if action.default is None or action.default is False:
+        if action.default is None or action.default is False or action.default == []:
             return action.help
         if isinstance(action.default, list):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
@@ -116,7 +116,7 @@ def build_parser() -> Parser:
     flag("--testing", action="store_true", help="score a run's best.pt; write masks and panels")
     flag("--predict", nargs="+", metavar="PATH", help="segment pictures, NIfTI volumes, folders")
     flag("--config", metavar="FILE", help="TOML with flags, read after the dataset's TOML")
-    flag("--checkpoint", metavar="FILE", help="checkpoint to test; default: newest run's best.pt")
+    flag("--checkpoint", metavar="FILE", help="checkpoint to use; default: newest run's best.pt")
     flag("--overlay", action="store_true", help="with --predict, also write masks over pictures")
     flag("--native-size", action="store_true", help="with --testing, also score at full size")
     flag("--overwrite", action="store_true", help="delete the run's folder and start over")
@@ -183,7 +183,7 @@ def build_parser() -> Parser:
     flag("--name", help="run's folder; default: <dataset>_<method>_<ratio>_s<seed>")
     flag("--checkpoints", default="checkpoints", metavar="DIR", help="parent of the run folders")
     flag("--results", default="results", metavar="DIR", help="output of --testing and --predict")
-    flag("--cache", default="data/cache", metavar="DIR", help="decoded and resized images")
+    flag("--cache", default="data/cache", metavar="DIR", help="cache of resized images")
     flag("--eval-every", type=count, default=1, metavar="N", help="epochs between evaluations")
     minutes = {"default": 10.0, "metavar": "MIN", "help": "minutes between checkpoints"}
     flag("--save-every", type=weight, **minutes)

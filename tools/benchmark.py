@@ -8,7 +8,7 @@
 
 All other flags are main.py's. A plain step is what the released code runs: an eager fp32 step with
 one generator call per set of images; PyTorch's default on GPUs lets its convolutions round to TF32.
-Steps are timed in turn. Ratios are between medians; extremes over rounds are in parentheses.
+Steps take turns. Ratios are between medians, with extremes over rounds in parentheses.
 """
 
 import argparse
@@ -234,15 +234,14 @@ def text(value: str | float | dict | None) -> str:
 def benchmark(argv: list[str]) -> int:
     """Print a table, row by row, and write it to --json."""
     parser = main.Parser("benchmark.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flag, count = parser.add_argument, main.number(int, 0)
     flag("--options", nargs="+", default=["fp32", "bf16"], help="fp32, tf32 or bf16[+compile]")
-    flag("--count", action="store_true", help="count operations and bytes instead, on the CPU")
+    flag("--count", action="store_true", help="count operations on the CPU instead of timing")
     flag("--against", type=Path, metavar="DIR", help="another checkout of this repository")
-    flag("--rounds", type=count, default=10, metavar="N", help="0 measures only the memory")
-    flag("--warmup", type=count, default=2, metavar="N", help="rounds before these")
-    flag("--steps", type=main.number(int, 1), default=1, metavar="N", help="per round")
-    flag("--json", type=Path, metavar="FILE", help="also write the table there")
+    flag("--rounds", type=count, default=10, metavar="N", help="timed rounds; 0: memory only")
+    flag("--warmup", type=count, default=2, metavar="N", help="warm-up rounds")
+    flag("--steps", type=main.number(int, 1), default=1, metavar="N", help="steps per round")
+    flag("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     args, argv = parser.parse_known_args(argv)
     if args.against and not ((args.against / "main.py").is_file() and args.rounds):
         raise utils.InputError(f"--against {args.against}: needs a checkout and --rounds over 0")

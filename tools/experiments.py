@@ -204,8 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|keep")
     helps = {
         "list": "print the paper's number and the command of each experiment",
-        "run": "train; flags of main.py follow --",
-        "report": "write tables and figures of runs or of a kept log",
+        "run": "train; put flags of main.py after --",
+        "report": "write tables and figures from run folders or a kept log",
         "keep": "add finished runs to a kept log, one line per run",
     }
     for action, text in helps.items():
@@ -218,16 +218,16 @@ def build_parser() -> argparse.ArgumentParser:
             flag("--dataset", help="a name in config/ or a .toml file; default: the paper's three")
             flag("--names", nargs="+", metavar="NAME", help="experiments; default: all")
             flag("--ratios", nargs="+", type=share, metavar="R", help="shares of labeled images")
-            flag("--table", type=int, choices=[1, 2, 3, 4], help="of the paper")
+            flag("--table", type=int, choices=[1, 2, 3, 4], help="table of the paper")
         else:
             runs = "a folder of runs or a kept .jsonl; default: checkpoints/SCALE"
             flag("--from", dest="source", metavar="PATH", type=Path, help=runs)
             out = Path("docs/results")
-            flag("--out", metavar="DIR", type=Path, default=out, help="default: docs/results")
+            flag("--out", metavar="DIR", type=Path, default=out, help="output folder")
         if action == "run":
             seed, count = main.number(int, 0, 2**32), main.number(int, 1, 1000)
-            flag("--seeds", nargs="+", type=seed, default=[0], metavar="S", help="default: 0")
-            flag("--jobs", type=count, default=1, metavar="N", help="runs at a time; default: 1")
+            flag("--seeds", nargs="+", type=seed, default=[0], metavar="S", help="random seeds")
+            flag("--jobs", type=count, default=1, metavar="N", help="parallel runs")
             flag("--data-root", metavar="DIR", help="folder with the dataset's files")
             flag("--dry-run", action="store_true", help="print the commands only")
     return parser

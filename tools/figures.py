@@ -157,17 +157,17 @@ def figures(argv: list[str]) -> int:
     flag = commands.add_parser("rows", help=text, description=text).add_argument
     flag("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
     flag("--out", required=True, type=Path, metavar="FILE", help="a .png, .pdf or .svg to write")
-    flag("--titles", nargs="+", metavar="TITLE", help="one per run, in their order")
+    flag("--titles", nargs="+", metavar="TITLE", help="one title per run, in order")
     flag("--ids", nargs="+", metavar="ID", help="validation images to show")
     flag("--n", type=main.number(int, 1, 100), default=4, help="images to show without --ids")
     for name in "--data-root", "--cache", "--device":
-        flag(name, help="as main.py's")
+        flag(name, help="as in main.py")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"--out {args.out}: the name must end in .png, .pdf or .svg")
     if args.titles and len(args.titles) != len(args.runs):
         counts = f"{len(args.titles)} for {len(args.runs)} runs"
-        raise InputError(f"--titles: {counts}; give one per run, in their order")
+        raise InputError(f"--titles: {counts}; give one per run, in order")
     utils.make_folder(args.out.parent, "--out")
     content = io.BytesIO()
     rows(args).savefig(content, format=args.out.suffix[1:])

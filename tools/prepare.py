@@ -9,7 +9,6 @@
 Archives and folders under --root are used as well. A repeated command writes missing files only.
 """
 
-import argparse
 import glob
 import http.client
 import io
@@ -238,14 +237,13 @@ def print_shares(spec: DatasetSpec, pixels: dict[str, np.ndarray]) -> None:
 def prepare(argv: list[str]) -> int:
     """Prepare, unless --verify is given, and verify."""
     parser = main.Parser("prepare.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     flag, count = parser.add_argument, main.number(int, 0, 1000)
     flag("dataset", choices=list(ARCHIVES))
     flag("--root", "--data-root", type=Path, metavar="DIR", help="default: data/<dataset>")
     flag("--verify", action="store_true", help="only check existing files, write nothing")
-    flag("--download", action="store_true", help="voc: download what is missing of VOC2012 and SBD")
+    flag("--download", action="store_true", help="voc: download missing VOC2012 and SBD archives")
     flag("--from", dest="sources", nargs="+", type=Path, default=[], help="archives or folders")
-    flag("--workers", type=count, default=2, metavar="N", help="threads that read images")
+    flag("--workers", type=count, default=2, metavar="N", help="threads for reading images")
     args = parser.parse_args(argv)
     root = args.root or Path("data", args.dataset)
     if args.verify and (args.download or args.sources):
