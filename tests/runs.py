@@ -35,7 +35,7 @@ def error_line(capsys, *flags, code: int = 2) -> str:
 
 
 def last_state(name: str) -> dict:
-    """All that a run's last.pt holds, but for where the data are."""
+    """Everything that a run's last.pt contains, except where the data are."""
     state = utils.load_checkpoint(Path("checkpoints", name, "last.pt"))
     del state["data_root"]
     return state
@@ -60,7 +60,7 @@ def edit_checkpoint(path: Path, change) -> None:
 
 
 def record_steps(monkeypatch, method: str, observe) -> list:
-    """From now on, what `observe(model, x, y)` returns at the start of each training step."""
+    """A list of what `observe(model, x, y)` returns at the start of each later training step."""
     seen, step = [], main.METHODS[method].step
 
     def recorded_step(self, x, y, *x_u):

@@ -140,7 +140,7 @@ def test_without_rounds_only_the_memory_is_measured(capsys):
 
 @pytest.fixture
 def before(tmp_path) -> Path:
-    """Another checkout, whose generators use a ReLU more."""
+    """Another checkout, whose generators have one more ReLU."""
     for name in (
         "main.py",
         "model.py",

@@ -1,4 +1,4 @@
-"""A run cut short at any moment, by SIGTERM or kill -9, ends bit for bit as an uncut one."""
+"""A run interrupted at any moment, by SIGTERM or kill -9, ends as if it had not been."""
 
 import itertools
 import os
@@ -28,7 +28,7 @@ def command(name: str) -> list[str]:
 
 
 def finish(name: str) -> float:
-    """Run to the end; the seconds that it took."""
+    """Run to the end; return the seconds it took."""
     started = time.monotonic()
     ended = subprocess.run(command(name), capture_output=True, text=True, env=ONE_THREAD)
     assert ended.returncode == 0, ended.stderr
@@ -37,7 +37,7 @@ def finish(name: str) -> float:
 
 
 def cut(name: str, seconds: float, signum: int) -> str:
-    """Start a run and end it after so many seconds; what it was doing at that time."""
+    """Start a run and stop it after so many seconds; return what it was doing then."""
     process = subprocess.Popen(
         command(name),
         stdout=subprocess.PIPE,
@@ -65,7 +65,7 @@ def cut(name: str, seconds: float, signum: int) -> str:
 
 
 def state(name: str) -> list:
-    """All that a finished run's checkpoints hold."""
+    """Everything that a finished run's checkpoints contain."""
     files = "last.pt", "best.pt"
     return [utils.load_checkpoint(Path("checkpoints", name, file)) for file in files]
 

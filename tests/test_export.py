@@ -21,7 +21,7 @@ def train(*flags: str) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Networks trained on phantoms, on RGB images in bfloat16, and on NIfTI volumes."""
+    """Networks trained on phantoms, on RGB images in bfloat16 and on NIfTI volumes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("runs"))
         make_tiny(8, 2)

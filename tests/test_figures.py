@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are drawn from now on."""
+    """A list of the figures drawn from here on."""
     seen = []
     draw = figures.draw_rows
     monkeypatch.setattr(figures, "draw_rows", lambda *args: seen.append(draw(*args)) or seen[-1])
@@ -150,7 +150,7 @@ def test_by_default_images_of_many_classes_are_shown_and_nothing_else_is_predict
 def test_each_network_sees_the_images_as_it_was_trained(runs, monkeypatch):
     seen, normalize = [], data_utils.normalize
     monkeypatch.setattr(
-        data_utils, "normalize", lambda x, how: seen.append(how) or normalize(x, how)
+        data_utils, "normalize", lambda x, kind: seen.append(kind) or normalize(x, kind)
     )
     assert run("rows", B, A, FULL, "--out", "rows.png") == 0
     assert seen == ["range", "half", "range"]

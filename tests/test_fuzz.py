@@ -53,7 +53,7 @@ def plausible(action) -> st.SearchStrategy:
 
 
 def settings_of(actions) -> st.SearchStrategy:
-    """Tables of a few settings: most of them plausible, some anything."""
+    """Tables of a few settings, most of them plausible, some arbitrary."""
 
     def setting(action) -> st.SearchStrategy:
         usual = plausible(action)
@@ -64,7 +64,7 @@ def settings_of(actions) -> st.SearchStrategy:
 
 @st.composite
 def flags(draw) -> list[str]:
-    """A command line of some of the program's flags, seldom of something like them."""
+    """A command line with some of the program's flags, rarely with similar ones."""
     found = []
     for dest, value in draw(settings_of(ACTIONS)).items():
         name = draw(st.sampled_from([f"--{dest.replace('_', '-')}"] * 9 + ["--epoch", "-x", "--"]))

@@ -1,4 +1,4 @@
-"""The command line: flags, TOMLs, defaults, what is refused, and which checkpoint is used."""
+"""The command line: flags, TOMLs, defaults, errors, and which checkpoint is used."""
 
 import os
 from pathlib import Path
@@ -170,7 +170,7 @@ def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
     assert named in error
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(

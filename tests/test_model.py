@@ -92,7 +92,7 @@ def discriminator_terms_by_hand(ours, y, x_u):
 
 
 def count_images(ours):
-    """How many images each network has been given, from now on."""
+    """Count the images that each network is given from here on."""
     counts = {name: 0 for name, _ in ours.named_children()}
 
     def hook(name):

@@ -1,4 +1,4 @@
-"""A run's folder: what it holds, how a run resumes, and what happens when it is disturbed."""
+"""A run's folder: its files, resuming, and what happens when a run is disturbed."""
 
 import json
 import multiprocessing
@@ -516,7 +516,7 @@ def test_a_lock_is_released_however_its_body_ends():
 
 @contextmanager
 def full_disk(size: int):
-    """No file may grow over so many bytes, as on a disk that is nearly full."""
+    """Limit the size of files, as on a disk that is nearly full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
