@@ -468,7 +468,8 @@ def save(figure, grid, colors: dict[str, str], path: Path) -> None:
         axes.set(xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
     handles = [Line2D([], [], color=color, label=name) for name, color in colors.items()]
-    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False)
+    columns = min(4, int(figure.get_figwidth() / 2.5))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     figure.supxlabel("steps", fontsize="medium")
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
@@ -504,11 +505,15 @@ def learning_rate(run: Run) -> tuple[list[float], list[float]]:
 
 
 def draw_schedule(runs: list[Run], path: Path) -> str:
-    """Partial and Ours, one column per ratio with both; the caption, "" if there is none."""
+    """Partial, Ours and the mean teacher, one column per ratio with the first two; the caption.
+
+    "" if there is no such ratio.
+    """
     from matplotlib.figure import Figure
 
-    names = [name for name in EXPERIMENTS if name.startswith("ours") and "_without_" not in name]
-    colors = {name: f"C{k}" for k, name in enumerate(["partial", *names])}
+    kinds = "partial", "ours", "meanteacher"
+    names = [name for name in EXPERIMENTS if name.startswith(kinds) and "_without_" not in name]
+    colors = {name: f"C{k}" for k, name in enumerate(names)}
     runs = [run for run in runs if run.name in colors and run.evaluations]
     by_name = {name: {run.cell[1] for run in runs if run.name == name} for name in colors}
     ratios = sorted(by_name["partial"] & by_name["ours"])
@@ -527,7 +532,7 @@ def draw_schedule(runs: list[Run], path: Path) -> str:
     grid[1, 0].set_ylabel("learning rate")
     drawn = {run.name for run in runs}
     save(figure, grid, {name: colors[name] for name in colors if name in drawn}, path)
-    return "mIoU of Partial and Ours by step, one line per run, and the learning rate."
+    return "mIoU by step, one line per run, and the learning rate."
 
 
 # Files
