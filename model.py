@@ -417,7 +417,7 @@ def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
 
 
 def turn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Flip and turn each image and its mask at random: by right angles, or by 180° if H != W."""
+    """Flip and rotate each image and its mask at random: by right angles; by 180° if H != W."""
     angle = 1 if x.shape[-2] == x.shape[-1] else 2
     variant = torch.randint(8 // angle, (len(x),), device=x.device)
     image = torch.arange(len(x), device=x.device)
@@ -435,7 +435,7 @@ class MeanTeacher(Method):
 
     The average is evaluated. --cutmix-on labeled is the control: labeled images with their true
     masks, mixed and perturbed, and no unlabeled image. Where a dataset's images have no fixed
-    orientation (`any_orientation`), they are also flipped and turned.
+    orientation (`any_orientation`), they are also flipped and rotated.
     """
 
     decay, ramp_up = 0.99, 0.25  # of the average; share of the run in which `cutmix` grows

@@ -26,7 +26,7 @@ class DatasetSpec:
     channels: int = 3
     ignore: int = IGNORE  # value of pixels that do not count, in the mask files
     void: int | None = None  # a class that is trained but skipped in evaluation
-    any_orientation: bool = False  # meanteacher may flip and turn the images
+    any_orientation: bool = False  # meanteacher may flip and rotate the images
     label_ids: tuple[int, ...] | None = None  # values of classes 0, 1, ... in the mask files
     void_ids: tuple[int, ...] = ()  # values in the mask files that become the void class
     pool: tuple[str, ...] = ("train",)  # parts of the layout that the paper's split divides

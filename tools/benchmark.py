@@ -233,7 +233,7 @@ def text(value: str | float | dict | None) -> str:
 
 def benchmark(argv: list[str]) -> int:
     """Print a table, row by row, and write it to --json."""
-    parser = main.Parser("benchmark.py", description=__doc__, allow_abbrev=False)
+    parser = main.Parser("benchmark.py", description=__doc__)
     flag, count = parser.add_argument, main.number(int, 0)
     flag("--options", nargs="+", default=["fp32", "bf16"], help="fp32, tf32 or bf16[+compile]")
     flag("--count", action="store_true", help="count operations on the CPU instead of timing")

@@ -200,7 +200,7 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = main.Parser("experiments.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = main.Parser("experiments.py", description=__doc__.splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|keep")
     helps = {
         "list": "print the paper's number and the command of each experiment",
@@ -209,9 +209,7 @@ def build_parser() -> argparse.ArgumentParser:
         "keep": "add finished runs to a kept log, one line per run",
     }
     for action, text in helps.items():
-        flag = actions.add_parser(
-            action, help=text, description=text, allow_abbrev=False
-        ).add_argument
+        flag = actions.add_parser(action, help=text, description=text).add_argument
         flag("--scale", choices=list(SCALES), help="default: paper, or the name of --from")
         if action in ("list", "run"):
             share = main.number(float, 0, 1, above=True)

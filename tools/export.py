@@ -75,7 +75,7 @@ def load(path: Path) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def export(argv: list[str]) -> int:
     """Export, load the file, and compare it with the trained network on noise of two sizes."""
-    parser = main.Parser("export.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = main.Parser("export.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a run's folder (its best.pt)")
     flag("file", metavar="FILE", type=Path, help="the .pt2 or .onnx file to write")

@@ -1,6 +1,6 @@
 """Rows of images with their predictions, as in the paper's Figures 3 to 7.
 
-    python tools/figures.py rows checkpoints/partial checkpoints/args --out rows.png --n 4
+    python tools/figures.py rows checkpoints/partial checkpoints/ours --out rows.png --n 4
 
 A RUN is a run's folder, whose best.pt is taken, or a checkpoint; FILE ends in .png, .pdf or .svg.
 The pictures have the networks' input size; the legend has the classes that they show.

@@ -236,7 +236,7 @@ def print_shares(spec: DatasetSpec, pixels: dict[str, np.ndarray]) -> None:
 
 def prepare(argv: list[str]) -> int:
     """Prepare, unless --verify is given, and verify."""
-    parser = main.Parser("prepare.py", description=__doc__, allow_abbrev=False)
+    parser = main.Parser("prepare.py", description=__doc__)
     flag, count = parser.add_argument, main.number(int, 0, 1000)
     flag("dataset", choices=list(ARCHIVES))
     flag("--root", "--data-root", type=Path, metavar="DIR", help="default: data/<dataset>")

@@ -515,8 +515,10 @@ def draw_schedule(runs: list[Run], path: Path) -> str:
     names = [name for name in EXPERIMENTS if name.startswith(kinds) and "_without_" not in name]
     colors = {name: f"C{k}" for k, name in enumerate(names)}
     runs = [run for run in runs if run.name in colors and run.evaluations]
-    by_name = {name: {run.cell[1] for run in runs if run.name == name} for name in colors}
-    ratios = sorted(by_name["partial"] & by_name["ours"])
+    partial, ours = (
+        {run.cell[1] for run in runs if run.name == name} for name in ("partial", "ours")
+    )
+    ratios = sorted(partial & ours)
     if not ratios:
         return ""
     runs = [run for run in runs if run.cell[1] in ratios]
