@@ -161,13 +161,13 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 def pick_device(name: str | None, precision: str) -> torch.device:
     """The device of that name, by default a GPU if there is one; sets the precision of products."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = f"cuda:{local_rank()}" if name == "cuda" and world_size() > 1 else name
+    name = f"cuda:{local_rank()}" if name == "cuda" else name  # set_device needs the number
     try:
         device = torch.device(name)
         if device.type == "cuda":  # otherwise every process also opens a context on GPU 0
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -265,8 +265,9 @@ def failure(error: Exception) -> str | None:
             "out of memory; half the --batch-size or half the area of --size needs half of it, "
             "--ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
         )
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process of this run has ended; the last checkpoint is intact"
+    if isinstance(error, dist.DistError) or "gloo/" in str(error):
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"the connection between the processes failed ({reason}); checkpoints are intact"
     return None
 
 

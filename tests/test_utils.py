@@ -213,6 +213,18 @@ def test_default_device_is_the_gpu_where_there_is_one():
     assert utils.pick_device("cpu", "fp32").type == "cpu"
 
 
+def test_cuda_is_the_gpu_of_the_process(monkeypatch):
+    set_device, chosen = torch.cuda.set_device, []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    monkeypatch.setattr(torch, "empty", lambda _size, device: None)
+    utils.pick_device("cuda", "fp32")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    utils.pick_device("cuda", "fp32")
+    assert chosen == ["cuda:0", "cuda:3"]
+    with pytest.raises(ValueError, match="index"):  # so a number is needed
+        set_device(torch.device("cuda"))
+
+
 def test_tf32_is_a_choice():
     for precision, expected in ("tf32", ("high", True)), ("fp32", ("highest", False)):
         utils.pick_device("cpu", precision)
@@ -233,8 +245,14 @@ def test_a_share_is_the_count_over_the_processes_and_of_at_least_one(monkeypatch
         (MemoryError(), "out of memory; half the --batch-size"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory; half the"),
         (RuntimeError("[enforce fail] not enough memory"), "out of memory; half the"),
-        (torch.distributed.DistNetworkError("reset"), "another process of this run has ended"),
-        (RuntimeError("[../gloo/transport] Connection closed"), "another process of this run"),
+        (
+            torch.distributed.DistNetworkError("reset"),
+            "the connection between the processes failed (reset)",
+        ),
+        (
+            RuntimeError("[../gloo/transport] Connection closed\nat line 5"),
+            "the connection between the processes failed ([../gloo/transport] Connection closed)",
+        ),
     ],
 )
 def test_failures_of_the_machine_have_a_message_of_their_own(error, message):
@@ -242,7 +260,8 @@ def test_failures_of_the_machine_have_a_message_of_their_own(error, message):
 
 
 def test_a_defect_of_the_program_has_none():
-    assert utils.failure(ValueError("shapes differ")) is None
+    for error in ValueError("shapes differ"), RuntimeError("/data/gloomy: shapes differ"):
+        assert utils.failure(error) is None
 
 
 # Files
