@@ -30,10 +30,10 @@ import utils
 from datasets import files
 from datasets.layouts import SPLITS, index, parts_of
 from datasets.phantom import draw_phantom
-from datasets.spec import DatasetSpec, Sample, Slice, load_spec, read_toml
+from datasets.spec import DatasetSpec, Sample, Slice, load_spec
 from utils import IGNORE, InputError, first_ten
 
-__all__ = ["Sample", "index", "load_spec", "read_toml"]  # re-exported from datasets/
+__all__ = ["Sample", "index", "load_spec"]  # re-exported from datasets/
 ROLES = ("labeled", "unlabeled", "val")
 
 
@@ -67,8 +67,8 @@ def split(
 ) -> Split:
     """Divide samples into labeled (`ratio` of the training ones), unlabeled and validation.
 
-    kind: "paper" (Section 4.1): spec.counts groups, or the same proportions if the data have fewer;
-        no group is on both sides. "image": 85% and 15% of single images, as released. "standard":
+    kind: "paper" (Section 4.1): spec.counts groups, or the same proportions of another number; no
+        group is on both sides. "image": 85% and 15% of single images, as released. "standard":
         the parts that other papers train and validate on. A "folder" with val/ validates on it.
     label_unit: `ratio` counts training samples that have a mask ("image") or whole groups ("exam").
 
@@ -99,6 +99,10 @@ def split(
         return sample.group if label_unit == "exam" else sample.id
 
     masked = {unit(s) for s in train if s.mask is not None}
+    if not masked:
+        expected = "; masks/ must contain their masks" if spec.layout == "folder" else ""
+        reason = "; all masks are held out for validation" if val else expected
+        raise InputError(f"{spec.name}: no training image has a mask{reason}")
     n_labeled = round(ratio * len(masked))
     if not n_labeled:
         found = f"of {len(masked)} training {label_unit}s leaves no labeled {label_unit}"
@@ -195,9 +199,16 @@ class Decoder(Dataset):
 class Cache:
     """All samples, memory-mapped: images (N, C, H, W), masks (N, H, W) uint8, and rows by id."""
 
-    images: np.ndarray
-    masks: np.ndarray
+    images: np.memmap
+    masks: np.memmap
     rows: dict[str, int]
+
+    def __reduce__(self):  # a worker process that is not forked maps the files itself
+        return _reopen, (Path(self.images.filename).parent, self.rows)
+
+
+def _reopen(home: Path, rows: dict[str, int]) -> Cache:
+    return Cache(*_map_cache(home), rows)
 
 
 def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -> str:
@@ -442,7 +453,7 @@ class Batches:
 class Data:
     """A run's dataset: its split and the cached images of each role."""
 
-    n_groups: int  # images or exams that the index found
+    n_groups: int  # images or exams with masks that the index found
     split: Split
     labeled: Stored
     unlabeled: Stored
@@ -467,19 +478,21 @@ def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Dat
     else:
         parts = read_split(Path(args.split), samples)
         source = f"--split {args.split}"
-    if args.method != "supervised" and not parts.unlabeled:
+    control = args.method == "meanteacher" and args.cutmix_on == "labeled"
+    if args.method != "supervised" and not control and not parts.unlabeled:
         raise InputError(f"{source} leaves no unlabeled image for --method {args.method}")
     if expected_split not in (None, parts.hash()):
         found = f"--data-root {args.data_root}: holds other files"
         if args.split not in SPLITS:
             found = f"{source}: lists other images"
-        raise InputError(f"{found} than the run started with")
+        advice = "; give --name for another folder, or --overwrite to start over"
+        raise InputError(f"{found} than the run started with{advice if args.training else ''}")
     used = sorted(parts.labeled + parts.unlabeled + parts.val, key=lambda sample: sample.id)
     with utils.first_process_first():
         cache = open_cache(spec, used, tuple(args.size), Path(args.cache), args.workers)
     ignored_class = 0 if args.ignored == "background" else IGNORE
     return Data(
-        len({sample.group for sample in samples}),
+        len({sample.group for sample in samples if sample.mask is not None}),
         parts,
         Stored(cache, parts.labeled, ignored_class),
         Stored(cache, parts.unlabeled),

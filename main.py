@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before the slow imports, so that a signal during t
 import argparse
 import difflib
 import functools
+import io
 import itertools
 import math
 import os
@@ -28,9 +29,9 @@ import torch
 import data_utils
 import utils
 from arch.generators import MIN_SIZE
-from data_utils import Data, load_data, load_spec
+from data_utils import Data, load_data
 from datasets.layouts import SPLITS
-from datasets.spec import DatasetSpec, dataset_toml, make_spec, read_toml
+from datasets.spec import DatasetSpec, dataset_toml, load_spec, make_spec, read_toml
 from engine import predict
 from engine.run import Run
 from engine.signals import stop
@@ -39,6 +40,13 @@ from model import METHODS, Method, distribute
 from utils import InputError, TrainingError
 
 MODES = ("training", "testing", "predict")
+MODE_FLAGS = {  # the flags that only some modes have
+    "config": ("training",),
+    "overwrite": ("training",),
+    "checkpoint": ("testing", "predict"),
+    "native_size": ("testing",),
+    "overlay": ("predict",),
+}
 SETTINGS = ("experiment", "optimization", "networks")  # groups of flags that change the result
 
 
@@ -60,8 +68,7 @@ class Parser(argparse.ArgumentParser):
     """Raise InputError for wrong flags, and remember the flags of each group."""
 
     def __init__(self, *args, **kwargs):
-        defaults = {"formatter_class": Help, "allow_abbrev": False}
-        super().__init__(*args, **{**defaults, **kwargs})
+        super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
         self.keys: dict[str, list[str]] = {}  # of each group's flags
 
     def error(self, message: str):
@@ -157,7 +164,7 @@ def build_parser() -> Parser:
     flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help=fakes)
     on = "images that meanteacher mixes and perturbs"
     flag("--cutmix-on", default="both", choices=["both", "unlabeled", "labeled"], help=on)
-    flag("--init", metavar="FILE", help="checkpoint with initial weights")
+    flag("--init", metavar="FILE", help="checkpoint (or run's folder) with initial weights")
     precision = "precision of the networks; losses stay fp32"
     flag("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help=precision)
 
@@ -233,6 +240,12 @@ def parse_args(argv: list[str], checkpoint: tuple[Path, dict] | None = None) -> 
     if sum(mode in given for mode in MODES) != 1:
         raise InputError(f"give one of {', '.join(f'--{mode}' for mode in MODES)}")
 
+    for key, modes in MODE_FLAGS.items():
+        if key in given and not any(mode in given for mode in modes):
+            flag, needed = key.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
+            hint = "; --init sets a run's first weights" if key == "checkpoint" else ""
+            raise InputError(f"--{flag} needs {needed}{hint}")
+
     known, layers = [key for key in defaults if key not in parser.keys["mode"]], {}
     if checkpoint:
         known, layers = setting_names(parser), dict([checkpoint])
@@ -276,9 +289,9 @@ def train(args: argparse.Namespace) -> int:
     utils.join_processes(device)
     batches = make_batches(args, device)
     with Run(args, spec, device) as run:
+        data = load_data(args, spec, run.split_hash)
         if run.finished:
             return 0
-        data = load_data(args, spec, run.split_hash)
         describe(args, spec, data, device, run.folder)
         model = build_model(args, spec, device)
         run.start(model, data)
@@ -325,10 +338,12 @@ def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: 
     """Print a summary of the run, with warnings about data that look incomplete."""
     counts = spec.standard_counts if args.split == "standard" else spec.counts
     expected, found = sum(counts or ()), data.n_groups
-    if args.split in SPLITS and expected not in (0, found):
+    has_val = spec.layout == "folder" and any(s.part == "val" for s in data.split.val)
+    if args.split in SPLITS and not has_val and expected not in (0, found):
         standard = args.split == "standard"
         used = "all are used" if standard else "split in the same proportions"
-        print(f"{args.data_root}: {found} of {spec.name}'s {expected} images or exams: {used}")
+        about = f"{found} images or exams with masks instead of {spec.name}'s {expected}"
+        print(f"{args.data_root}: {about}: {used}")
     sizes = f"{len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)}"
     share = f"ratio {args.ratio:g}" if args.split in SPLITS else args.split
     cuda = device.type == "cuda"
@@ -352,18 +367,22 @@ def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: 
 # Testing and predicting
 
 
+def dataset_name(dataset: str) -> str:
+    """The name of --dataset: the one that its file gives, or the file's stem."""
+    return load_spec(dataset).name if Path(dataset).is_file() else Path(dataset).stem
+
+
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """--checkpoint, or best.pt of the most recent run that matches the flags given.
 
     These are --name, --dataset, --method, --ratio and --seed; InputError if no run matches.
     """
     if args.checkpoint:
-        path = Path(args.checkpoint)
-        return path / "best.pt" if path.is_dir() else path
+        return utils.checkpoint_file(args.checkpoint)
     keys = "name", "method", "ratio", "seed"
     wanted = {key: args.given[key] for key in keys if key in args.given}
     if "dataset" in args.given:
-        wanted["dataset"] = Path(args.dataset).stem
+        wanted["dataset"] = dataset_name(args.dataset)
     runs = {}
     for config in Path(args.checkpoints).glob("*/config.toml"):
         table = read_toml(config)
@@ -401,9 +420,12 @@ def load_trained(argv: list[str]) -> Trained:
     fixed = {**state["settings"], "dataset": spec.name}
     asked = {key: args.given[key] for key in args.given if key in fixed and key != "batch_size"}
     if "dataset" in asked:
-        asked["dataset"] = Path(args.dataset).stem
+        asked["dataset"] = dataset_name(args.dataset)
     if args.split not in SPLITS:
         asked.pop("split", None)  # the split's hash decides
+        own = path.with_name("split.json")
+        if "split" not in args.given and own.is_file():
+            args.split = str(own)
     differ = [key for key, value in asked.items() if value != fixed[key]]
     if differ:
         flags = [f"--{k.replace('_', '-')} is {fixed[k]}, not {asked[k]}" for k in differ]
@@ -440,6 +462,8 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], int] = ru
     """
     if utils.rank():  # of several processes, the first one prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any file name can be printed
     try:
         return command(sys.argv[1:] if argv is None else argv)
     except (InputError, TrainingError) as error:
@@ -452,7 +476,7 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], int] = ru
         message, code = utils.failure(error), 1
         if message is None:
             raise
-    if utils.rank() == 0 or message.startswith("out of memory"):
+    if utils.local_rank() == 0 or message.startswith("out of memory"):
         print(f"error: {message}", file=sys.stderr)
     return code
 

@@ -316,6 +316,11 @@ def save_checkpoint(path: Path, state: dict) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def checkpoint_file(path: str) -> Path:
+    """A checkpoint, or a run folder's best.pt."""
+    return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+
+
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint onto the CPU; InputError if it is damaged or not from this program."""
     if not path.is_file():

@@ -1,16 +1,17 @@
 """Pictures and NIfTI volumes: read, check, write masks."""
 
 import gzip
+import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from datasets.phantom import draw_phantom
@@ -45,7 +46,7 @@ def is_picture(path: Path) -> bool:
 
 def stem_of(path: Path) -> str:
     """A file's name without its extension; .nii.gz is one."""
-    return path.name.removesuffix(".gz").removesuffix(".nii") if is_volume(path) else path.stem
+    return re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I) if is_volume(path) else path.stem
 
 
 @contextmanager
@@ -63,6 +64,20 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
 
 
+def check_single_and_upright(path: Path, image: Image.Image) -> None:
+    """InputError if a picture has several pages, or if viewers turn it as its EXIF data say."""
+    n_pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    if n_pages > 1:  # a phone's MPO has its photo first
+        raise InputError(f"{path}: has {n_pages} pages; expected one picture per file")
+    turned = 1
+    if image.format in ("JPEG", "MPO", "WEBP"):  # Pillow turns TIFFs itself
+        with suppress(Exception):  # damaged EXIF data
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if turned != 1:
+        advice = "save it upright, for example with `mogrify -auto-orient`"
+        raise InputError(f"{path}: viewers turn it (EXIF orientation {turned}); {advice}")
+
+
 def as_array(image: Image.Image, channels: int) -> np.ndarray:
     """A picture of any mode as (H, W) or (H, W, 3) uint8, or (H, W) float32 if it is deep."""
     if not is_deep(image):
@@ -76,6 +91,8 @@ def as_array(image: Image.Image, channels: int) -> np.ndarray:
 def read_image(path: Path, channels: int, deep: bool = False) -> np.ndarray:
     """Read an 8-bit picture as (H, W) or (H, W, 3) uint8; `deep` allows more, as float32."""
     with opened(path) as image:
+        if deep:
+            check_single_and_upright(path, image)
         if deep and is_deep(image):
             return as_array(image, channels)
         # Pillow would reduce 16-bit RGB to 8 bits
@@ -177,8 +194,8 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     for path in paths:
         if not path.exists():
             raise InputError(f"--predict {path}: no such file or folder")
-        inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in inside:
+        visible = path.rglob("[!.]*") if path.is_dir() else [path]
+        for file in sorted(p for p in visible if p.is_file()):
             if is_volume(file) or is_picture(file):
                 place = file.relative_to(path) if path.is_dir() else Path(file.name)
                 found.setdefault(file, place.with_name(stem_of(file)))
@@ -199,6 +216,7 @@ def read_planes(path: Path, channels: int) -> list[Tensor]:
         planes = [read_slice(Slice(path, z)).astype(np.float32) for z in range(depth)]
         return [as_pixels(plane, channels) for plane in planes]
     with opened(path) as image:
+        check_single_and_upright(path, image)
         return [as_pixels(as_array(image, channels), channels)]
 
 

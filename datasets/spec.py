@@ -1,6 +1,7 @@
 """A dataset's description, from the [dataset] table of a TOML (DatasetSpec), and a Sample."""
 
 import tomllib
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -34,12 +35,16 @@ class DatasetSpec:
     standard: tuple[str, str] | None = None  # parts that other papers train and validate on
     standard_counts: tuple[int, int] | None = None  # their groups
 
+    def ids(self) -> tuple[int, ...]:
+        """The value of each class in the mask files, without a void class that has void_ids."""
+        n_own = len(self.classes) - bool(self.void_ids)
+        return tuple(range(n_own)) if self.label_ids is None else self.label_ids
+
     def lookup(self) -> np.ndarray:
         """(256,) int16: the class of each value of a mask file, IGNORE, or -1 if it is invalid."""
         table = np.full(256, -1, np.int16)
         table[self.ignore] = IGNORE
-        ids = range(len(self.classes)) if self.label_ids is None else self.label_ids
-        table[list(ids)] = np.arange(len(ids))
+        table[list(self.ids())] = np.arange(len(self.ids()))
         table[list(self.void_ids)] = -1 if self.void is None else self.void
         return table
 
@@ -53,12 +58,12 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and its mask, not yet read. `image` may also be the number of a phantom."""
+    """An image and its mask, not yet read. Both may also be the number of a phantom."""
 
     id: str
     group: str  # what no split may divide: the exam in ACDC, otherwise the image itself
     image: Path | Slice | int
-    mask: Path | Slice | None
+    mask: Path | Slice | int | None
     part: str | None = None  # train, val or test if the layout says so
 
 
@@ -101,17 +106,20 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
     if missing := [key for key in ("layout", "classes") if key not in table]:
         raise InputError(f"{source}: [dataset] lacks {missing[0]!r}")
     k = len(table["classes"]) if isinstance(table["classes"], (list, tuple)) else 0
-    table = {"palette": voc_palette(k), "scored": list(range(k)), **table}
+    scored = [i for i in range(k) if i != table.get("void")]
+    table = {"palette": voc_palette(k), "scored": scored, **table}
     spec = DatasetSpec(**{key: _frozen(value) for key, value in table.items()})
-    ids = tuple(range(k - bool(spec.void_ids))) if spec.label_ids is None else spec.label_ids
-    for key, (holds, expected) in _checks(spec, k, ids).items():
+    for key, (holds, expected) in _checks(spec, k).items():
         if not holds:
             found = f"[dataset] {key} is {table.get(key)!r}"
             raise InputError(f"{source}: {found}; expected {expected}")
-    special = {*ids, *spec.void_ids}
-    if {*ids} & {*spec.void_ids} or spec.ignore in special or spec.void in spec.scored:
-        keys = "label_ids, void_ids, ignore, void, scored"
-        raise InputError(f"{source}: [dataset] a value means two things: see {keys}")
+    if spec.void in spec.scored:
+        raise InputError(f"{source}: [dataset] scored contains the void class {spec.void}")
+    counts = Counter([*spec.ids(), *{*spec.void_ids}, spec.ignore])
+    if clashes := [str(value) for value, count in counts.items() if count > 1]:
+        keys = "label_ids, void_ids and ignore (default 255)"
+        found = f"mask value {', '.join(clashes)} has two meanings"
+        raise InputError(f"{source}: [dataset] {found}: {keys} must differ")
     return spec
 
 
@@ -124,12 +132,13 @@ def _ints(values, low: int, below: int) -> bool:
     return isinstance(values, tuple) and all(type(v) is int and low <= v < below for v in values)
 
 
-def _checks(spec: DatasetSpec, k: int, ids) -> dict[str, tuple[bool, str]]:
+def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
     """By key: whether its value is valid, and the expected one."""
     strings = isinstance(spec.classes, tuple) and all(type(name) is str for name in spec.classes)
     colors = spec.palette if isinstance(spec.palette, tuple) else ()
     triples = all(_ints(color, 0, 256) and len(color) == 3 for color in colors)
-    per_class = _ints(ids, 0, 256) and len({*ids}) == len(ids) == k - bool(spec.void_ids)
+    ids, n_ids = spec.label_ids, k - bool(spec.void_ids)
+    per_class = ids is None or (_ints(ids, 0, 256) and len({*ids}) == len(ids) == n_ids)
     pool = isinstance(spec.pool, tuple) and spec.pool and all(p in PARTS for p in spec.pool)
     standard = isinstance(spec.standard, tuple) and len({*spec.standard} & {*PARTS}) == 2
     scored = _ints(spec.scored, 0, k) and 0 < len(spec.scored) == len({*spec.scored})

@@ -97,7 +97,7 @@ class Run:
         if self.state:
             self._restore(self.state)
         elif args.init:
-            self._initialize(utils.load_checkpoint(Path(args.init)))
+            self._initialize(utils.load_checkpoint(utils.checkpoint_file(args.init)))
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if utils.rank() == 0:
             if not self.state:
@@ -336,7 +336,9 @@ class Run:
             for path in sorted(old, key=lambda path: path == config):  # the sign of a run goes last
                 is_folder = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if is_folder else path.unlink()
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run without any last.pt
+        for log in "metrics.jsonl", "events.out.tfevents*":  # of a run without any last.pt
+            for path in folder.glob(log):
+                path.unlink()
         note = f"# python main.py --training --dataset {config} --name NAME repeats this run"
         tables = f"{to_toml(self.args.flags)}\n[dataset]\n{to_toml(asdict(self.spec))}"
         utils.write_atomically(config, f"{note}\n{tables}")

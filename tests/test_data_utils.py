@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pickle
 import random
 import socket
 import subprocess
@@ -233,6 +234,17 @@ def test_labels_by_exam_never_divide_one_and_nest(kind):
         assert not labeled & unlabeled
         assert before < labeled
         before = labeled
+
+
+def test_missing_masks_are_named():
+    spec, samples = folder_spec(), made_up(1)
+    held_out = error_of(split, list(samples), 1, 0, spec)
+    assert (
+        held_out
+        == f"{spec.name}: no training image has a mask; all masks are held out for validation"
+    )
+    message = error_of(split, without_masks(samples, 1), 1, 0, spec)
+    assert message == f"{spec.name}: no training image has a mask; masks/ must contain their masks"
 
 
 def without_masks(samples: list[Sample], step: int) -> list[Sample]:
@@ -540,7 +552,7 @@ def test_changed_volume_gives_a_new_cache(acdc, tmp_path):
         {"channels": 1},
         {"ignore": 0, "label_ids": (255, *range(1, 21))},
         {"label_ids": (1, 0, *range(2, 21))},
-        {"void": 20, "void_ids": (0,)},
+        {"void": 20, "void_ids": (20, 200)},
         {"name": "other"},
     ],
 )
@@ -872,6 +884,7 @@ EIGHT = dataclasses.replace(PHANTOM, counts=(6, 2))
 def flags(tmp_path) -> SimpleNamespace:
     """The flags that load_data reads."""
     return SimpleNamespace(
+        training=True,
         data_root=str(tmp_path / "none"),
         split="paper",
         label_unit="image",
@@ -883,6 +896,24 @@ def flags(tmp_path) -> SimpleNamespace:
         workers=0,
         ignored="skip",
     )
+
+
+def test_workers_that_are_not_forked_map_the_cache_themselves(flags, phantoms):
+    flags.size = [64, 64]
+    data = load_data(flags, EIGHT).train
+    pickled = pickle.dumps(data)
+    assert len(pickled) < data.labeled.cache.images.nbytes / 4
+    again = pickle.loads(pickled)
+    assert isinstance(again.labeled.cache.images, np.memmap)
+    for own, other in zip(data[0, 1], again[0, 1], strict=True):
+        assert torch.equal(own, other)
+
+
+def test_the_control_needs_no_unlabeled_image(flags, phantoms):
+    flags.ratio, flags.method, flags.cutmix_on = 1.0, "meanteacher", "labeled"
+    assert len(load_data(flags, EIGHT).unlabeled) == 0
+    flags.cutmix_on = "both"
+    assert "leaves no unlabeled image for --method meanteacher" in error_of(load_data, flags, EIGHT)
 
 
 def test_load_data_splits_as_the_flags_say_and_opens_the_cache(flags, phantoms):
@@ -957,10 +988,12 @@ def test_another_split_than_expected_is_refused_before_decoding(flags, tmp_path,
     monkeypatch.setattr(data_utils, "open_cache", lambda *_: pytest.fail("images were decoded"))
     flags.seed = 4
     message = error_of(load_data, flags, EIGHT, expected.hash())
-    assert message == f"--data-root {flags.data_root}: holds other files than the run started with"
+    found = f"--data-root {flags.data_root}: holds other files than the run started with"
+    assert message == f"{found}; give --name for another folder, or --overwrite to start over"
     flags.split = str(tmp_path / "split.json")
     lists = {**expected.ids(), "unlabeled": expected.ids()["unlabeled"][1:]}
     Path(flags.split).write_text(json.dumps(lists))
+    flags.training = False
     message = error_of(load_data, flags, EIGHT, expected.hash())
     assert message == f"--split {flags.split}: lists other images than the run started with"
 

@@ -21,7 +21,7 @@ from conftest import (
     write_indexed,
     write_volume,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 
 from datasets import files
 from datasets.layouts import index
@@ -303,12 +303,12 @@ def test_slice_beyond_a_volume_is_an_error(tmp_path):
 
 
 def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_path):
-    for name in "a.png", "b/a.jpg", "b/c.nii.gz", "d.nii", "notes.txt":
+    for name in "a.png", "b/a.jpg", "b/c.nii.gz", "D.NII", "notes.txt", "._a.png", "b/.nii.gz":
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     found, other = files.find_pictures([tmp_path, tmp_path / "b" / "c.nii.gz"])
     places = {str(file.relative_to(tmp_path)): str(place) for file, place in found.items()}
-    assert places == {"a.png": "a", "b/a.jpg": "b/a", "b/c.nii.gz": "b/c", "d.nii": "d"}
+    assert places == {"a.png": "a", "b/a.jpg": "b/a", "b/c.nii.gz": "b/c", "D.NII": "D"}
     assert other == [f"{tmp_path / 'notes.txt'}: neither a picture nor a NIfTI volume"]
 
 
@@ -327,6 +327,48 @@ def test_a_picture_of_any_mode_is_one_plane(tmp_path, mode):
         (plane,) = files.read_planes(tmp_path / "a.tif", channels)
         assert plane.shape == (channels, 4, 5)
         assert plane.dtype == (torch.float32 if mode in ("I;16", "F") else torch.uint8)
+
+
+def rotated(path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (24, 20)).save(path, exif=exif)
+
+
+def stacked(path: Path) -> None:
+    Image.new("L", (24, 20)).save(path, save_all=True, append_images=[Image.new("L", (24, 20), 9)])
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "reason"),
+    [
+        ("a.jpg", rotated, "viewers turn it (EXIF orientation 6); save it upright"),
+        ("a.tif", stacked, "has 2 pages; expected one picture per file"),
+    ],
+)
+def test_rotated_and_stacked_pictures_are_errors_that_name_them(tmp_path, name, make, reason):
+    path = tmp_path / "images" / name
+    path.parent.mkdir()
+    make(path)
+    write_indexed(tmp_path / "masks" / "a.png", np.zeros((20, 24)))
+    (sample,) = index(folder_spec(), tmp_path)
+    reading = (
+        error_of(files.read_planes, path, 3),
+        error_of(files.read_sample, sample, folder_spec()),
+    )
+    for error in reading:
+        assert error.startswith(f"{path}: {reason}")
+
+
+def test_upright_photos_and_phones_photos_with_extras_are_read(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 1
+    Image.new("RGB", (24, 20)).save(tmp_path / "a.jpg", exif=exif)
+    thumbnail = Image.new("RGB", (24, 20))
+    Image.new("RGB", (24, 20)).save(tmp_path / "b.mpo", save_all=True, append_images=[thumbnail])
+    for name in "a.jpg", "b.mpo":
+        (plane,) = files.read_planes(tmp_path / name, 3)
+        assert plane.shape == (3, 20, 24)
 
 
 def test_a_volumes_planes_are_its_slices(tmp_path):

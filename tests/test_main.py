@@ -1,6 +1,8 @@
 """The command line: flags, TOMLs, defaults, errors, and which checkpoint is used."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,6 +249,15 @@ def test_a_failure_of_the_machine_is_one_error_line_and_exit_code_1(capsys, rais
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
+def test_the_first_process_of_each_machine_prints_errors(capsys, monkeypatch):
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    for local_rank, n_lines in (0, 1), (1, 0):
+        monkeypatch.setenv("RANK", "2")
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert main.main(["--training", "--dataset", "gone.toml"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == n_lines
+
+
 def test_a_defect_of_the_program_is_a_traceback():
     def failing(_argv):
         raise RuntimeError("shapes differ")
@@ -290,6 +301,38 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
     for flags in ["--seed", "2"], ["--dataset", "voc"], ["--name", "unfinished"]:
         error = error_line(capsys, "--testing", *flags)
         assert f"checkpoints contains no trained run {' '.join(flags)}" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        (["--training", "--checkpoint", "best.pt"], "--testing or --predict; --init sets"),
+        (["--training", "--overlay"], "--predict"),
+        (["--training", "--native-size"], "--testing"),
+        (["--testing", "--config", "a.toml"], "--training"),
+        (["--testing", "--overwrite"], "--training"),
+        (["--predict", "a.png", "--native-size"], "--testing"),
+    ],
+)
+def test_a_flag_of_another_mode_is_an_error(capsys, flags, needed):
+    error = error_line(capsys, *flags, "--dataset", "tiny.toml")
+    (other,) = [flag for flag in flags[1:] if flag.startswith("--")]
+    assert error.startswith(f"error: {other} needs {needed}")
+
+
+def test_a_dataset_is_found_by_the_name_in_its_file(trained):
+    config = trained.with_name("config.toml")
+    assert main.load_trained(["--testing", "--dataset", str(config)]).path == trained
+    assert main.load_trained(["--testing", "--dataset", "gone/tiny.toml"]).path == trained
+
+
+def test_any_file_name_can_be_printed():
+    code = "import main, sys; sys.exit(main.main([], lambda _: print('\\udcff')))"
+    command = [sys.executable, "-c", code]
+    folder = Path(main.__file__).parent
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    printed = subprocess.check_output(command, cwd=folder, env=environment, text=True)
+    assert printed == "\\udcff\n"
 
 
 def test_a_checkpoint_may_be_given_as_a_file_or_as_a_runs_folder():

@@ -207,9 +207,11 @@ def test_a_run_with_a_split_file_resumes_with_the_same_lists_alone(capsys):
     assert "resuming at epoch 1, step 1" in capsys.readouterr().out
     Path("moved.json").rename("again.json")
     assert run("--testing", "--split", "again.json") == 0
-    assert "moved.json: " in error_line(capsys, "--testing")
+    assert run("--testing") == 0  # with the run's own split.json
     error = error_line(capsys, "--testing", "--split", "lists/other.json")
     assert "--split lists/other.json: lists other images than the run started with" in error
+    error = error_line(capsys, *flags, "lists/other.json")  # although the run is finished
+    assert "lists other images than the run started with; give --name for another folder" in error
 
 
 def test_a_runs_split_json_is_a_split_file():
@@ -438,6 +440,8 @@ def test_init_takes_over_the_networks_that_both_have(capsys):
         own = student[key.replace("teacher.", "G_IS.")]
         assert torch.allclose(second[key], own + steps * (student[key] - own), atol=1e-6)
     assert not close(student, student, "teacher.")
+    train("folder", "supervised", *still, "checkpoints/partial")
+    assert "starting from G_IS of checkpoints/partial" in capsys.readouterr().out
     source = best.format("partial")
     error = error_line(capsys, "--training", *TINY, "--ngf", "3", "--init", source, "--name", "no")
     assert "does not fit the networks" in error
@@ -445,6 +449,17 @@ def test_init_takes_over_the_networks_that_both_have(capsys):
 
 
 # Folders that are in use, not runs, or cut short
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_no_log(trained):
+    for leftover in trained.with_name("last.pt"), trained:
+        leftover.unlink()
+    (before,) = trained.parent.glob("events.out.tfevents*")
+    before.rename(f"{before}.before")
+    assert run("--training", *SUPERVISED) == 0
+    (events,) = trained.parent.glob("events.out.tfevents*")
+    assert not events.name.endswith(".before")
+    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
 
 
 def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):

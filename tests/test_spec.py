@@ -137,7 +137,7 @@ def test_wrong_value_is_named_with_its_key(key, value):
     "changes",
     [
         {"ignore": 0},
-        {"void": 2},  # scored
+        {"label_ids": [0, 1, 255]},
         {"void": 2, "scored": [1], "void_ids": [0]},
         {"void": 2, "scored": [1], "void_ids": [255]},
         {"void": 2, "scored": [1], "label_ids": [5, 6], "void_ids": [6]},
@@ -145,7 +145,20 @@ def test_wrong_value_is_named_with_its_key(key, value):
 )
 def test_a_value_with_two_meanings_is_an_error(changes):
     message = error_of(make_spec, {"name": "a", **TABLE, **changes}, "a.toml")
-    assert message.startswith("a.toml: [dataset] a value means two things")
+    ids = changes.get("label_ids", [0, 1, 2])
+    assert message.startswith("a.toml: [dataset] mask value ")
+    value = int(message.split()[4])
+    assert value in [*ids, *changes.get("void_ids", [])]
+    assert value == changes.get("ignore", 255) or value in ids
+
+
+def test_void_is_not_scored_by_default_and_never_may_be():
+    table = {"name": "a", "layout": "folder", "classes": TABLE["classes"], "void": 2}
+    assert make_spec(table, "a.toml").scored == (0, 1)
+    spec = make_spec({**table, "void_ids": [9]}, "a.toml")
+    assert [spec.lookup()[value] for value in (0, 1, 2, 9)] == [0, 1, -1, 2]
+    message = error_of(make_spec, {**table, "scored": [1, 2]}, "a.toml")
+    assert message == "a.toml: [dataset] scored contains the void class 2"
 
 
 def test_void_ids_are_values_of_a_byte_and_void_is_the_last_class():

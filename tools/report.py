@@ -17,7 +17,7 @@ from pathlib import Path
 
 import main
 import utils
-from data_utils import read_toml
+from datasets.spec import read_toml
 from utils import InputError
 
 PLAN = read_toml(Path(__file__).with_name("experiments.toml"))
