@@ -228,7 +228,7 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
         return str(path.resolve()), z, status.st_size, status.st_mtime_ns
 
     stamps = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
-    labels = spec.channels, spec.ignore, spec.lookup().tolist()
+    labels = spec.channels, spec.lookup().tolist()
     code = [inspect.getsource(reader) for reader in (files, draw_phantom, decode, resize)]
     content = json.dumps([stamps, labels, list(size), code])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -296,7 +296,6 @@ def _fill_cache(
         batch_size=None,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),
     )
     files.read_volume.cache_clear()  # the files may have changed
     problems = []

@@ -48,6 +48,7 @@ from datasets.spec import Sample, Slice, load_spec
 from utils import IGNORE
 
 CPU = torch.device("cpu")
+ROOT = Path(data_utils.__file__).parent
 REAL = Path(os.environ.get("SEG_REAL_DATA", "/nonexistent"))
 needs_real_data = pytest.mark.skipif(
     "SEG_REAL_DATA" not in os.environ, reason="SEG_REAL_DATA names no folder"
@@ -170,6 +171,17 @@ def test_samples_outside_the_pool_are_not_split():
     parts = split(samples, 1.0, 0, toy_spec())
     assert {s.part for s in parts.labeled + parts.val} == {"train"}
     assert sum(sizes(parts)) == 20
+
+
+def test_splits_are_those_of_the_kept_runs():
+    kept = (ROOT / "docs" / "results" / "study.jsonl").read_text().splitlines()
+    runs = [run for run in map(json.loads, kept) if run["dataset"]["name"] == "phantom"]
+    spec = load_spec("phantom")
+    samples = index(spec, Path())
+    for run in runs:
+        parts = split(list(samples), run["settings"]["ratio"], run["settings"]["seed"], spec)
+        assert parts.hash() == run["split"]["hash"]
+    assert len({run["split"]["hash"] for run in runs}) > 3
 
 
 def test_standard_split_takes_the_parts_that_other_papers_take(voc, cityscapes, acdc):
@@ -560,6 +572,14 @@ def test_another_size_or_meaning_gives_a_new_cache(voc, tmp_path, changes):
     voc_cache(voc, tmp_path / "cache")
     voc_cache(voc, tmp_path / "cache", **changes)
     assert len([*(tmp_path / "cache").iterdir()]) == 2
+
+
+def test_changed_code_gives_a_new_cache(voc, monkeypatch):
+    spec, samples = load_spec("voc"), index(load_spec("voc"), voc)
+    before = data_utils.cache_key(spec, samples, (8, 8))
+    assert before == data_utils.cache_key(spec, samples, (8, 8))
+    monkeypatch.setattr(data_utils.inspect, "getsource", lambda code: "changed")
+    assert before != data_utils.cache_key(spec, samples, (8, 8))
 
 
 def test_palette_and_scored_classes_share_a_cache(voc, tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
-from runs import SUPERVISED, TINY, edit_checkpoint, error_line
+from conftest import make_acdc, make_tiny
+from runs import SUPERVISED, TINY, edit_checkpoint, error_line, tiny_on
 
 import main
 import utils
@@ -247,6 +247,31 @@ def test_a_failure_of_the_machine_is_one_error_line_and_exit_code_1(capsys, rais
 
     assert main.main([], failing) == 1
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_processes_start_with_equal_weights_and_draw_other_numbers(monkeypatch):
+    args = main.parse_args(["--training", *TINY])
+    weights, draws = [], []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        model = main.build_model(args, load_spec("tiny.toml"), torch.device("cpu"))
+        weights.append(torch.cat([w.flatten() for w in model.state_dict().values()]))
+        draws.append(torch.rand(3))
+    assert torch.equal(*weights)
+    assert not torch.equal(*draws)
+
+
+def test_other_counts_than_the_datasets_are_printed(capsys):
+    make_tiny(20, 4)
+    for root, message in ("acdc", "4 images or exams with masks instead of acdc's 100"), ("", ""):
+        flags = [*SUPERVISED, "--size", "32", "32"]
+        if root:
+            make_acdc(Path(root), 4, 2)
+            flags = [*tiny_on("acdc"), *SUPERVISED[len(TINY) :], "--data-root", root]
+        assert main.main(["--training", *flags, "--ratio", "0.5"]) == 0
+        printed = capsys.readouterr().out
+        assert (f"{root}: {message}: split in the same proportions" in printed) == bool(root)
+        assert ("instead of" in printed) == bool(root)
 
 
 def test_the_first_process_of_each_machine_prints_errors(capsys, monkeypatch):

@@ -248,6 +248,8 @@ def test_replay_pool_fills_before_it_swaps():
     pool, fakes = ReplayPool(40), torch.arange(40.0).view(40, 1, 1, 1)
     assert torch.equal(pool(fakes), fakes)
     assert torch.equal(torch.stack(pool.fakes), fakes)
+    pool(fakes)  # swaps some
+    assert {fake.untyped_storage().nbytes() for fake in pool.fakes} == {4}  # no views of a batch
 
 
 def test_replay_pool_swaps_about_half_for_stored_ones_and_loses_none():

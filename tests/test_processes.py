@@ -81,6 +81,7 @@ def make_uneven() -> None:
         mask = np.random.default_rng(number).integers(0, 2, (20, 24))
         mask[(3, 10, 20)[number % 3] :] = 255
         write_indexed(root / "masks" / f"picture {number}.png", mask)
+    write_indexed(root / "val" / "masks" / "picture 17.png", np.ones((20, 24)))
     table = '[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n'
     Path("uneven.toml").write_text(f"ratio = 0.5\n{table}")
 
@@ -157,14 +158,47 @@ if rank == 0:
 """
 
 
-def test_batch_norm_of_two_processes_has_the_gradients_and_statistics_of_one():
+TALK = """
+import os, sys, time
+import torch
+sys.path.insert(0, {root!r})
+import utils
+from torch import distributed as dist
+
+rank = 1 - int(os.fork() > 0)
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+dist.init_process_group("gloo", rank=rank, world_size=2)
+values = torch.tensor([1.0, rank])
+assert utils.total(values).tolist() == [2, 1]
+assert values.tolist() == [1, rank]
+assert utils.share(torch.tensor(2 + 2 * rank)) == 3
+assert utils.agree(rank, 1 - rank) == [1, 1]
+assert utils.from_first(rank) == 0
+assert utils.from_each(rank) == [0, 1]
+with utils.first_process_first():
+    if rank == 0:
+        time.sleep(0.5)
+        open("first", "w").close()
+    assert os.path.exists("first")
+print("equal", flush=True)
+if rank == 0:
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.parametrize("script", [TALK, BATCH_NORM], ids=["talk", "batch_norm"])
+def test_two_processes_have_the_values_and_batch_norm_of_one(script):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    script = BATCH_NORM.format(root=str(Path(main.__file__).parent))
+    script = script.format(root=str(Path(main.__file__).parent))
     command = [sys.executable, "-c", script]
     ended = subprocess.run(
-        command, env=ONE_THREAD | group, capture_output=True, text=True, timeout=120
+        command,
+        env=ONE_THREAD | group | {"WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("equal") == 2

@@ -34,6 +34,7 @@ from runs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine.run
 import main
 import utils
 from engine.logs import write_manifest
@@ -264,6 +265,50 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(
     assert len(steps) == 8
     assert same(last_state("whole"), last_state("cut"))
     assert evaluations("whole") == evaluations("cut")
+
+
+def test_a_resumed_run_logs_every_step_and_evaluation_once(monkeypatch):
+    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "2", "--log-every", "1"]
+    steps = []
+
+    def interrupt(*_):
+        steps.append(1)
+        if len(steps) == 6:
+            stop.signum = signal.SIGTERM
+
+    record_steps(monkeypatch, "supervised", interrupt)
+    assert run(*flags) == 128 + signal.SIGTERM
+    assert not stop.training
+    log = SIMPLE / "metrics.jsonl"
+    (line,) = log.read_text().splitlines()
+    log.write_text(f"{line}\n{line.replace('1', '2', 1)}\n")  # killed before last.pt was written
+    stop.signum = 0
+    monkeypatch.setattr(os, "getpid", lambda: 99999999)  # in the name of the event file
+    assert run(*flags) == 0
+    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1, 2]
+    events = EventAccumulator(str(SIMPLE)).Reload()
+    assert [event.step for event in events.Scalars("loss/gen_S")] == [*range(1, 9)]
+
+
+@pytest.mark.parametrize(("minutes", "n_saved"), [("0", 8 + 2), ("1.5", 4 + 2), ("100", 2)])
+def test_checkpoints_are_written_when_due(monkeypatch, minutes, n_saved):
+    saved, clock = [], [0]
+
+    def monotonic():  # each step takes a minute
+        clock[0] += 60 * (len(steps) - len(seen))
+        seen[:] = steps
+        return clock[0]
+
+    seen: list = []
+    steps = record_steps(monkeypatch, "supervised", lambda *_: 1)
+    monkeypatch.setattr(engine.run.time, "monotonic", monotonic)
+    save = engine.run.Run._save
+    monkeypatch.setattr(
+        engine.run.Run, "_save", lambda self, name: (saved.append(name), save(self, name))
+    )
+    flags = [*TINY, "--method", "supervised", "--epochs", "2", "--save-every", minutes]
+    assert run("--training", *flags) == 0
+    assert saved.count("last.pt") == n_saved
 
 
 def test_a_finished_run_changes_nothing_and_overwrite_starts_anew(capsys, trained):

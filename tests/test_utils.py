@@ -202,6 +202,16 @@ def test_same_seed_gives_the_same_numbers():
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_deterministic_kernels_are_a_choice():
+    try:
+        for deterministic in True, False:
+            utils.seed_everything(0, deterministic)
+            assert torch.backends.cudnn.benchmark != deterministic
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_wrong_device_is_named():
     for name in "nonsense", "cuda:99":
         with pytest.raises(InputError, match=f"--device {name}"):
