@@ -337,6 +337,15 @@ def test_a_signal_is_passed_on_and_no_other_run_starts(capsys, stub):
     assert "SIGTERM: 1 runs interrupted, 1 not started" in capsys.readouterr().out
 
 
+def test_a_run_that_failed_before_a_signal_is_not_interrupted(capsys, stub):
+    signal_when(Path("b.ready"))
+    lines = {"a": ["a", "0", "3"], "b": ["b", "30", "0"], "c": ["c", "0", "0"]}
+    assert experiments.run_all(lines, Path(), 1) == 128 + signal.SIGTERM
+    out = capsys.readouterr().out
+    assert "failed: a: exit code 3" in out
+    assert "SIGTERM: 1 runs interrupted, 1 not started" in out
+
+
 def test_the_tool_is_a_program():
     line = [sys.executable, str(Path(experiments.__file__)), "list", "--table", "2"]
     result = subprocess.run(line, capture_output=True, text=True, check=True)

@@ -157,6 +157,14 @@ def test_the_type_of_the_pixels_may_be_asked_for(runs, capsys, written_as):
     assert Path("rgb_float.pt2").read_bytes() == b"a program"
 
 
+def test_bytes_of_half_normalization_are_not_exported_as_floats(runs, capsys):
+    train("--dataset", "tiny.toml", "--name", "half", "--normalization", "half")
+    capsys.readouterr()
+    assert run("checkpoints/half", "half.pt2", "--input", "float32") == 2
+    assert "--input float32: tiny was trained on bytes" in capsys.readouterr().err
+    assert not Path("half.pt2").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -179,6 +179,14 @@ def test_another_train_aug_is_corrected_and_the_same_in_another_order_stays(root
         assert path.read_text().split() == after
 
 
+def test_voc_without_its_train_txt_is_one_error_line(root, capsys):
+    home = make_voc2012(root)
+    (home / "ImageSets/Segmentation/train.txt").unlink()
+    make_sbd(root / "benchmark_RELEASE" / "dataset")
+    assert run("voc", root) == 2
+    assert "ImageSets/Segmentation/train.txt: no such file" in error_line(capsys)
+
+
 def test_without_sbd_an_existing_train_aug_is_used(root):
     make_voc(root, 2)
     assert run("voc", root) == 0

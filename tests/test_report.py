@@ -4,15 +4,19 @@ import csv
 import json
 import re
 import statistics
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import scipy.stats
 from conftest import make_tiny
+from matplotlib.lines import Line2D
 from PIL import Image
 
 import main
 from data_utils import load_spec
+from datasets.spec import CONFIG
 from tools import experiments, report
 
 TABLE_1 = """
@@ -49,8 +53,10 @@ def toml(table: dict) -> str:
 def make_run(name: str, seed: int, mious: list[float | None], **other) -> Path:
     """A run's folder with one evaluation per epoch of 10 steps.
 
-    `other`: dataset, ratio, scale, n_epochs, and settings to record, None to leave one out.
+    `other`: dataset, ratio, scale, n_epochs, changes of the [dataset] table, hash of the split, and
+    settings to record, None to leave one out.
     """
+    changes, digest = other.pop("changes", {}), other.pop("hash", str(seed))
     dataset, scale = other.pop("dataset", "acdc"), other.pop("scale", "reduced")
     ratio = 1.0 if name == "full" else other.pop("ratio", 0.1)
     n_epochs = other.pop("n_epochs", len(mious))
@@ -60,11 +66,12 @@ def make_run(name: str, seed: int, mious: list[float | None], **other) -> Path:
     settings = {key: getattr(args, key) for key in main.setting_names()} | other
     machine = {"data_root": "/home/me/data", "workers": 3, "eval_every": args.eval_every}
     spec = load_spec(dataset)
-    table = {"name": spec.name, "classes": list(spec.classes), "scored": list(spec.scored)}
+    table = asdict(spec) | changes
     folder = Path(f"checkpoints/{scale}/{spec.name}_{name}_{ratio:g}_s{seed}")
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(f"{toml(settings | machine)}[dataset]\n{toml(table)}")
-    split = {"labeled": ["a"] * (3 + seed), "unlabeled": ["b"] * 7, "val": ["c"] * 2, "hash": "0"}
+    split = {"labeled": ["a"] * (3 + seed), "unlabeled": ["b"] * 7, "val": ["c"] * 2}
+    split["hash"] = f"{ratio} {digest}"
     (folder / "split.json").write_text(json.dumps(split))
     manifest = {"command": "main.py --data-root /home/me/data", "platform": "mine", "torch": "2"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -277,7 +284,10 @@ def test_a_class_that_does_not_occur_is_left_out_of_its_mean():
         path.write_text(json.dumps(line))
     rows = table_of(report_of(), "### IoU of each class after the last epoch")
     assert rows["myocardium"]["partial 10%"] == "-"
-    assert rows["left ventricle"]["partial 10%"] == "0.2500"
+    assert rows["left ventricle"]["partial 10%"] == "0.2500 (n = 1)"
+    assert rows["n"]["partial 10%"] == "2"
+    classes = {row["class"]: row["n"] for row in rows_of_csv("reduced_classes.csv")}
+    assert [classes[name] for name in ("background", "myocardium", "left ventricle")] == [*"201"]
 
 
 def test_an_evaluation_without_a_scored_class_counts_as_0():
@@ -344,24 +354,62 @@ def test_dropped_flags_with_their_usual_value_change_nothing(recorded):
         (("partial", 0, {}), ("ours", 1, {"size": [32, 32]}), "size"),
         (("ours", 0, {}), ("ours", 1, {"ema": 0.5}), "ema"),
         (("meanteacher", 0, {}), ("meanteacher", 1, {"cutmix_on": "labeled"}), "cutmix_on"),
+        (
+            ("partial", 0, {}),
+            ("ours", 1, {"changes": {"void": 3, "scored": [0, 1, 2]}}),
+            "[dataset] scored",
+        ),
+        (("partial", 0, {}), ("ours", 1, {"changes": {"ignore": 9}}), "[dataset] ignore"),
+        (
+            ("meanteacher", 0, {}),
+            ("meanteacher", 1, {"changes": {"any_orientation": False}}),
+            "[dataset] any_orientation",
+        ),
+        (("partial", 1, {}), ("ours", 1, {"hash": "other"}), "split.json's hash"),
     ],
 )
 def test_runs_of_different_settings_are_not_in_one_table(capsys, first, second, key):
     for name, seed, settings in first, second:
         make_run(name, seed, [0.5], **settings)
-    expected = f"acdc_{first[0]}_0.1_s0 and acdc_{second[0]}_0.1_s1 differ in {key} ("
+    expected = f"acdc_{first[0]}_0.1_s{first[1]} and acdc_{second[0]}_0.1_s1 differ in {key} ("
     assert run("report --scale reduced --out out") == 2
     assert expected in capsys.readouterr().err
     assert not Path("out/reduced.md").exists()
 
 
+def test_orientation_counts_where_it_has_an_effect():
+    for name in "partial", "ours":
+        make_run(name, 0, [0.5])
+        make_run(name, 1, [0.5], changes={"any_orientation": False})
+    assert "any_orientation" not in report_of()
+
+
+def test_labels_by_exam_are_not_beside_the_papers_numbers():
+    for name in "partial", "ours":
+        make_run(name, 0, [0.5], scale="exams")
+    rows = table_of(report_of("exams"), "### 10% labeled")
+    assert [row["paper"] for row in rows.values()] == ["-", "-"]
+    assert "paper" not in rows["ours"]["minus partial"]
+
+
+def test_the_commits_of_each_experiment_are_listed():
+    for name, seed, commit in ("ours", 0, "a" * 40), ("ours", 1, "b" * 40), ("partial", 0, None):
+        path = make_run(name, seed, [0.5]) / "manifest.json"
+        path.write_text(json.dumps({"commit": commit}))
+    assert "\nCommits: partial unknown; ours aaaaaaa, bbbbbbb\n" in report_of()
+
+
 def test_folders_without_an_experiments_name_are_listed_and_left_out(capsys):
     folder = make_run("ours", 0, [0.5])
     folder.rename(folder.with_name("acdc_ours_0.3_s0"))
+    folder = make_run("ours", 1, [0.5])
+    config = folder / "config.toml"
+    config.write_text(config.read_text().replace("ratio = 0.1\n", ""))  # of a split file
     make_run("partial", 0, [0.5])
     assert list(table_of(report_of(), "### 10% labeled")) == ["partial"]
     assert (
-        "left out, not named as runs of experiments: acdc_ours_0.3_s0\n" in capsys.readouterr().out
+        "left out, not named as runs of experiments: acdc_ours_0.1_s1; acdc_ours_0.3_s0\n"
+        in capsys.readouterr().out
     )
 
 
@@ -381,6 +429,8 @@ def test_a_damaged_file_is_named(capsys, file):
         ("keep --scale smoke", "checkpoints/smoke: no run"),
         ("report --from none.jsonl", "none.jsonl: no run"),
         ("report --from torn.jsonl", "torn.jsonl: line 2"),
+        ("report --from twice.jsonl", "twice.jsonl: line 2 repeats acdc_ours_0.1_s0"),
+        ("report --from picture.png", "picture.png: line 1 is not a kept run"),
         ("report --scale reduced --out tiny.toml", "--out tiny.toml"),
     ],
 )
@@ -388,6 +438,8 @@ def test_a_wrong_command_is_one_error_line(capsys, line, named):
     make_run("ours", 0, [0.5])
     assert run("keep --scale reduced --out .") == 0
     Path("torn.jsonl").write_text(Path("reduced.jsonl").read_text() + '{"name": "ours"}\n')
+    Path("twice.jsonl").write_text(2 * Path("reduced.jsonl").read_text())
+    Image.new("L", (2, 2)).save("picture.png")
     capsys.readouterr()
     assert run(line) == 2
     out, err = capsys.readouterr()
@@ -405,16 +457,48 @@ def test_the_learning_rate_is_that_of_section_3_3():
     assert rates == pytest.approx([0.3, 0.3, 0.2, 0.1, 0])  # falls from epoch 1 to epoch 4
 
 
+def named_like(dataset: str, name: str) -> str:
+    """Another dataset's TOML under a name of its own."""
+    Path(f"{name}.toml").write_text((CONFIG / f"{dataset}.toml").read_text())
+    return f"{name}.toml"
+
+
+def test_lines_of_a_figure_are_the_runs(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, *_: drawn.append(figure))
+    make_run("full", 0, [0.6, 0.7])
+    for seed in range(2):
+        make_run("partial", seed, [0.1, 0.3])
+        make_run("ours", seed, [0.1, 0.2][: 2 - seed], n_epochs=2)
+        make_run("ours", seed, [0.1, 0.2], ratio=0.2)
+    runs, _ = report.read_runs(Path("checkpoints/reduced"))
+    report.draw_curves(runs, Path("curves.png"))
+    report.draw_schedule(runs, Path("schedule.png"))
+    curves, schedule = ([axes for axes in figure.axes if axes.lines] for figure in drawn)
+    panel = {"0.6": 1, "tab:blue": 2, "tab:red": 2}
+    expected = {"ours, 10%": panel, "ours, 20%": {"0.6": 1, "tab:red": 2}}
+    assert {axes.get_title(): Counter(map(Line2D.get_color, axes.lines)) for axes in curves} == (
+        expected
+    )
+    upper, lower = schedule  # 20% has no Partial
+    assert Counter(map(Line2D.get_color, upper.lines)) == {"C0": 2, "C1": 2}
+    styles = [line.get_linestyle() for line in upper.lines]
+    assert Counter(styles) == {"-": 3, "--": 1}
+    assert lower.lines[0].get_drawstyle() == "steps-post"
+
+
 def test_a_dataset_has_its_curves_and_ours_its_schedule():
     for seed in range(2):
         for name in "partial", "ours", "ours_kernel3":
             make_run(name, seed, [0.1, 0.2 + seed / 10])
     make_run("ours", 2, [0.1], n_epochs=2)
     make_run("partial", 0, [0.1, 0.3], dataset="phantom")
+    make_run("partial", 0, [0.1, 0.3], dataset=named_like("phantom", "phantom_2"))
     page = report_of()
     names = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert names == [
-        "reduced_acdc_curves.png", "reduced_acdc_schedule.png", "reduced_phantom_curves.png"
+        "reduced_acdc_curves.png", "reduced_acdc_schedule.png", "reduced_phantom_curves.png",
+        "reduced_phantom_2_curves.png",
     ]  # fmt: skip
     before = {name: Path("out", name).read_bytes() for name in names}
     for name in names:
@@ -452,7 +536,7 @@ def test_a_kept_line_has_what_a_report_needs_and_no_path():
     assert (line["name"], line["run"]) == ("ours", "acdc_ours_0.1_s0")
     assert line["settings"]["init"] == "first/best.pt"
     assert not {"data_root", "workers", "eval_every"} & line["settings"].keys()
-    assert line["split"] == {"labeled": 3, "unlabeled": 7, "val": 2, "hash": "0"}
+    assert line["split"] == {"labeled": 3, "unlabeled": 7, "val": 2, "hash": "0.1 0"}
     assert line["versions"] == {"torch": "2"}
     assert list(line["evaluations"][0]) == ["epoch", "step", "miou", "iou"]
 

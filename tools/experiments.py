@@ -122,8 +122,8 @@ def run_all(commands: dict[str, list[str]], folder: Path, n_jobs: int) -> int:
 
     Signals are passed on: main.py saves a checkpoint and exits.
     """
-    waiting, running, failed, signals, n_passed_on = list(commands), {}, {}, [], 0
-    handlers = {}
+    waiting, running, signals, n_passed_on = list(commands), {}, [], 0
+    failed, interrupted, handlers = {}, {}, {}
     for signum in SIGNALS:
         handlers[signum] = signal.signal(signum, lambda signum, _: signals.append(signum))
     try:
@@ -143,12 +143,13 @@ def run_all(commands: dict[str, list[str]], folder: Path, n_jobs: int) -> int:
                     run = report.read_folder(folder / name)
                     trained = evaluated(folder / name) != before
                     result = f"finished in {duration}" if trained else "was finished"
-                    result += f", mIoU {run.last:.4f}, best {run.best:.4f}"
+                    result += f", mIoU {run.last:.4f}, best {run.best:.4f}" if run.epoch else ""
                 else:
                     log = folder / f"{name}.log"
                     message = log.read_text(errors="replace").strip().rpartition("\n")[2]
                     result = f"exit code {child.returncode} after {duration}: {message} (see {log})"
-                    failed[name] = result
+                    by_signal = child.returncode > 128 or -child.returncode in signals
+                    (interrupted if by_signal else failed)[name] = result
                 print(f"end   {name}: {result}", flush=True)
             time.sleep(0.1)
     finally:
@@ -156,13 +157,13 @@ def run_all(commands: dict[str, list[str]], folder: Path, n_jobs: int) -> int:
             child.terminate()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
-    if signals:
-        counts = f"{len(failed)} runs interrupted, {len(waiting)} not started"
-        print(f"{signal.Signals(signals[0]).name}: {counts}; the same command resumes them")
-        return 128 + signals[0]
     for name, result in failed.items():
         print(f"failed: {name}: {result}")
-    return 1 if failed else 0
+    if signals:
+        counts = f"{len(interrupted)} runs interrupted, {len(waiting)} not started"
+        print(f"{signal.Signals(signals[0]).name}: {counts}; the same command resumes them")
+        return 128 + signals[0]
+    return 1 if failed or interrupted else 0
 
 
 def show(args: argparse.Namespace, scale: str) -> int:

@@ -93,6 +93,9 @@ def export(argv: list[str]) -> int:
     model.bf16 = False  # the exported network computes in float32
     network = getattr(model, "teacher", None) or model.G_IS  # as in model.segment
     dtype = args.input or ("float32" if spec.layout == "acdc" else "uint8")
+    if dtype == "float32" and normalization == "half" and spec.layout not in ("acdc", "folder"):
+        reason = "with --normalization half, floats are scaled to their own range, bytes are not"
+        raise utils.InputError(f"--input float32: {spec.name} was trained on bytes; {reason}")
 
     def noise(*shape: int) -> Tensor:
         return torch.randint(256, shape).to(getattr(torch, dtype))
@@ -112,6 +115,8 @@ def export(argv: list[str]) -> int:
     print(f"{file}: {trained.path}, epoch {trained.state['epoch']}, {spec.name}")
     print(f"input   pixels  {dtype:7}  (batch, {spec.channels}, height, width), as decoded")
     print(f"output  logits  float32  (batch, {len(spec.classes)}, height, width)")
+    if dtype == "float32" and normalization == "half":
+        print("        scaled to their own range, as 16-bit images and volumes were in training")
     print("classes " + ", ".join(f"{k} {name}" for k, name in enumerate(spec.classes)))
     return 0
 

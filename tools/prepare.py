@@ -174,6 +174,9 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
         with naming(path):
             ids[path.stem] = {*path.read_text(encoding="utf-8-sig").split()}
     if sbd:
+        for name in "train", "val":
+            if name not in ids:
+                raise InputError(f"{lists / name}.txt: no such file; VOC2012's archive has it")
         augmented = train_aug(ids["train"], ids["val"], sbd)
         if ids.get("train_aug") != {*augmented}:
             utils.write_atomically(lists / "train_aug.txt", "\n".join([*augmented, ""]))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import main
 import utils
-from datasets.spec import read_toml
+from datasets.spec import make_spec, read_toml
 from utils import InputError
 
 PLAN = read_toml(Path(__file__).with_name("experiments.toml"))
@@ -31,9 +31,8 @@ DATASETS = {
 ROLES = ("labeled", "unlabeled", "val")
 VERSIONS = "torch torchvision numpy python device gpu commit started finished".split()
 EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
-# Flags that say where and how a run is computed and logged; they are not among its settings
-MACHINE = "data_root checkpoints results cache device workers compile deterministic".split()
-MACHINE += "channels_last eval_every save_every log_every diagnose on_nonfinite".split()
+# Keys of [dataset] that say what masks mean
+LABELS = "classes scored channels ignore void label_ids void_ids".split()
 # Settings that all runs of a dataset and scale share; the others may differ between experiments
 SHARED = "size split label_unit epochs decay_epoch batch_size lr betas precision".split()
 SHARED += "ngf ndf n_blocks".split()
@@ -123,9 +122,12 @@ def read_folder(folder: Path) -> Run:
     try:
         config = read_toml(path)
         dataset = config.pop("dataset")
-        settings = {key: portable(value) for key, value in config.items() if key not in MACHINE}
-        name = rf"{re.escape(dataset['name'])}_(.+)_{settings['ratio']:g}_s{settings['seed']}"
-        match = re.fullmatch(name, folder.name)
+        keys = main.build_parser().keys
+        machine = {*keys["machine"], *keys["files"]}
+        settings = {key: portable(value) for key, value in config.items() if key not in machine}
+        ratio = f"{settings['ratio']:g}" if "ratio" in settings else ""  # none with a split file
+        name = rf"{re.escape(dataset['name'])}_(.+)_{ratio}_s{settings['seed']}"
+        match = re.fullmatch(name, folder.name) if ratio else None
         path = folder / "metrics.jsonl"
         lines = []
         for text in path.read_text().splitlines() if path.is_file() else []:
@@ -138,7 +140,8 @@ def read_folder(folder: Path) -> Run:
         manifest = json.loads(path.read_text()) if path.is_file() else {}
         versions = {key: manifest[key] for key in VERSIONS if key in manifest}
         path, name = folder, match[1] if match else ""
-        return checked(Run(name, folder.name, settings, dataset, lines, versions, split))
+        run = Run(name, folder.name, settings, dataset, lines, versions, split)
+        return checked(run) if name else run
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not as main.py writes it ({error!r})") from error
 
@@ -158,13 +161,16 @@ def checked(run: Run) -> Run:
 
 def read_lines(path: Path) -> list[Run]:
     """The runs of a kept log, or InputError with the number of the line with an error."""
-    runs = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    runs: dict[tuple, Run] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            runs.append(checked(Run(**json.loads(line))))
+            run = checked(Run(**json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: line {number} is not a kept run ({error!r})") from error
-    return runs
+        if run.place in runs:
+            raise InputError(f"{path}: line {number} repeats {run.run}")
+        runs[run.place] = run
+    return [*runs.values()]
 
 
 def read_runs(source: Path) -> tuple[list[Run], list[str]]:
@@ -188,22 +194,27 @@ def defaults(method: str) -> dict:
 
 
 def effective(run: Run) -> dict:
-    """All settings that have an effect on a run, except seed and ratio."""
+    """All settings that have an effect on a run, except seed, ratio and what masks mean."""
     known = defaults(run.settings["method"])
     settings = run.settings | {key: known[key] for key in known if key not in run.settings}
     unused = {key for key, weight in NEEDS.items() if not settings[weight]} | {"seed", "ratio"}
     unused |= {key for key, other in SAME.items() if settings.get(key) in (None, settings[other])}
+    if run.settings["method"] == "meanteacher":
+        settings["[dataset] any_orientation"] = run.dataset.get("any_orientation", False)
     return {key: value for key, value in settings.items() if key not in unused}
 
 
 def check_settings(runs: list[Run], source: Path) -> None:
-    """InputError if runs differ in a setting that their dataset or experiment must share."""
+    """InputError if runs differ in what their dataset, experiment, or ratio and seed must share."""
     first: dict[tuple, tuple] = {}
     for run in runs:
-        dataset, _, name = run.cell
-        table = {f"[dataset] {key}": run.dataset[key] for key in ("classes", "scored")}
-        for key, value in {**effective(run), **table}.items():
-            group = (dataset, key) if key in SHARED or key in table else (dataset, name, key)
+        dataset, ratio, name = run.cell
+        spec = make_spec(run.dataset, run.run)
+        labels = {f"[dataset] {key}": getattr(spec, key) for key in LABELS}
+        split = {"split.json's hash": run.split["hash"]}
+        for key, value in {**effective(run), **labels, **split}.items():
+            group = (dataset, key) if key in SHARED or key in labels else (dataset, name, key)
+            group = (dataset, ratio, run.settings["seed"], key) if key in split else group
             other, expected = first.setdefault(group, (run.run, value))
             if value != expected:
                 message = f"{other} and {run.run} differ in {key} ({expected}, {value})"
@@ -215,7 +226,11 @@ def flags_of(run: Run) -> str:
     settings, usual = effective(run), defaults(run.settings["method"])
     changed = {"method": settings.pop("method")}
     for key, value in settings.items():
-        if key not in SHARED and (value != usual.get(key) or key == "cutmix_on"):
+        if (
+            key not in SHARED
+            and "[dataset]" not in key
+            and (value != usual.get(key) or key == "cutmix_on")
+        ):
             changed[key] = value
     return as_flags(changed)
 
@@ -267,13 +282,19 @@ def score_rows(runs: list[Run]) -> list[dict]:
     for (dataset, ratio, name), seeds in by_cell(runs).items():
         group = list(seeds.values())
         row = {"dataset": dataset, "ratio": ratio, "name": name}
-        row |= {"paper": paper_scores().get((dataset, ratio, name)), "n": len(group)}
+        row |= {"paper": paper_score(group[0]), "n": len(group)}
         for epoch in "last", "best":
             row[epoch], row[f"{epoch}_sd"] = mean_and_sd([getattr(run, epoch) for run in group])
         row |= {role: span(run.split[role] for run in group) for role in ROLES}
         row["steps"] = span(run.evaluations[-1]["step"] for run in group)
         rows.append(row | {"flags": flags_of(group[0])})
     return rows
+
+
+def paper_score(run: Run) -> float | None:
+    """The paper's mIoU for a run's cell, whose labels are single images."""
+    by_image = effective(run)["label_unit"] == "image"
+    return paper_scores().get(run.cell) if by_image else None
 
 
 def references(name: str, scale: str) -> list[str]:
@@ -285,7 +306,7 @@ def references(name: str, scale: str) -> list[str]:
 
 def difference_rows(runs: list[Run], scale: str) -> list[dict]:
     """One row per cell and reference: the mean difference, paired by seed, and its interval."""
-    paper, cells, rows = paper_scores(), by_cell(runs), []
+    cells, rows = by_cell(runs), []
     for (dataset, ratio, name), seeds in cells.items():
         for other in references(name, scale):
             reference = cells.get((dataset, ratio, other), {})
@@ -293,7 +314,7 @@ def difference_rows(runs: list[Run], scale: str) -> list[dict]:
             if not pairs:
                 continue
             row = {"dataset": dataset, "ratio": ratio, "name": name, "minus": other}
-            numbers = paper.get((dataset, ratio, name)), paper.get((dataset, ratio, other))
+            numbers = [paper_score(run) for run in pairs[0]]
             row["paper"] = None if None in numbers else numbers[0] - numbers[1]
             row["n"] = len(pairs)
             for epoch in "last", "best":
@@ -310,13 +331,14 @@ def class_rows(runs: list[Run]) -> list[dict]:
     for (dataset, ratio, name), seeds in by_cell(runs).items():
         group = list(seeds.values())
         scored = [group[0].dataset["classes"][k] for k in group[0].dataset["scored"]]
-        paper = paper_iou().get((dataset, ratio, name), [None] * len(scored))
+        paper = paper_iou().get((dataset, ratio, name), ())
+        paper = paper if len(paper) == len(scored) else [None] * len(scored)
         for label, number in zip(scored, paper, strict=True):
             values = [run.evaluations[-1]["iou"][label] for run in group]
             values = [value for value in values if value is not None]
             row = {"dataset": dataset, "ratio": ratio, "name": name, "class": label}
             row |= {"paper": number, "iou": statistics.mean(values) if values else None}
-            rows.append(row | {"n": len(group)})
+            rows.append(row | {"n": len(values)})
     return rows
 
 
@@ -384,11 +406,17 @@ def score_table(scores: list[dict], differences: list[dict]) -> str:
 
 def class_table(rows: list[dict]) -> str:
     """One line per class, one column per experiment and ratio, the paper's IoU in parentheses."""
-    counts, lines = {f"{row['name']} {percent(row['ratio'])}": str(row["n"]) for row in rows}, {}
+    counts: dict[str, int] = {}
     for row in rows:
+        title = f"{row['name']} {percent(row['ratio'])}"
+        counts[title] = max(row["n"], counts.get(title, 0))
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        n = counts[f"{row['name']} {percent(row['ratio'])}"]
         paper = "" if row["paper"] is None else f" ({number(row['paper'])})"
-        lines.setdefault(row["class"], [row["class"]]).append(number(row["iou"]) + paper)
-    return markdown(["class", *counts], [*lines.values(), ["n", *counts.values()]])
+        note = f" (n = {row['n']})" if 0 < row["n"] < n else ""
+        lines.setdefault(row["class"], [row["class"]]).append(number(row["iou"]) + note + paper)
+    return markdown(["class", *counts], [*lines.values(), ["n", *map(str, counts.values())]])
 
 
 def without_run(scores: list[dict]) -> str:
@@ -405,12 +433,22 @@ def without_run(scores: list[dict]) -> str:
     return f"{title}: {'; '.join(parts)}.\n\n" if parts else ""
 
 
+def commits_of(runs: list[Run]) -> str:
+    """The commits that the runs of each experiment were made with."""
+    commits: dict[str, dict[str, None]] = {}
+    for run in runs:
+        commit = run.versions.get("commit") or "unknown"
+        commits.setdefault(run.name, {})[commit[:7]] = None
+    return "; ".join(f"{name} {', '.join(found)}" for name, found in commits.items())
+
+
 def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
     """The tables of one dataset, from the rows of all datasets."""
     rows = [[row for row in table if row["dataset"] == dataset] for table in tables]
     scores, differences, classes = rows
     shared = {key: runs[0].settings[key] for key in SHARED}
     text = f"## {DATASETS.get(dataset, dataset)}\n\nAll runs: `{as_flags(shared)}`\n\n"
+    text += f"Commits: {commits_of(runs)}\n\n"
     unfinished = []
     for run in runs:
         if not run.finished:
@@ -429,8 +467,8 @@ def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
     return text + (f"{title}\n\n{class_table(rows)}" if rows else "")
 
 
-def page(scale: str, runs: list[Run], tables: list[list[dict]], figures: dict[str, str]) -> str:
-    """The report, from score_rows, difference_rows and class_rows, and captions by figure."""
+def page(scale: str, runs: list[Run], tables: list[list[dict]], figures: dict[str, dict]) -> str:
+    """The report, from score_rows, difference_rows, class_rows, and each dataset's captions."""
     text = f"""# Results: {scale}
 
 mIoU (Section 4.2 of the paper) on the validation set after the last epoch, and after the best \
@@ -442,9 +480,8 @@ Differences are paired by seed, with the 95% interval of Student's t. The paper'
 {without_run(tables[0])}"""
     for dataset in dict.fromkeys(run.dataset["name"] for run in runs):
         text += section(dataset, [run for run in runs if run.dataset["name"] == dataset], *tables)
-        for name, caption in figures.items():
-            if name.startswith(f"{scale}_{dataset}_"):
-                text += f"{caption}\n\n![{caption}]({name})\n\n"
+        for name, caption in figures[dataset].items():
+            text += f"{caption}\n\n![{caption}]({name})\n\n"
     return text.rstrip() + "\n"
 
 
@@ -498,10 +535,10 @@ def draw_curves(runs: list[Run], path: Path) -> str:
 def learning_rate(run: Run) -> tuple[list[float], list[float]]:
     """Steps at which an epoch begins or the run ends, and the learning rate from there."""
     settings, line = run.settings, run.evaluations[-1]
-    epochs, decay_epoch = settings["epochs"], settings["decay_epoch"]
-    steps = [epoch * line["step"] / line["epoch"] for epoch in range(epochs + 1)]
-    factors = [(epochs - epoch) / max(1, epochs - decay_epoch) for epoch in range(epochs + 1)]
-    return steps, [settings["lr"] * min(1.0, factor) for factor in factors]
+    factor = utils.linear_decay(settings["epochs"], settings["decay_epoch"])
+    epochs = range(settings["epochs"] + 1)
+    steps = [epoch * line["step"] / line["epoch"] for epoch in epochs]
+    return steps, [settings["lr"] * factor(epoch) for epoch in epochs]
 
 
 def draw_schedule(runs: list[Run], path: Path) -> str:
@@ -547,13 +584,13 @@ def write(source: Path, scale: str, out: Path) -> None:
     for end, rows in zip(("", "_differences", "_classes"), tables, strict=True):
         if rows:
             utils.write_atomically(out / f"{scale}{end}.csv", csv_text(rows))
-    figures = {}
+    figures: dict[str, dict] = {}
     for dataset in dict.fromkeys(run.dataset["name"] for run in runs):
-        group = [run for run in runs if run.dataset["name"] == dataset]
+        group, figures[dataset] = [run for run in runs if run.dataset["name"] == dataset], {}
         for kind, draw in {"curves": draw_curves, "schedule": draw_schedule}.items():
             name = f"{scale}_{dataset}_{kind}.png"
             if caption := draw(group, out / name):
-                figures[name] = caption
+                figures[dataset][name] = caption
     utils.write_atomically(out / f"{scale}.md", page(scale, runs, tables, figures))
     n_finished = sum(run.finished for run in runs)
     print(f"{len(runs)} runs in {source}, {n_finished} finished: {out / scale}.md")
