@@ -575,14 +575,15 @@ def test_cutmix_by_hand(monkeypatch):
     box = torch.zeros(2, 1, 1, 4, dtype=torch.bool)
     box[0, ..., 0], box[1, ..., 2:] = True, True
     monkeypatch.setattr(model, "boxes", lambda x: box)
-    monkeypatch.setattr(model, "perturb", lambda x: x + 100)
+    shift = torch.tensor([100.0, 200.0]).view(2, 1, 1, 1)
+    monkeypatch.setattr(model, "perturb", lambda x: x + shift)  # after mixing, so per mixed image
     even, odd = [0.0, 0.0], [math.log(3), 0.0]  # probabilities (1/2, 1/2) and (3/4, 1/4)
     rows = tensor([odd] * 4, [odd, even, odd, even])
     student = rows.movedim(-1, 1).unsqueeze(2).requires_grad_()  # (2, 2, 1, 4)
     y_u = torch.tensor([[[1, IGNORE, 1, IGNORE]], [[IGNORE, 1, 1, IGNORE]]])
     x_u, inputs = torch.arange(8.0).view(2, 1, 1, 4), []
     loss = model.cutmix(lambda x: inputs.append(x) or student, x_u, y_u)
-    assert (inputs[0] - 100).flatten().tolist() == [4, 1, 2, 3, 4, 5, 2, 3]
+    assert (inputs[0] - shift).flatten().tolist() == [4, 1, 2, 3, 4, 5, 2, 3]
     # mixed masks: IGNORE, IGNORE, 1, IGNORE; and IGNORE, 1, 1 (of image 0), IGNORE
     assert loss.item() == pytest.approx((math.log(4) + math.log(2) + math.log(4)) / 8)
     loss.backward()
