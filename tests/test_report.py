@@ -65,6 +65,7 @@ def make_run(name: str, seed: int, mious: list[float | None], **other) -> Path:
     args = main.parse_args([*flags, "--epochs", str(n_epochs), "--decay-epoch", "1"])
     settings = {key: getattr(args, key) for key in main.setting_names()} | other
     machine = {"data_root": "/home/me/data", "workers": 3, "eval_every": args.eval_every}
+    machine |= {"diagnose": False}  # of an earlier version
     spec = load_spec(dataset)
     table = asdict(spec) | changes
     folder = Path(f"checkpoints/{scale}/{spec.name}_{name}_{ratio:g}_s{seed}")
@@ -535,7 +536,7 @@ def test_a_kept_line_has_what_a_report_needs_and_no_path():
     assert list(line) == "name run settings dataset evaluations versions split".split()
     assert (line["name"], line["run"]) == ("ours", "acdc_ours_0.1_s0")
     assert line["settings"]["init"] == "first/best.pt"
-    assert not {"data_root", "workers", "eval_every"} & line["settings"].keys()
+    assert not {"data_root", "workers", "eval_every", "diagnose"} & line["settings"].keys()
     assert line["split"] == {"labeled": 3, "unlabeled": 7, "val": 2, "hash": "0.1 0"}
     assert line["versions"] == {"torch": "2"}
     assert list(line["evaluations"][0]) == ["epoch", "step", "miou", "iou"]

@@ -31,6 +31,8 @@ DATASETS = {
 ROLES = ("labeled", "unlabeled", "val")
 VERSIONS = "torch torchvision numpy python device gpu commit started finished".split()
 EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
+# Flags that main.py has dropped since and that change no result
+DROPPED = {"channels_last", "diagnose", "on_nonfinite"}
 # Keys of [dataset] that say what masks mean
 LABELS = "classes scored channels ignore void label_ids void_ids".split()
 # Settings that all runs of a dataset and scale share; the others may differ between experiments
@@ -123,7 +125,7 @@ def read_folder(folder: Path) -> Run:
         config = read_toml(path)
         dataset = config.pop("dataset")
         keys = main.build_parser().keys
-        machine = {*keys["machine"], *keys["files"]}
+        machine = {*keys["machine"], *keys["files"], *DROPPED}
         settings = {key: portable(value) for key, value in config.items() if key not in machine}
         ratio = f"{settings['ratio']:g}" if "ratio" in settings else ""  # none with a split file
         name = rf"{re.escape(dataset['name'])}_(.+)_{ratio}_s{settings['seed']}"
