@@ -1,17 +1,13 @@
-"""TensorBoard's events, a run's TOML and the lock of its folder."""
+"""TensorBoard's events and a run's TOML."""
 
-import multiprocessing
 import os
-import time
 import tomllib
-from pathlib import Path
 
 import torch
-from conftest import error_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine.logs import EventLog
-from engine.run import locked, to_toml
+from engine.run import to_toml
 
 
 def test_tensorboard_reads_events_once_logged_and_forgets_those_of_a_killed_process(
@@ -51,40 +47,3 @@ def test_toml_reads_back_as_it_was_written():
     assert read == {**table, "tuple": [0.5, 0.999]}
     assert read["yes"] is True
     assert read["no"] is False
-
-
-def try_lock(folder: Path) -> None:
-    with locked(folder, "--checkpoints"):
-        pass
-
-
-def hold(folder: Path, held) -> None:
-    with locked(folder, "--checkpoints"):
-        held.set()
-        time.sleep(60)
-
-
-def test_a_held_lock_is_refused_with_its_holder_and_a_killed_one_holds_nothing(tmp_path):
-    folder, fork = tmp_path / "run", multiprocessing.get_context("fork")
-    held = fork.Event()
-    holder = fork.Process(target=hold, args=(folder, held))
-    holder.start()
-    assert held.wait(20)
-    assert error_of(try_lock, folder).startswith(f"{folder}: process {holder.pid} on ")
-    (folder / ".last.pt.tmp").write_text("half a file")
-    holder.kill()
-    holder.join()
-    with locked(folder, "--checkpoints"):
-        assert [path.name for path in folder.iterdir()] == ["lock"]
-    assert not folder.exists()  # nothing else was in it
-
-
-def test_a_lock_leaves_a_folder_with_files(tmp_path):
-    with locked(tmp_path / "run", "--checkpoints"):
-        (tmp_path / "run" / "last.pt").write_text("")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["last.pt"]
-
-
-def test_folder_that_cannot_be_locked_is_named_with_its_flag(tmp_path):
-    (tmp_path / "a").write_text("in the way")
-    assert error_of(try_lock, tmp_path / "a").startswith(f"--checkpoints {tmp_path / 'a'}: ")

@@ -238,21 +238,6 @@ def test_a_signal_stops_all_and_one_process_may_go_on():
     assert steps == [done + 1]
 
 
-def test_every_image_of_a_batch_goes_to_one_process(monkeypatch):
-    numbers = torch.arange(12)
-    images = torch.utils.data.TensorDataset(numbers.view(-1, 1, 1, 1), numbers)
-    monkeypatch.setattr(data_utils, "normalize", lambda x, normalization: x)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    seen = []
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        batches = data_utils.Batches(images, 4, torch.device("cpu"))
-        seen.append([y.tolist() for x, y in batches if torch.equal(x.flatten(), y)])
-    halves = list(zip(*seen, strict=True))
-    assert [sorted(first + second) for first, second in halves] == numbers.view(3, 4).tolist()
-    assert all(len(first) == len(second) == 2 for first, second in halves)
-
-
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line():
     make_tiny(20, 4)
     infinite = "if rank == '1': model.gen_I = lambda fake_x, x: fake_x.sum() * float('inf')"
