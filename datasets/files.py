@@ -65,17 +65,17 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def check_single_and_upright(path: Path, image: Image.Image) -> None:
-    """InputError if a picture has several pages, or if viewers turn it as its EXIF data say."""
+    """InputError if a picture has several pages, or if viewers rotate it (EXIF orientation)."""
     n_pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if n_pages > 1:  # a phone's MPO has its photo first
         raise InputError(f"{path}: has {n_pages} pages; expected one picture per file")
-    turned = 1
-    if image.format in ("JPEG", "MPO", "WEBP"):  # Pillow turns TIFFs itself
+    orientation = 1
+    if image.format in ("JPEG", "MPO", "WEBP"):  # Pillow rotates TIFFs itself
         with suppress(Exception):  # damaged EXIF data
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if turned != 1:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation != 1:
         advice = "save it upright, for example with `mogrify -auto-orient`"
-        raise InputError(f"{path}: viewers turn it (EXIF orientation {turned}); {advice}")
+        raise InputError(f"{path}: viewers rotate it (EXIF orientation {orientation}); {advice}")
 
 
 def as_array(image: Image.Image, channels: int) -> np.ndarray:

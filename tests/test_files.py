@@ -342,7 +342,7 @@ def stacked(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "make", "reason"),
     [
-        ("a.jpg", rotated, "viewers turn it (EXIF orientation 6); save it upright"),
+        ("a.jpg", rotated, "viewers rotate it (EXIF orientation 6); save it upright"),
         ("a.tif", stacked, "has 2 pages; expected one picture per file"),
     ],
 )

@@ -196,13 +196,11 @@ def defaults(method: str) -> dict:
 
 
 def effective(run: Run) -> dict:
-    """All settings that have an effect on a run, except seed, ratio and what masks mean."""
+    """All settings that have an effect on a run, except seed and ratio."""
     known = defaults(run.settings["method"])
     settings = run.settings | {key: known[key] for key in known if key not in run.settings}
     unused = {key for key, weight in NEEDS.items() if not settings[weight]} | {"seed", "ratio"}
     unused |= {key for key, other in SAME.items() if settings.get(key) in (None, settings[other])}
-    if run.settings["method"] == "meanteacher":
-        settings["[dataset] any_orientation"] = run.dataset.get("any_orientation", False)
     return {key: value for key, value in settings.items() if key not in unused}
 
 
@@ -214,7 +212,10 @@ def check_settings(runs: list[Run], source: Path) -> None:
         spec = make_spec(run.dataset, run.run)
         labels = {f"[dataset] {key}": getattr(spec, key) for key in LABELS}
         split = {"split.json's hash": run.split["hash"]}
-        for key, value in {**effective(run), **labels, **split}.items():
+        settings = effective(run)
+        if settings["method"] == "meanteacher":
+            settings["[dataset] any_orientation"] = spec.any_orientation
+        for key, value in {**settings, **labels, **split}.items():
             group = (dataset, key) if key in SHARED or key in labels else (dataset, name, key)
             group = (dataset, ratio, run.settings["seed"], key) if key in split else group
             other, expected = first.setdefault(group, (run.run, value))
@@ -228,11 +229,7 @@ def flags_of(run: Run) -> str:
     settings, usual = effective(run), defaults(run.settings["method"])
     changed = {"method": settings.pop("method")}
     for key, value in settings.items():
-        if (
-            key not in SHARED
-            and "[dataset]" not in key
-            and (value != usual.get(key) or key == "cutmix_on")
-        ):
+        if key not in SHARED and (value != usual.get(key) or key == "cutmix_on"):
             changed[key] = value
     return as_flags(changed)
 
