@@ -79,8 +79,7 @@ def split(
     samples = [s for s in samples if s.part is None or s.part in parts]
     samples.sort(key=lambda s: s.id)
     rng = np.random.default_rng(seed)
-    has_val = spec.layout == "folder" and any(s.part == "val" for s in samples)
-    if kind == "standard" or (has_val and kind == "paper"):
+    if kind == "standard" or (has_val(spec, samples) and kind == "paper"):
         val = {s for s in samples if s.part == parts[1] and s.mask is not None}
         if not val:
             missing = f"{spec.name}'s part {parts[1]!r} is missing"
@@ -114,6 +113,11 @@ def split(
         tuple(s for s in train if s not in labeled),
         tuple(s for s in samples if s in val),
     )
+
+
+def has_val(spec: DatasetSpec, samples: Sequence[Sample]) -> bool:
+    """Whether some of a folder's samples are from its val/."""
+    return spec.layout == "folder" and any(sample.part == "val" for sample in samples)
 
 
 def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:

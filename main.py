@@ -241,7 +241,7 @@ def parse_args(argv: list[str], checkpoint: tuple[Path, dict] | None = None) -> 
         raise InputError(f"give one of {', '.join(f'--{mode}' for mode in MODES)}")
 
     for key, modes in MODE_FLAGS.items():
-        if key in given and not any(mode in given for mode in modes):
+        if key in given and given.keys().isdisjoint(modes):
             flag, needed = key.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
             hint = "; --init sets a run's first weights" if key == "checkpoint" else ""
             raise InputError(f"--{flag} needs {needed}{hint}")
@@ -338,8 +338,8 @@ def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: 
     """Print a summary of the run, with warnings about data that look incomplete."""
     counts = spec.standard_counts if args.split == "standard" else spec.counts
     expected, found = sum(counts or ()), data.n_groups
-    has_val = spec.layout == "folder" and any(s.part == "val" for s in data.split.val)
-    if args.split in SPLITS and not has_val and expected not in (0, found):
+    by_counts = args.split in SPLITS and not data_utils.has_val(spec, data.split.val)
+    if by_counts and expected not in (0, found):
         standard = args.split == "standard"
         used = "all are used" if standard else "split in the same proportions"
         about = f"{found} images or exams with masks instead of {spec.name}'s {expected}"

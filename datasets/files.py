@@ -88,13 +88,17 @@ def as_array(image: Image.Image, channels: int) -> np.ndarray:
     return values
 
 
-def read_image(path: Path, channels: int, deep: bool = False) -> np.ndarray:
-    """Read an 8-bit picture as (H, W) or (H, W, 3) uint8; `deep` allows more, as float32."""
+def read_image(path: Path, channels: int, own: bool = False) -> np.ndarray:
+    """Read an 8-bit picture as (H, W) or (H, W, 3) uint8.
+
+    `own`, for users' own images, also reads deeper ones, as float32, and refuses stacks and photos
+    that viewers rotate.
+    """
     with opened(path) as image:
-        if deep:
+        if own:
             check_single_and_upright(path, image)
-        if deep and is_deep(image):
-            return as_array(image, channels)
+            if is_deep(image):
+                return as_array(image, channels)
         # Pillow would reduce 16-bit RGB to 8 bits
         raw = " of 16 bits" if ";16" in str([tile[-1] for tile in image.tile]) else ""
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or raw:
@@ -164,7 +168,7 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
                 found = f"has {depths[1]} slices, but its image has {depths[0]}"
                 raise InputError(f"{sample.mask.path}: {found}")
     else:
-        image = read_image(sample.image, spec.channels, deep=spec.layout == "folder")
+        image = read_image(sample.image, spec.channels, own=spec.layout == "folder")
         values = None if sample.mask is None else read_mask(sample.mask)
 
     if values is None:

@@ -55,16 +55,20 @@ sys.exit(max(codes, key=abs))
 """
 
 
-def train_in_two(*flags: str, first_line: str = "pass") -> subprocess.CompletedProcess:
-    """A training in two processes as torchrun starts them, but with one import of torch."""
+def two() -> dict[str, str]:
+    """The environment of two processes on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return ONE_THREAD | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def train_in_two(*flags: str, first_line: str = "pass") -> subprocess.CompletedProcess:
+    """A training in two processes as torchrun starts them, but with one import of torch."""
     script = FORK.format(root=str(Path(main.__file__).parent), first_line=first_line)
     return subprocess.run(
         [sys.executable, "-c", script, "--training", *FLAGS, *flags],
-        env=ONE_THREAD | group,
+        env=two(),
         capture_output=True,
         text=True,
         timeout=240,
@@ -188,18 +192,9 @@ if rank == 0:
 
 @pytest.mark.parametrize("script", [TALK, BATCH_NORM], ids=["talk", "batch_norm"])
 def test_two_processes_have_the_values_and_batch_norm_of_one(script):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     script = script.format(root=str(Path(main.__file__).parent))
     command = [sys.executable, "-c", script]
-    ended = subprocess.run(
-        command,
-        env=ONE_THREAD | group | {"WORLD_SIZE": "2"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    ended = subprocess.run(command, env=two(), capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("equal") == 2
 

@@ -31,8 +31,10 @@ DATASETS = {
 ROLES = ("labeled", "unlabeled", "val")
 VERSIONS = "torch torchvision numpy python device gpu commit started finished".split()
 EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
-# Flags that main.py has dropped since and that change no result
-DROPPED = {"channels_last", "diagnose", "on_nonfinite"}
+PARSER = main.build_parser()
+# Flags that change no result; main.py has dropped the last three since
+MACHINE = {*PARSER.keys["machine"], *PARSER.keys["files"]}
+MACHINE |= {"channels_last", "diagnose", "on_nonfinite"}
 # Keys of [dataset] that say what masks mean
 LABELS = "classes scored channels ignore void label_ids void_ids".split()
 # Settings that all runs of a dataset and scale share; the others may differ between experiments
@@ -124,9 +126,7 @@ def read_folder(folder: Path) -> Run:
     try:
         config = read_toml(path)
         dataset = config.pop("dataset")
-        keys = main.build_parser().keys
-        machine = {*keys["machine"], *keys["files"], *DROPPED}
-        settings = {key: portable(value) for key, value in config.items() if key not in machine}
+        settings = {key: portable(value) for key, value in config.items() if key not in MACHINE}
         ratio = f"{settings['ratio']:g}" if "ratio" in settings else ""  # none with a split file
         name = rf"{re.escape(dataset['name'])}_(.+)_{ratio}_s{settings['seed']}"
         match = re.fullmatch(name, folder.name) if ratio else None
@@ -189,8 +189,8 @@ def read_runs(source: Path) -> tuple[list[Run], list[str]]:
 @cache
 def defaults(method: str) -> dict:
     """The values of settings that a run does not record: [usual], else main.py's defaults."""
-    parsed, usual = vars(main.build_parser().parse_args([])), PLAN["usual"]
-    settings = {key: parsed[key] for key in main.setting_names()}
+    parsed, usual = vars(PARSER.parse_args([])), PLAN["usual"]
+    settings = {key: parsed[key] for key in main.setting_names(PARSER)}
     settings |= {key: value for key, value in usual.items() if not isinstance(value, dict)}
     return settings | usual.get(method, {})
 
@@ -405,15 +405,14 @@ def score_table(scores: list[dict], differences: list[dict]) -> str:
 
 def class_table(rows: list[dict]) -> str:
     """One line per class, one column per experiment and ratio, the paper's IoU in parentheses."""
+    titles = [f"{row['name']} {percent(row['ratio'])}" for row in rows]
     counts: dict[str, int] = {}
-    for row in rows:
-        title = f"{row['name']} {percent(row['ratio'])}"
+    for title, row in zip(titles, rows, strict=True):
         counts[title] = max(row["n"], counts.get(title, 0))
     lines: dict[str, list[str]] = {}
-    for row in rows:
-        n = counts[f"{row['name']} {percent(row['ratio'])}"]
+    for title, row in zip(titles, rows, strict=True):
         paper = "" if row["paper"] is None else f" ({number(row['paper'])})"
-        note = f" (n = {row['n']})" if 0 < row["n"] < n else ""
+        note = f" (n = {row['n']})" if 0 < row["n"] < counts[title] else ""
         lines.setdefault(row["class"], [row["class"]]).append(number(row["iou"]) + note + paper)
     return markdown(["class", *counts], [*lines.values(), ["n", *map(str, counts.values())]])
 
