@@ -254,9 +254,9 @@ def open_cache(
         partial.mkdir(exist_ok=True)
         try:
             _fill_cache(partial, spec, samples, size, workers)
-            if _map_cache(home) is None:  # unless another run was faster
-                shutil.rmtree(home, ignore_errors=True)
-                partial.rename(home)
+            home.mkdir(exist_ok=True)
+            for file in partial.iterdir():  # other runs may be storing equal files
+                file.replace(home / file.name)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         arrays = _map_cache(home)

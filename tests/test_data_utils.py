@@ -618,6 +618,37 @@ def test_a_damaged_cache_is_filled_again(voc, tmp_path, damage):
     assert (voc_cache(voc, tmp_path / "cache")[0].images == images).all()
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(("owner", "name"), [(data_utils, "_fill_cache"), (Path, "replace")])
+def test_another_run_may_store_the_same_cache_meanwhile(
+    voc, tmp_path, monkeypatch, owner, name, damaged
+):
+    cache = tmp_path / "cache"
+    if damaged:
+        voc_cache(voc, cache)
+        next(cache.glob("*/masks.npy")).write_bytes(b"")
+    original, folders = getattr(owner, name), []
+
+    def with_another_run(*args):
+        if name == "_fill_cache":
+            original(*args)
+        monkeypatch.setattr(owner, name, original)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", os.getppid)
+            voc_cache(voc, cache)
+        folders.append(next(cache.glob("voc*")).stat().st_ino)
+        if name == "replace":
+            original(*args)
+
+    monkeypatch.setattr(owner, name, with_another_run)
+    stored = voc_cache(voc, cache)[0]
+    folders += [folder.stat().st_ino for folder in cache.iterdir()]
+    assert folders == folders[:1] * 2  # the other run's folder is still the only one
+    expected = voc_cache(voc, tmp_path / "alone")[0]
+    assert (stored.images == expected.images).all()
+    assert (stored.masks == expected.masks).all()
+
+
 def test_nothing_is_left_behind_after_a_failure(voc, tmp_path, monkeypatch):
     mask = index(load_spec("voc"), voc)[3].mask
     good = mask.read_bytes()
