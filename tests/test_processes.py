@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder, make_tiny, write_indexed
-from runs import error_line, evaluations
+from conftest import make_folder, make_tiny, same, write_indexed
+from runs import error_line, evaluations, last_state
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data_utils
 import main
@@ -94,6 +95,12 @@ def losses(name: str) -> list[dict]:
     return [line["losses"] | {"miou": line["miou"]} for line in evaluations(name)]
 
 
+def curve(name: str) -> list[float]:
+    """L_gen^S of each logged step, as TensorBoard shows it."""
+    events = EventAccumulator(str(Path("checkpoints", name))).Reload()
+    return [event.value for event in events.Scalars("loss/gen_S")]
+
+
 def weights(name: str) -> dict[str, torch.Tensor]:
     """All but the discriminators' first biases.
 
@@ -116,6 +123,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 def test_two_processes_train_as_one_does(method, more):
     make_uneven()
     flags = ["--dataset", "uneven.toml", "--method", method, "--epochs", "2", *more]
+    flags += ["--log-every", "1"]
     assert main.main(["--training", *FLAGS, *flags, "--name", "one"]) == 0
     ended = train_in_two(*flags, "--name", "two")
     assert ended.returncode == 0, ended.stderr
@@ -127,6 +135,7 @@ def test_two_processes_train_as_one_does(method, more):
         # a pixel whose classes are nearly equal may change sides
         assert left.pop("miou") == pytest.approx(right.pop("miou"), abs=2e-3)
         assert left == pytest.approx(right, abs=3e-5)
+    assert curve("two") == pytest.approx(curve("one"), abs=1e-4)
     start = main.METHODS[method](*spec_and_settings(method, *more)).state_dict()
     one, two = (torch.cat([w.flatten() for w in weights(name).values()]) for name in ("one", "two"))
     start = torch.cat([start[key].flatten() for key in weights("one")])
@@ -231,6 +240,20 @@ def test_a_signal_stops_all_and_one_process_may_go_on():
         patch.setattr(Logs, "losses", stop_at_once)
         assert main.main(["--training", *FLAGS, *flags, "--log-every", "1"]) == 128 + signal.SIGTERM
     assert steps == [done + 1]
+
+
+def test_two_processes_resume_with_the_random_numbers_and_pools_of_each():
+    make_tiny(20, 4)
+    flags = "--dataset tiny.toml --epochs 3 --log-every 7 --dropout 0.5 --pool-size 3".split()
+    interrupt = "from engine.logs import Logs\n        "
+    interrupt += "Logs.losses = lambda *_: setattr(main.stop, 'signum', 15)"
+    runs = [
+        train_in_two(*flags, "--name", "whole"),
+        train_in_two(*flags, "--name", "resumed", first_line=interrupt),
+        train_in_two(*flags, "--name", "resumed"),
+    ]
+    assert [run.returncode for run in runs] == [0, 128 + signal.SIGTERM, 0]
+    assert same(last_state("whole"), last_state("resumed"))
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line():
