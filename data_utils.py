@@ -5,16 +5,17 @@ decoded and resized once; Batches brings them to the device in the networks' ran
 class indices, IGNORE where a pixel does not count.
 """
 
-import glob
+import fcntl
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import shutil
 import signal
-import socket
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from datasets.spec import DatasetSpec, Sample, Slice, load_spec
 from utils import IGNORE, InputError, first_ten
 
 __all__ = ["Sample", "index", "load_spec"]  # re-exported from datasets/
+TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
 ROLES = ("labeled", "unlabeled", "val")
 
 
@@ -249,30 +251,47 @@ def open_cache(
     arrays = _map_cache(home)
     if arrays is None:
         utils.make_folder(folder, "--cache")
-        _sweep(folder)
-        partial = folder / f".{home.name}.{socket.gethostname()}.{os.getpid()}"
-        partial.mkdir(exist_ok=True)
-        try:
+        with _temporary_folder(folder, home.name) as partial:
             _fill_cache(partial, spec, samples, size, workers)
             home.mkdir(exist_ok=True)
             for file in partial.iterdir():  # other runs may be storing equal files
                 file.replace(home / file.name)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         arrays = _map_cache(home)
     return Cache(*arrays, {sample.id: row for row, sample in enumerate(samples)})
 
 
-def _sweep(folder: Path) -> None:
-    """Delete incomplete caches of processes on this machine that were killed."""
-    for leftover in folder.glob(f".*.{glob.escape(socket.gethostname())}.*"):
-        pid = leftover.name.rpartition(".")[2]
+@contextmanager
+def _locked(folder: Path, flags: int = 0) -> Iterator[bool]:
+    """Try to lock a folder, until however this process ends; yield whether it is locked."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
         try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(leftover, ignore_errors=True)
-        except (OSError, ValueError):
-            continue  # another user's process, or not one of our files
+            fcntl.flock(file, fcntl.LOCK_EX | flags)
+            held = True
+        except OSError:  # in use, or a file system without locks
+            held = False
+        yield held
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden folder, deleted at the end; before, delete those of killed processes."""
+    with ExitStack() as stack:
+        with _locked(parent):
+            for leftover in parent.glob(f".*{TEMPORARY}"):
+                with _locked(leftover, fcntl.LOCK_NB) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(leftover, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(TEMPORARY, f".{name}.", parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(_locked(folder))
+        yield folder
 
 
 def _map_cache(home: Path) -> list[np.ndarray] | None:
@@ -295,9 +314,12 @@ def _fill_cache(
     home: Path, spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], workers: int
 ) -> None:
     dtype = np.float32 if any(_needs_float(s.image, spec) for s in samples) else np.uint8
+    volumes = [s.image.path if isinstance(s.image, Slice) else s.id for s in samples]
+    rows = itertools.groupby(range(len(samples)), key=volumes.__getitem__)
     decoded = DataLoader(
         Decoder(samples, spec, size),
-        batch_size=None,
+        batch_sampler=[list(group) for _, group in rows],  # a worker reads a whole volume
+        collate_fn=list,
         num_workers=workers,
         worker_init_fn=_ignore_signals,
     )
@@ -311,7 +333,9 @@ def _fill_cache(
                 header = {"descr": np.dtype(kind).str, "fortran_order": False}
                 header["shape"] = (len(samples), *shape)
                 np.lib.format.write_array_header_1_0(file, header)
-            bar = tqdm(decoded, desc=f"decoding {spec.name}", unit=" images", disable=None)
+            items = itertools.chain.from_iterable(decoded)
+            text = {"desc": f"decoding {spec.name}", "unit": " images"}
+            bar = tqdm(items, total=len(samples), disable=None, **text)
             for image, mask, problem in bar:
                 if problem:
                     problems.append(problem)
@@ -343,6 +367,11 @@ class Stored(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def image_dtype(self) -> str:
+        """uint8, or float32 where the dataset has volumes or deeper images."""
+        return str(self.cache.images.dtype)
+
     def image(self, i: int) -> Tensor:
         """Image i, (C, H, W)."""
         return torch.from_numpy(self.cache.images[self.rows[i]].copy())
@@ -372,6 +401,10 @@ class Pairs(Dataset):
         i, *j = rows
         return *self.labeled[i], *map(self.unlabeled.image, j)
 
+    def n_steps(self, batch_size: int) -> int:
+        """The batches of one epoch."""
+        return -(-max(len(self.labeled), len(self.unlabeled)) // batch_size)
+
     def epoch(self, seed: int, epoch: int, batch_size: int = 1) -> list[tuple[int, ...]]:
         """The items of one epoch, in order: (i, j), or (i,) if nothing is unlabeled.
 
@@ -380,7 +413,7 @@ class Pairs(Dataset):
         epoch alone, so that a run can resume within an epoch.
         """
         counts = len(self.labeled), len(self.unlabeled)
-        length = batch_size * -(-max(counts) // batch_size)
+        length = batch_size * self.n_steps(batch_size)
         rng = np.random.default_rng([seed, epoch])
         columns: list[list[int]] = []
         for n in filter(None, counts):
@@ -485,11 +518,12 @@ def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Dat
     if args.method != "supervised" and not control and not parts.unlabeled:
         raise InputError(f"{source} leaves no unlabeled image for --method {args.method}")
     if expected_split not in (None, parts.hash()):
-        found = f"--data-root {args.data_root}: holds other files"
+        found = f"--data-root {args.data_root}: holds other images"
         if args.split not in SPLITS:
             found = f"{source}: lists other images"
+        found += " than the run started with, which its split.json names"
         advice = "; give --name for another folder, or --overwrite to start over"
-        raise InputError(f"{found} than the run started with{advice if args.training else ''}")
+        raise InputError(f"{found}{advice if args.training else ''}")
     used = sorted(parts.labeled + parts.unlabeled + parts.val, key=lambda sample: sample.id)
     with utils.first_process_first():
         cache = open_cache(spec, used, tuple(args.size), Path(args.cache), args.workers)

@@ -246,6 +246,10 @@ def parse_args(argv: list[str], checkpoint: tuple[Path, dict] | None = None) -> 
             hint = "; --init sets a run's first weights" if key == "checkpoint" else ""
             raise InputError(f"--{flag} needs {needed}{hint}")
 
+    for key, value in given.items():  # config.toml and split.json are UTF-8
+        if isinstance(value, str) and value != value.encode(errors="ignore").decode():
+            raise InputError(f"--{key.replace('_', '-')} {value!r}: expected UTF-8")
+
     known, layers = [key for key in defaults if key not in parser.keys["mode"]], {}
     if checkpoint:
         known, layers = setting_names(parser), dict([checkpoint])
@@ -351,7 +355,8 @@ def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: 
     machine = torch.cuda.get_device_name(device) if cuda else machine
     processes = f"{utils.world_size()} processes, each on " if utils.world_size() > 1 else ""
     height, width = args.size
-    print(f"method:  {args.method}, {share}, seed {args.seed}, {args.epochs} epochs")
+    length = f"{args.epochs} epochs of {data.train.n_steps(args.batch_size)} steps"
+    print(f"method:  {args.method}, {share}, seed {args.seed}, {length}")
     print(f"data:    {spec.name} in {args.data_root}: {sizes} validation images")
     print(f"network: {height}x{width} pixels, ngf {args.ngf}, batches of {args.batch_size}")
     print(f"device:  {processes}{machine}, {args.precision}")
@@ -385,10 +390,12 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
         wanted["dataset"] = dataset_name(args.dataset)
     runs = {}
     for config in Path(args.checkpoints).glob("*/config.toml"):
-        table = read_toml(config)
         best, last = config.with_name("best.pt"), config.with_name("last.pt")
-        name = table.get("dataset", {}).get("name")
-        found = {**table, "dataset": name, "name": config.parent.name}
+        try:
+            table = read_toml(config)
+            found = table | {"dataset": table["dataset"]["name"], "name": config.parent.name}
+        except (InputError, LookupError, TypeError):  # not written by a run
+            continue
         if best.is_file() and all(found.get(key) == value for key, value in wanted.items()):
             runs[best] = (last if last.is_file() else best).stat().st_mtime_ns
     if not runs:

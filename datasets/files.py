@@ -1,6 +1,7 @@
 """Pictures and NIfTI volumes: read, check, write masks."""
 
 import gzip
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -124,10 +125,25 @@ def read_volume(path: Path) -> np.ndarray:
             while stream.read(2**20):  # to the end: nibabel does not reach the checksum
                 pass
     volume = np.asanyarray(nibabel.load(path).dataobj)
+    if volume.ndim > 3 and volume.shape[3:].count(1) == volume.ndim - 3:
+        volume = volume.reshape(volume.shape[:3])
     if volume.ndim != 3 or volume.dtype.kind not in "uif":
         found = f"shape {volume.shape} of {volume.dtype}"
-        raise InputError(f"{path}: {found}: expected a volume (X, Y, Z) of numbers")
+        expected = "a volume (X, Y, Z) of numbers, without time"
+        raise InputError(f"{path}: {found}: expected {expected}")
     return volume
+
+
+@lru_cache(maxsize=4)
+def check_geometry(image: Path, mask: Path) -> None:
+    """InputError if a mask volume has other slices or axes than its image."""
+    depths = [read_volume(path).shape[2] for path in (image, mask)]
+    if depths[0] != depths[1]:
+        raise InputError(f"{mask}: has {depths[1]} slices, but its image has {depths[0]}")
+    axes = [nibabel.load(path).affine[:3, :3] for path in (image, mask)]
+    if not np.allclose(*axes, rtol=0, atol=0.01 * np.abs(axes[0]).max()):
+        found = "its affine has other axes or voxel sizes than its image's"
+        raise InputError(f"{mask}: {found}; save it in the image's geometry")
 
 
 def read_slice(source: Slice) -> np.ndarray:
@@ -163,10 +179,7 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
         image = read_slice(sample.image).astype(np.float32)
         values = None if sample.mask is None else read_slice(sample.mask)
         if values is not None:
-            depths = [read_volume(s.path).shape[2] for s in (sample.image, sample.mask)]
-            if depths[0] != depths[1]:
-                found = f"has {depths[1]} slices, but its image has {depths[0]}"
-                raise InputError(f"{sample.mask.path}: {found}")
+            check_geometry(sample.image.path, sample.mask.path)
     else:
         image = read_image(sample.image, spec.channels, own=spec.layout == "folder")
         values = None if sample.mask is None else read_mask(sample.mask)
@@ -188,6 +201,20 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
     return image, classes[values.astype(np.uint8)].astype(np.uint8)
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """The files under a folder and in folders that it links to, except hidden ones."""
+    found, entered = [], set()
+    for home, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(home)
+        if real in entered:  # a link to a folder above
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(home, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
+
+
 def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     """Find the pictures and NIfTI volumes among files and folders.
 
@@ -198,8 +225,7 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     for path in paths:
         if not path.exists():
             raise InputError(f"--predict {path}: no such file or folder")
-        visible = path.rglob("[!.]*") if path.is_dir() else [path]
-        for file in sorted(p for p in visible if p.is_file()):
+        for file in visible_files(path) if path.is_dir() else [path]:
             if is_volume(file) or is_picture(file):
                 place = file.relative_to(path) if path.is_dir() else Path(file.name)
                 found.setdefault(file, place.with_name(stem_of(file)))
@@ -208,7 +234,8 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     places = Counter(found.values())
     if clashes := [str(place) for place, count in places.items() if count > 1]:
         result = f"several files would be written as {first_ten(clashes)}"
-        raise InputError(f"--predict: {result}; predict them one by one")
+        advice = "predict their parent folder, or each with its own --results"
+        raise InputError(f"--predict: {result}; {advice}")
     return found, other
 
 
@@ -230,10 +257,19 @@ def flat_palette(palette: tuple[tuple[int, int, int], ...]) -> list[int]:
     return [value for color in colors for value in color]
 
 
-def save_mask(path: Path, mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> None:
-    """Write an (H, W) mask as an indexed PNG of class indices."""
-    image = Image.fromarray(mask.to("cpu", torch.uint8).numpy())
-    image.putpalette(flat_palette(palette))
+def as_values(mask: Tensor, spec: DatasetSpec) -> np.ndarray:
+    """A mask of class indices and IGNORE as uint8 of the values that the mask files have."""
+    values = spec.values()
+    table = np.full(256, spec.ignore, np.uint8)
+    table[: len(values)] = values
+    return table[mask.to("cpu", torch.uint8).numpy()]
+
+
+def save_mask(path: Path, mask: Tensor, spec: DatasetSpec) -> None:
+    """Write an (H, W) mask of class indices as an indexed PNG of the mask files' values."""
+    image = Image.fromarray(as_values(mask, spec))
+    colors = dict(zip(spec.values(), spec.palette, strict=True)) | {spec.ignore: IGNORE_COLOR}
+    image.putpalette([c for value in range(256) for c in colors.get(value, (0, 0, 0))])
     image.save(path)
 
 
@@ -241,10 +277,12 @@ def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec)
     """Write the masks (Z, H, W) of a volume as NIfTI with its header, of a picture as a PNG."""
     place.parent.mkdir(parents=True, exist_ok=True)
     if not is_volume(source):
-        save_mask(place.with_name(f"{place.name}.png"), masks[0], spec.palette)
+        save_mask(place.with_name(f"{place.name}.png"), masks[0], spec)
         return
     volume = nibabel.load(source)
     header = volume.header.copy()
     header.set_data_dtype(np.uint8)
-    labels = volume.__class__(masks.permute(2, 1, 0).numpy(), volume.affine, header)  # (X, Y, Z)
+    header["cal_min"] = header["cal_max"] = 0  # the image's display range
+    values = as_values(masks, spec).transpose(2, 1, 0)  # (X, Y, Z)
+    labels = volume.__class__(values, volume.affine, header)
     nibabel.save(labels, place.with_name(f"{place.name}.nii.gz"))

@@ -40,6 +40,10 @@ class DatasetSpec:
         n_own = len(self.classes) - bool(self.void_ids)
         return tuple(range(n_own)) if self.label_ids is None else self.label_ids
 
+    def values(self) -> tuple[int, ...]:
+        """The value of each class in predicted masks; of a void class, the first of void_ids."""
+        return *self.ids(), *self.void_ids[:1]
+
     def lookup(self) -> np.ndarray:
         """(256,) int16: the class of each value of a mask file, IGNORE, or -1 if it is invalid."""
         table = np.full(256, -1, np.int16)

@@ -15,7 +15,7 @@ from data_utils import Data, normalize, resize
 from datasets import files
 from engine.pictures import picture_grid, save_overlay
 from engine.train import evaluate
-from utils import InputError
+from utils import InputError, TrainingError
 
 
 def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -30,6 +30,7 @@ def test(trained, data: Data, batches: Callable) -> int:
     """
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
     folder = Path(args.results) / trained.path.resolve().parent.name
+    refuse_other_run(folder, trained.path)
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
         for old in (folder / sub).glob("*.png"):  # of an earlier test
@@ -45,7 +46,7 @@ def test(trained, data: Data, batches: Callable) -> int:
             if args.native_size:
                 truth = torch.from_numpy(files.read_sample(sample, spec)[1])[None]
                 native.update(enlarge(logits[i : i + 1], truth.shape[-2:]).argmax(1).cpu(), truth)
-            files.save_mask(folder / "masks" / f"{sample.id}.png", prediction[i], spec.palette)
+            files.save_mask(folder / "masks" / f"{sample.id}.png", prediction[i], spec)
             row = {title: column[i : i + 1] for title, column in columns.items()}
             panel = picture_grid(x[i : i + 1], row, spec.palette)
             save_image(panel, folder / "panels" / f"{sample.id}.png")
@@ -76,15 +77,28 @@ def test(trained, data: Data, batches: Callable) -> int:
     return 0
 
 
+def refuse_other_run(folder: Path, checkpoint: Path) -> None:
+    """InputError if a results folder belongs to another run of the same name."""
+    metrics = folder / "metrics.json"
+    if metrics.is_file():
+        with files.naming(metrics):
+            before = Path(json.loads(metrics.read_text())["checkpoint"])
+        if before.exists() and before.resolve().parent != checkpoint.resolve().parent:
+            advice = "give another folder as --results"
+            raise InputError(f"{folder}: contains the results of {before}; {advice}")
+
+
 @torch.inference_mode()
 def predict(trained) -> int:
     """--predict: write the masks of pictures and NIfTI volumes at their own size.
 
-    Files that are neither are listed and skipped.
+    Files that are neither are listed and skipped; TrainingError, at the end, if any is unreadable.
     """
     args, spec = trained.args, trained.spec
-    found, skipped = files.find_pictures([Path(path) for path in args.predict])
+    unreadable: list[str] = []
+    found, other = files.find_pictures([Path(path) for path in args.predict])
     folder = Path(args.results) / trained.path.resolve().parent.name / "predict"
+    refuse_other_run(folder.parent, trained.path)
     utils.make_folder(folder / "masks", "--results")
 
     def planes() -> Iterator[tuple[Path, int, Tensor]]:
@@ -92,7 +106,7 @@ def predict(trained) -> int:
             try:
                 pixels = files.read_planes(path, spec.channels)
             except InputError as error:
-                skipped.append(str(error))
+                unreadable.append(str(error))
                 continue
             for plane in pixels:
                 yield path, len(pixels), plane
@@ -115,9 +129,11 @@ def predict(trained) -> int:
                 volume = torch.stack(masks.pop(path))
                 files.save_prediction(folder / "masks" / place, path, volume, spec)
                 n_written += 1
-    for problem in skipped:
+    for problem in other + unreadable:
         print(f"skipped {problem}")
     if not n_written:
         raise InputError("--predict: found no picture and no NIfTI volume")
     print(f"{n_written} masks by {trained.path} are in {folder / 'masks'}")
+    if unreadable:
+        raise TrainingError(f"unreadable files: {utils.first_ten(unreadable)}")
     return 0

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import os
 import shutil
 import signal
@@ -86,8 +85,7 @@ class Run:
     def start(self, model: nn.Module, data: Data) -> None:
         """Resume from last.pt, or create the folder of a new run (--init); open its logs."""
         args, self.model, self.data = self.args, model, data
-        longer = max(len(data.labeled), len(data.unlabeled))
-        self.n_steps = math.ceil(longer / args.batch_size)  # of an epoch
+        self.n_steps = data.train.n_steps(args.batch_size)
         self.n_images = self.n_steps * args.batch_size
         decay = utils.linear_decay(args.epochs, args.decay_epoch)
         self.schedulers = {
@@ -242,6 +240,7 @@ class Run:
             "dataset": asdict(self.spec),
             "data_root": self.args.data_root,
             "split": self.data.split.hash(),
+            "image_dtype": self.data.labeled.image_dtype,
             "epoch": self.epoch,
             "model": self.model.state_dict(),
         }

@@ -1,13 +1,13 @@
 """Splits (Section 4.1), the decoded cache, epochs, normalization, batches and load_data."""
 
 import dataclasses
+import errno
+import fcntl
+import functools
 import json
 import os
 import pickle
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +42,7 @@ from data_utils import (
     read_split,
     split,
 )
+from datasets import files
 from datasets.layouts import index
 from datasets.phantom import draw_phantom
 from datasets.spec import Sample, Slice, load_spec
@@ -607,6 +608,21 @@ def test_two_workers_fill_the_same_cache(acdc, tmp_path):
     assert alone.rows == shared.rows
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_volume_is_decompressed_once(acdc, tmp_path, monkeypatch, workers):
+    read, log = files.read_volume.__wrapped__, tmp_path / "log"
+
+    def logged(path):
+        with log.open("a") as file:
+            file.write(f"{path.name}\n")
+        return read(path)
+
+    monkeypatch.setattr(files, "read_volume", functools.lru_cache(maxsize=4)(logged))
+    open_cache(load_spec("acdc"), index(load_spec("acdc"), acdc), (9, 7), tmp_path / "c", workers)
+    names = log.read_text().splitlines()
+    assert len(names) == len({*names}) == len([*acdc.rglob("*frame*")])
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "empty"])
 def test_a_damaged_cache_is_filled_again(voc, tmp_path, damage):
     images = voc_cache(voc, tmp_path / "cache")[0].images.copy()
@@ -633,9 +649,7 @@ def test_another_run_may_store_the_same_cache_meanwhile(
         if name == "_fill_cache":
             original(*args)
         monkeypatch.setattr(owner, name, original)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "getpid", os.getppid)
-            voc_cache(voc, cache)
+        voc_cache(voc, cache)
         folders.append(next(cache.glob("voc*")).stat().st_ino)
         if name == "replace":
             original(*args)
@@ -669,16 +683,39 @@ def test_nothing_is_left_behind_after_a_failure(voc, tmp_path, monkeypatch):
 
 
 def test_leftovers_of_killed_processes_are_swept(voc, tmp_path):
-    cache, host = tmp_path / "cache", socket.gethostname()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    alive, elsewhere = f".voc_8x8_0.{host}.{os.getppid()}", f".voc_8x8_0.another-{host}.{dead.pid}"
-    for name in f".voc_8x8_0.{host}.{dead.pid}", alive, elsewhere, f".notes.{host}.txt":
+    cache = tmp_path / "cache"
+    dead, alive, other = ".voc_8x8_0.a.partial", ".voc_8x8_0.b.partial", ".notes"
+    for name in dead, alive, other:
         (cache / name).mkdir(parents=True)
         (cache / name / "images.npy").write_text("half")
+    lock = os.open(cache / alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     voc_cache(voc, cache)
+    os.close(lock)
     hidden = {path.name for path in cache.iterdir() if path.name.startswith(".")}
-    assert hidden == {alive, elsewhere, f".notes.{host}.txt"}
+    assert hidden == {alive, other}
+
+
+def test_a_cache_in_the_making_is_not_swept(voc, tmp_path, monkeypatch):
+    fill = data_utils._fill_cache
+
+    def fill_beside_another_run(*args):
+        monkeypatch.setattr(data_utils, "_fill_cache", fill)
+        voc_cache(voc, tmp_path / "cache", (9, 9))
+        fill(*args)
+
+    monkeypatch.setattr(data_utils, "_fill_cache", fill_beside_another_run)
+    assert voc_cache(voc, tmp_path / "cache")[0].images.shape[-2:] == (8, 8)
+
+
+def test_a_cache_is_made_where_folders_cannot_be_locked(voc, tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / "cache" / ".a.partial").mkdir(parents=True)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert len(voc_cache(voc, tmp_path / "cache")[0].images) == 4
+    assert (tmp_path / "cache" / ".a.partial").is_dir()
 
 
 def test_one_bad_file_is_named_alone(voc, tmp_path):
@@ -1039,14 +1076,16 @@ def test_another_split_than_expected_is_refused_before_decoding(flags, tmp_path,
     monkeypatch.setattr(data_utils, "open_cache", lambda *_: pytest.fail("images were decoded"))
     flags.seed = 4
     message = error_of(load_data, flags, EIGHT, expected.hash())
-    found = f"--data-root {flags.data_root}: holds other files than the run started with"
+    found = f"--data-root {flags.data_root}: holds other images than the run started with"
+    found += ", which its split.json names"
     assert message == f"{found}; give --name for another folder, or --overwrite to start over"
     flags.split = str(tmp_path / "split.json")
     lists = {**expected.ids(), "unlabeled": expected.ids()["unlabeled"][1:]}
     Path(flags.split).write_text(json.dumps(lists))
     flags.training = False
     message = error_of(load_data, flags, EIGHT, expected.hash())
-    assert message == f"--split {flags.split}: lists other images than the run started with"
+    found = f"--split {flags.split}: lists other images than the run started with"
+    assert message == f"{found}, which its split.json names"
 
 
 # The real datasets, where SEG_REAL_DATA names their folder

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import make_acdc, make_folder, make_tiny
+from conftest import make_acdc, make_folder, make_tiny, write_volume
 
 import main
 from data_utils import load_spec, normalize
@@ -84,7 +85,7 @@ def test_a_pt2_computes_what_the_trained_network_computes(runs, capsys, name):
     out = capsys.readouterr().out
     assert f"{dtype:7}  (batch, {channels}, height, width)" in out
     assert f"float32  (batch, {n_classes}, height, width)" in out
-    about = {"classes": "", "palette": ""}
+    about = {"classes": "", "palette": "", "size": ""}
     network = torch.export.load(f"{name}.pt2", extra_files=about).module()
     for pixels in batches(channels, getattr(torch, dtype)):
         logits = network(pixels)
@@ -93,6 +94,8 @@ def test_a_pt2_computes_what_the_trained_network_computes(runs, capsys, name):
     classes = json.loads(about["classes"])
     assert ", ".join(f"{k} {label}" for k, label in enumerate(classes)) in out
     assert tuple(classes) == load_spec("rgb.toml" if name == "rgb" else "acdc").classes
+    assert json.loads(about["size"]) == [20, 16]
+    assert "resized to 20x16" in out
     assert json.loads(about["palette"])[:2] == [
         [0, 0, 0],
         [128, 0, 0] if name == "rgb" else [70, 130, 180],
@@ -151,17 +154,32 @@ def test_a_file_that_computes_something_else_is_deleted(runs, capsys, written_as
 
 
 def test_the_type_of_the_pixels_may_be_asked_for(runs, capsys, written_as):
-    written_as("rgb", 0)
-    assert run("checkpoints/rgb", "rgb_float.pt2", "--input", "float32") == 0
+    written_as("phantom", 0)
+    assert run("checkpoints/phantom", "float.pt2", "--input", "float32") == 0
+    assert "pixels  float32  (batch, 1, height, width)" in capsys.readouterr().out
+    assert Path("float.pt2").read_bytes() == b"a program"
+
+
+def test_the_pixels_of_a_folder_of_volumes_are_floats(runs, capsys, written_as):
+    for number in range(8):
+        volume = np.random.default_rng(number).integers(0, 2, (20, 24, 2)).astype(np.uint8)
+        for folder in "images", "masks":
+            write_volume(Path("volumes", folder, f"{number}.nii.gz"), volume)
+    train("--dataset", "rgb.toml", "--data-root", "volumes", "--name", "volumes")
+    written_as("volumes", 0)
+    assert run("checkpoints/volumes", "volumes.pt2") == 0
     assert "pixels  float32  (batch, 3, height, width)" in capsys.readouterr().out
-    assert Path("rgb_float.pt2").read_bytes() == b"a program"
 
 
-def test_bytes_of_half_normalization_are_not_exported_as_floats(runs, capsys):
-    train("--dataset", "tiny.toml", "--name", "half", "--normalization", "half")
-    capsys.readouterr()
-    assert run("checkpoints/half", "half.pt2", "--input", "float32") == 2
-    assert "--input float32: tiny was trained on bytes" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "usual", "other"), [("rgb", "uint8", "float32"), ("nifti", "float32", "uint8")]
+)
+def test_half_normalization_is_exported_for_the_type_of_training_only(
+    runs, capsys, name, usual, other
+):
+    assert run(f"checkpoints/{name}", "half.pt2", "--input", other) == 2
+    expected = f"--input {other}: the network was trained on {usual} images; with --normalization"
+    assert expected in capsys.readouterr().err
     assert not Path("half.pt2").exists()
 
 

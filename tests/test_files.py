@@ -228,6 +228,34 @@ def test_decoded_slice_is_the_arrays_slice_with_y_as_rows_whatever_the_affine(
         assert mask.tolist() == [[truth[x, y, z] for x in range(7)] for y in range(5)]
 
 
+def test_a_fourth_axis_of_length_one_is_dropped(tmp_path):
+    volume = np.random.default_rng(0).integers(0, 99, (7, 5, 4, 1)).astype(np.int16)
+    write_volume(tmp_path / "i.nii.gz", volume)
+    assert np.array_equal(files.read_slice(Slice(tmp_path / "i.nii.gz", 2)), volume[:, :, 2, 0].T)
+
+
+@pytest.mark.parametrize(
+    ("affine", "fits"),
+    [
+        (np.diag([1.5, 1.5, 10, 1]), True),
+        (np.diag([1.5, 1.5, 10.01, 1]), True),  # rounded by another program
+        (np.array([[1.5, 0, 0, 40], [0, 1.5, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), True),
+        (np.diag([-1.5, 1.5, 10, 1]), False),
+        (np.array([[0, 1.5, 0, 0], [1.5, 0, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), False),
+        (np.eye(4), False),
+    ],
+)
+def test_a_mask_volume_has_the_axes_of_its_image(tmp_path, affine, fits):
+    write_volume(tmp_path / "i.nii.gz", np.zeros((6, 6, 2), np.int16), np.diag([1.5, 1.5, 10, 1]))
+    write_volume(tmp_path / "m.nii.gz", np.zeros((6, 6, 2), np.uint8), affine)
+    sample = Sample("a", "a", *(Slice(tmp_path / f"{name}.nii.gz", 0) for name in "im"))
+    if fits:
+        files.read_sample(sample, load_spec("acdc"))
+    else:
+        message = error_of(files.read_sample, sample, load_spec("acdc"))
+        assert message.startswith(f"{tmp_path / 'm.nii.gz'}: its affine has other axes")
+
+
 def test_nifti_slope_and_intercept_are_applied(tmp_path):
     volume = nibabel.Nifti1Image(np.arange(12, dtype=np.int16).reshape(3, 4, 1), np.eye(4))
     volume.header.set_slope_inter(0.5, -3)
@@ -320,6 +348,18 @@ def test_paths_to_predict_must_exist_and_their_results_differ(tmp_path):
     assert "several files would be written as a;" in error_of(files.find_pictures, [tmp_path])
 
 
+def test_linked_folders_are_searched_once_and_hidden_ones_not(tmp_path):
+    for name in "mine/a.png", "mine/.hidden/b.png", "elsewhere/c.png":
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    mine = tmp_path / "mine"
+    (mine / "link").symlink_to(tmp_path / "elsewhere")
+    (mine / "loop").symlink_to(mine)
+    found, other = files.find_pictures([mine])
+    assert {*map(str, found.values())} == {"a", "link/c"}
+    assert not other
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
 def test_a_picture_of_any_mode_is_one_plane(tmp_path, mode):
     Image.new(mode, (5, 4), 1).save(tmp_path / "a.tif")
@@ -386,7 +426,7 @@ PALETTE = ((0, 0, 0), (70, 130, 180), (240, 200, 80), (200, 60, 60))
 
 def test_saved_mask_keeps_its_indices_and_shows_the_palette(tmp_path):
     mask = torch.tensor([[0, 1, 2], [3, IGNORE, 1]])
-    files.save_mask(tmp_path / "m.png", mask, PALETTE)
+    files.save_mask(tmp_path / "m.png", mask, toy_spec(classes=[*"abcd"], palette=PALETTE))
     with Image.open(tmp_path / "m.png") as image:
         assert (image.mode, image.size) == ("P", (3, 2))
         assert np.array(image).tolist() == mask.tolist()
@@ -396,16 +436,34 @@ def test_saved_mask_keeps_its_indices_and_shows_the_palette(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_written_mask_reads_back_whatever_the_values_of_the_classes(tmp_path):
+    void = {"void": 2, "void_ids": [3, 5], "scored": [0, 1]}
+    spec = toy_spec(classes=["no", "yes", "void"], label_ids=[9, 200], ignore=7, **void)
+    mask = torch.tensor([[0, 1, 2, IGNORE]])
+    files.save_mask(tmp_path / "m.png", mask, spec)
+    with Image.open(tmp_path / "m.png") as image:
+        assert np.array(image).tolist() == [[9, 200, 3, 7]]
+        colors = np.array(image.convert("RGB"))[0].tolist()
+    assert colors == [*map(list, spec.palette), [224, 224, 192]]
+    assert spec.lookup()[files.read_mask(tmp_path / "m.png")].tolist() == mask.tolist()
+    write_volume(tmp_path / "a.nii.gz", np.zeros((4, 1, 1), np.int16))
+    files.save_prediction(tmp_path / "m", tmp_path / "a.nii.gz", mask[None].byte(), spec)
+    written = np.asarray(nibabel.load(tmp_path / "m.nii.gz").dataobj)
+    assert written[:, 0, 0].tolist() == [9, 200, 3, 7]
+
+
 def test_prediction_of_a_volume_has_its_header_and_affine(tmp_path):
     source = nibabel.Nifti1Image(np.zeros((4, 5, 3), np.int16), ACDC_AFFINE)
     source.header.set_slope_inter(0.5, -3)
     source.header.set_xyzt_units("mm", "sec")
+    source.header["cal_max"] = 1000  # viewers would show the mask as black
     nibabel.save(source, tmp_path / "a.nii.gz")
     masks = torch.randint(4, (3, 5, 4), dtype=torch.uint8)
     files.save_prediction(tmp_path / "new" / "a", tmp_path / "a.nii.gz", masks, load_spec("acdc"))
     written = nibabel.load(tmp_path / "new" / "a.nii.gz")
     assert np.array_equal(written.get_fdata(), masks.permute(2, 1, 0))
     assert (written.get_data_dtype(), written.header.get_xyzt_units()) == (np.uint8, ("mm", "sec"))
+    assert written.header["cal_max"] == 0
     np.testing.assert_allclose(written.affine, ACDC_AFFINE, rtol=1e-6)
 
 

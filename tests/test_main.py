@@ -313,6 +313,8 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
     half = make_run("half", 7, ratio=0.5)
     newest = make_run("newest", 6)
     (make_run("unfinished", 1)).unlink()  # without best.pt
+    for name, text in ("broken", "a ="), ("other", 'dataset = "acdc"'), ("more", "[dataset]"):
+        make_run(name, 0).with_name("config.toml").write_text(text)
     assert find() == newest
     assert find("--seed", 3) == find("--name", "old") == old
     assert find("--method", "supervised") == partial
@@ -339,6 +341,11 @@ def test_a_flag_of_another_mode_is_an_error(capsys, flags, needed):
     error = error_line(capsys, *flags, "--dataset", "tiny.toml")
     (other,) = [flag for flag in flags[1:] if flag.startswith("--")]
     assert error.startswith(f"error: {other} needs {needed}")
+
+
+def test_a_path_that_no_toml_can_hold_is_refused(capsys):
+    error = error_line(capsys, "--training", "--dataset", "phantom", "--data-root", "a\udcff")
+    assert error == r"error: --data-root 'a\udcff': expected UTF-8"
 
 
 def test_a_dataset_is_found_by_the_name_in_its_file(trained):
@@ -408,7 +415,7 @@ def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained
         ),
         (lambda state: state["model"].popitem(), "does not fit the networks"),
         (lambda state: state["model"].update(more=torch.ones(3)), "more is (3,), expected none"),
-        (lambda state: state.update(split="other"), "holds other files"),
+        (lambda state: state.update(split="other"), "holds other images"),
         (lambda state: state.update(format=3), "format 2"),
     ],
 )
@@ -416,7 +423,7 @@ def test_a_strangers_checkpoint_is_one_error_line(capsys, trained, change, named
     edit_checkpoint(trained, change)
     error = error_line(capsys, "--testing")
     assert named in error
-    assert str(trained) in error or named == "holds other files"
+    assert str(trained) in error or named == "holds other images"
 
 
 def test_an_earlier_versions_checkpoint_is_one_error_line(capsys, trained):

@@ -1,6 +1,7 @@
 """--testing and --predict: scores, masks and panels of a run, and masks of any picture."""
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -163,7 +164,7 @@ def test_other_data_than_the_run_started_with_are_one_error_line(capsys, trained
     state["dataset"]["counts"] = (19, 4)
     torch.save(state, path)
     error = error_line(capsys, "--testing")
-    assert "--data-root data/tiny: holds other files than the run started with" in error
+    assert "--data-root data/tiny: holds other images than the run started with" in error
 
 
 # --predict
@@ -204,8 +205,13 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
     (mine / "notes.txt").write_text("not a picture")
     (mine / "broken.png").write_bytes(b"junk")
     write_volume(mine / "film.nii", np.zeros((4, 4, 2, 2), np.int16))
-    assert run("--predict", "mine", mine / "grey.jpg", "--overlay") == 0
-    lines = capsys.readouterr().out.splitlines()
+    assert run("--predict", "mine", mine / "grey.jpg", "--overlay") == 1
+    out, err = capsys.readouterr()
+    unreadable = err.strip().removeprefix("error: unreadable files: ").split("; ")
+    assert [line.partition(": ")[0] for line in unreadable] == [
+        str(mine / name) for name in ("broken.png", "film.nii")
+    ]
+    lines = out.splitlines()
     skipped = sorted(line for line in lines if line.startswith("skipped "))
     for line, name in zip(skipped, ("broken.png", "film.nii", "notes.txt"), strict=True):
         assert name in line
@@ -228,6 +234,19 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
     assert (labels.shape, labels.get_data_dtype()) == (volume.shape, np.uint8)
     assert set(np.unique(labels.dataobj)) <= {0, 1, 2, 3}
     assert len(list(overlays.glob("heart_s*.png"))) == 3
+
+
+def test_results_of_another_run_with_the_same_name_are_kept(capsys, trained):
+    other = Path("other") / trained.parent.name
+    shutil.copytree(trained.parent, other)
+    assert run("--testing", "--checkpoint", trained) == 0
+    Image.new("L", (20, 20)).save("one.png")
+    for mode in ["--testing"], ["--predict", "one.png"]:
+        error = error_line(capsys, *mode, "--checkpoint", other / "last.pt")
+        assert f"{RESULTS}: contains the results of {trained}; give another folder" in error
+    assert run("--testing", "--checkpoint", trained.with_name("last.pt")) == 0  # of the same run
+    shutil.rmtree(trained.parent)
+    assert run("--testing", "--checkpoint", other) == 0
 
 
 def test_overlays_are_written_only_where_asked_for(trained):

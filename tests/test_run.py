@@ -212,7 +212,7 @@ def test_a_run_with_a_split_file_resumes_with_the_same_lists_alone(capsys):
     error = error_line(capsys, "--testing", "--split", "lists/other.json")
     assert "--split lists/other.json: lists other images than the run started with" in error
     error = error_line(capsys, *flags, "lists/other.json")  # although the run is finished
-    assert "lists other images than the run started with; give --name for another folder" in error
+    assert "which its split.json names; give --name for another folder" in error
 
 
 def test_a_runs_split_json_is_a_split_file():

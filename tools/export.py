@@ -4,8 +4,9 @@
     python tools/export.py checkpoints/mine/last.pt mine.pt2 --input float32
 
 Input `pixels` (B, C, H, W) as decoded, uint8 or float32; output `logits` (B, K, H, W) in float32;
-any B, and any H, W of 16 or more. Classes and palette are stored as JSON: extra files of a .pt2,
-metadata of an ONNX model.
+any B, and any H, W of 16 or more. Resize images to the training size first, as --predict does:
+bilinear, antialiased; of a volume, `volume[:, :, z].T`. Classes, palette and size are stored as
+JSON: extra files of a .pt2, metadata of an ONNX model.
 """
 
 import io
@@ -79,7 +80,7 @@ def export(argv: list[str]) -> int:
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a run's folder (its best.pt)")
     flag("file", metavar="FILE", type=Path, help="the .pt2 or .onnx file to write")
-    flag("--input", choices=["uint8", "float32"], help="default: float32 for ACDC, else uint8")
+    flag("--input", choices=["uint8", "float32"], help="default: as trained")
     args = parser.parse_args(argv)
     file = args.file
     if file.suffix not in REQUIRED:
@@ -92,15 +93,20 @@ def export(argv: list[str]) -> int:
     model, spec, normalization = trained.model, trained.spec, trained.args.normalization
     model.bf16 = False  # the exported network computes in float32
     network = getattr(model, "teacher", None) or model.G_IS  # as in model.segment
-    dtype = args.input or ("float32" if spec.layout == "acdc" else "uint8")
-    if dtype == "float32" and normalization == "half" and spec.layout not in ("acdc", "folder"):
+    usual = "float32" if spec.layout == "acdc" else "uint8"
+    known = trained.state.get("image_dtype", usual)  # older checkpoints do not say
+    trained_on = "float32" if known == "float32" else "uint8"
+    dtype = args.input or trained_on
+    if dtype != trained_on and normalization == "half":
         reason = "with --normalization half, floats are scaled to their own range, bytes are not"
-        raise utils.InputError(f"--input float32: {spec.name} was trained on bytes; {reason}")
+        found = f"the network was trained on {trained_on} images"
+        raise utils.InputError(f"--input {dtype}: {found}; {reason}")
 
     def noise(*shape: int) -> Tensor:
         return torch.randint(256, shape).to(getattr(torch, dtype))
 
-    metadata = {key: json.dumps(getattr(spec, key)) for key in ("classes", "palette")}
+    about = {"classes": spec.classes, "palette": spec.palette, "size": trained.args.size}
+    metadata = {key: json.dumps(value) for key, value in about.items()}
     deployed = Deployed(network.requires_grad_(False), normalization).eval()
     content = serialize(deployed, noise(2, spec.channels, 24, 28), file.suffix, metadata)
     utils.write_atomically(file, content)
@@ -115,6 +121,8 @@ def export(argv: list[str]) -> int:
     print(f"{file}: {trained.path}, epoch {trained.state['epoch']}, {spec.name}")
     print(f"input   pixels  {dtype:7}  (batch, {spec.channels}, height, width), as decoded")
     print(f"output  logits  float32  (batch, {len(spec.classes)}, height, width)")
+    height, width = trained.args.size
+    print(f"        resized to {height}x{width}, bilinear and antialiased, as --predict does")
     if dtype == "float32" and normalization == "half":
         print("        scaled to their own range, as 16-bit images and volumes were in training")
     print("classes " + ", ".join(f"{k} {name}" for k, name in enumerate(spec.classes)))
