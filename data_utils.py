@@ -81,7 +81,7 @@ def split(
     samples = [s for s in samples if s.part is None or s.part in parts]
     samples.sort(key=lambda s: s.id)
     rng = np.random.default_rng(seed)
-    if kind == "standard" or (has_val(spec, samples) and kind == "paper"):
+    if kind == "standard" or has_val(spec, samples):
         val = {s for s in samples if s.part == parts[1] and s.mask is not None}
         if not val:
             missing = f"{spec.name}'s part {parts[1]!r} is missing"
@@ -524,6 +524,30 @@ def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Dat
         found += " than the run started with, which its split.json names"
         advice = "; give --name for another folder, or --overwrite to start over"
         raise InputError(f"{found}{advice if args.training else ''}")
+    return open_data(args, spec, samples, parts)
+
+
+def load_part(args, spec: DatasetSpec) -> Data:
+    """Index --part, which a run has not trained on, as validation images, and open its cache.
+
+    InputError if the run's split uses it or some of its images, or if it has no masks.
+    """
+    if args.split in SPLITS and args.part in parts_of(spec, args.split):
+        raise InputError(f"--part {args.part}: the run's split has already divided this part")
+    samples = [s for s in index(spec, Path(args.data_root), args.part) if s.mask is not None]
+    if args.split not in SPLITS:
+        with files.naming(Path(args.split)):
+            lists = json.loads(Path(args.split).read_text(encoding="utf-8"))
+            listed = {name for role in ROLES for name in lists[role]}
+        if seen := sorted(s.id for s in samples if {s.id, s.group} & listed):
+            raise InputError(f"--part {args.part}: in the run's split: {first_ten(seen)}")
+    if not samples:
+        raise InputError(f"--part {args.part}: no image has a mask")
+    return open_data(args, spec, samples, Split((), (), tuple(samples)))
+
+
+def open_data(args, spec: DatasetSpec, samples: list[Sample], parts: Split) -> Data:
+    """Open the cache of a split's images."""
     used = sorted(parts.labeled + parts.unlabeled + parts.val, key=lambda sample: sample.id)
     with utils.first_process_first():
         cache = open_cache(spec, used, tuple(args.size), Path(args.cache), args.workers)

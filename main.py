@@ -29,7 +29,7 @@ import torch
 import data_utils
 import utils
 from arch.generators import MIN_SIZE
-from data_utils import Data, load_data
+from data_utils import Data, load_data, load_part
 from datasets.layouts import SPLITS
 from datasets.spec import DatasetSpec, dataset_toml, load_spec, make_spec, read_toml
 from engine import predict
@@ -45,6 +45,7 @@ MODE_FLAGS = {  # the flags that only some modes have
     "overwrite": ("training",),
     "checkpoint": ("testing", "predict"),
     "native_size": ("testing",),
+    "part": ("testing",),
     "overlay": ("predict",),
 }
 SETTINGS = ("experiment", "optimization", "networks")  # groups of flags that change the result
@@ -126,6 +127,8 @@ def build_parser() -> Parser:
     flag("--checkpoint", metavar="FILE", help="checkpoint to use; default: newest run's best.pt")
     flag("--overlay", action="store_true", help="with --predict, also write masks over pictures")
     flag("--native-size", action="store_true", help="with --testing, also score at full size")
+    part = "with --testing, score this part of the dataset (a folder's or ACDC's test images)"
+    flag("--part", choices=["val", "test"], help=part)
     flag("--overwrite", action="store_true", help="delete the run's folder and start over")
 
     flag = parser.group("experiment")
@@ -339,7 +342,10 @@ def prepare(model: Method, args: argparse.Namespace, device: torch.device) -> No
 
 
 def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: Path) -> None:
-    """Print a summary of the run, with warnings about data that look incomplete."""
+    """Print a summary of the run, with warnings about data that look incomplete.
+
+    InputError if the labeled masks contain fewer than two classes.
+    """
     counts = spec.standard_counts if args.split == "standard" else spec.counts
     expected, found = sum(counts or ()), data.n_groups
     by_counts = args.split in SPLITS and not data_utils.has_val(spec, data.split.val)
@@ -348,7 +354,9 @@ def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: 
         used = "all are used" if standard else "split in the same proportions"
         about = f"{found} images or exams with masks instead of {spec.name}'s {expected}"
         print(f"{args.data_root}: {about}: {used}")
-    sizes = f"{len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled, {len(data.val)}"
+    unused = sum(sample.mask is not None for sample in data.split.unlabeled)
+    hint = f" ({unused} have masks that are not used)" if unused else ""
+    sizes = f"{len(data.labeled)} labeled, {len(data.unlabeled)} unlabeled{hint}, {len(data.val)}"
     share = f"ratio {args.ratio:g}" if args.split in SPLITS else args.split
     cuda = device.type == "cuda"
     machine = f"CPU, {torch.get_num_threads()} threads"
@@ -364,8 +372,11 @@ def describe(args, spec: DatasetSpec, data: Data, device: torch.device, folder: 
     seen = np.zeros(256, np.int64)
     for i in range(len(data.labeled)):
         seen += np.bincount(data.labeled.mask(i).numpy().ravel(), minlength=256)
-    if absent := [name for k, name in enumerate(spec.classes) if not seen[k]]:
-        question = "are the values of the masks class indices?"
+    absent = [name for k, name in enumerate(spec.classes) if not seen[k]]
+    question = "are the masks' values class indices? docs/own_data.md explains label_ids and ignore"
+    if len(absent) >= len(spec.classes) - 1:
+        raise InputError(f"the labeled masks contain at most one class: {question}")
+    if absent:
         print(f"no labeled mask contains {utils.first_ten(absent)}: {question}")
 
 
@@ -388,7 +399,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
     wanted = {key: args.given[key] for key in keys if key in args.given}
     if "dataset" in args.given:
         wanted["dataset"] = dataset_name(args.dataset)
-    runs = {}
+    runs, unfinished = {}, []
     for config in Path(args.checkpoints).glob("*/config.toml"):
         best, last = config.with_name("best.pt"), config.with_name("last.pt")
         try:
@@ -396,8 +407,14 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
             found = table | {"dataset": table["dataset"]["name"], "name": config.parent.name}
         except (InputError, LookupError, TypeError):  # not written by a run
             continue
-        if best.is_file() and all(found.get(key) == value for key, value in wanted.items()):
-            runs[best] = (last if last.is_file() else best).stat().st_mtime_ns
+        if all(found.get(key) == value for key, value in wanted.items()):
+            if best.is_file():
+                runs[best] = (last if last.is_file() else best).stat().st_mtime_ns
+            elif last.is_file():
+                unfinished.append(str(config.parent))
+    if not runs and unfinished:
+        advice = "resume it, or give its last.pt as --checkpoint"
+        raise InputError(f"{utils.first_ten(unfinished)}: not evaluated yet; {advice}")
     if not runs:
         flags = "".join(f" --{key} {value}" for key, value in wanted.items())
         advice = f"start one with python main.py --training{flags}"
@@ -444,9 +461,12 @@ def load_trained(argv: list[str]) -> Trained:
 
 
 def test(trained: Trained) -> int:
-    """--testing: score a checkpoint on the validation images of its split."""
+    """--testing: score a checkpoint on the validation images of its split, or on --part."""
     args = trained.args
-    data = load_data(args, trained.spec, trained.state["split"])
+    if args.part:
+        data = load_part(args, trained.spec)
+    else:
+        data = load_data(args, trained.spec, trained.state["split"])
     return predict.test(trained, data, make_batches(args, trained.device))
 
 

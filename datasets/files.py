@@ -234,7 +234,7 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     places = Counter(found.values())
     if clashes := [str(place) for place, count in places.items() if count > 1]:
         result = f"several files would be written as {first_ten(clashes)}"
-        advice = "predict their parent folder, or each with its own --results"
+        advice = "rename one, predict their parent folder, or each with its own --results"
         raise InputError(f"--predict: {result}; {advice}")
     return found, other
 

@@ -102,7 +102,7 @@ def slices(name: str, group: str, image: Path, mask: Path | None, part: str) -> 
 
 
 def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
-    """images/ and masks/ by stem; optionally unlabeled/, val/images and val/masks.
+    """images/ and masks/ by stem; optionally unlabeled/, and val/ and test/ with the same two.
 
     Files are pictures or NIfTI volumes, whose slices are samples. Images without a mask are
     unlabeled.
@@ -115,7 +115,9 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
             stem = stem_of(file)
             if file.name.startswith("."):
                 continue
-            if file.is_dir() or not (is_volume(file) or is_picture(file)):
+            if file.is_dir():
+                problems.append(f"{file}: a folder; files must lie directly in {folder}")
+            elif not (is_volume(file) or is_picture(file)):
                 problems.append(f"{file}: neither a picture nor a NIfTI volume")
             elif stem in files:
                 problems.append(f"{file}: {files[stem].name} has the same stem")
@@ -127,6 +129,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
         ("train", "images", "masks"),
         ("train", "unlabeled", None),
         ("val", "val/images", "val/masks"),
+        ("test", "test/images", "test/masks"),
     )
     for part, images, masks in places:
         found, truths = by_stem(root / images), by_stem(root / masks) if masks else {}
@@ -163,7 +166,12 @@ INDEX = {
 
 
 def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
-    """The parts of the layout that a kind of split uses; split files may use all of them."""
+    """The parts of the layout that a kind of split uses; split files may use all of them.
+
+    A part is also a kind, which uses itself alone.
+    """
+    if kind in PARTS:
+        return (kind,)
     if kind not in SPLITS:
         return PARTS
     if spec.layout == "folder":
@@ -177,16 +185,19 @@ def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
 
 
 def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
-    """The samples under root that a kind of split uses, sorted by id; InputError if none."""
+    """The samples under root that a split or part uses, sorted by id; InputError if none."""
+    page = "docs/own_data.md" if spec.layout == "folder" else "README.md"
     if spec.layout != "phantom" and not root.is_dir():
-        expected = f"expected {spec.name} in the layout that README.md describes"
-        raise InputError(f"--data-root {root}: no such folder; {expected}")
+        raise InputError(f"--data-root {root}: no such folder; {page} describes the layout")
     parts = parts_of(spec, kind)
     samples = [s for s in INDEX[spec.layout](spec, root) if s.part in parts]
     if not samples:
-        found = f"contains no image in the layout {spec.layout!r}"
-        raise InputError(f"--data-root {root}: {found}; README.md describes the layout")
+        which = f"{kind} image" if kind in PARTS else "image"
+        found = f"contains no {which} in the layout {spec.layout!r}"
+        raise InputError(f"--data-root {root}: {found}; {page} describes the layout")
     counts = Counter(sample.id for sample in samples)
-    if duplicates := sorted(name for name, count in counts.items() if count > 1):
-        raise InputError(f"--data-root {root}: duplicate ids: {first_ten(duplicates)}")
-    return sorted(samples, key=lambda sample: sample.id)
+    samples.sort(key=lambda sample: sample.id)
+    if twice := [s for s in samples if counts[s.id] > 1]:
+        files = [f"{s.id} ({getattr(s.image, 'path', s.image)})" for s in twice]
+        raise InputError(f"--data-root {root}: duplicate ids: {first_ten(files)}")
+    return samples

@@ -26,10 +26,12 @@ def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def test(trained, data: Data, batches: Callable) -> int:
     """--testing: write metrics.json, masks/ and panels/ of a checkpoint's validation images.
 
+    Those of --part go to a folder of that name.
+
     `trained` is main.Trained; `batches` turns a dataset into batches (x, y) on the device.
     """
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
-    folder = Path(args.results) / trained.path.resolve().parent.name
+    folder = Path(args.results) / trained.path.resolve().parent.name / (args.part or "")
     refuse_other_run(folder, trained.path)
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
@@ -58,6 +60,7 @@ def test(trained, data: Data, batches: Callable) -> int:
     about = {
         "n_images": len(samples),
         "split": state["split"],
+        "part": args.part,
         "epoch": state["epoch"],
         "checkpoint": str(trained.path),
         "dataset": spec.name,
@@ -68,7 +71,7 @@ def test(trained, data: Data, batches: Callable) -> int:
     if args.native_size:
         about["native_size"] = utils.segmentation_metrics(native.counts, spec)
     utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))
-    images = f"{len(samples)} validation images of {spec.name}"
+    images = f"{len(samples)} {args.part or 'validation'} images of {spec.name}"
     print(f"{trained.path} after epoch {state['epoch']}, on {images}, in %:")
     print(utils.format_metrics(metrics))
     if args.native_size:

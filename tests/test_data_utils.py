@@ -226,7 +226,7 @@ def test_image_split_is_the_released_codes_85_to_15_over_slices():
 
 def test_a_folders_val_is_what_it_is_validated_on(tmp_path):
     spec, root = folder_spec(), make_folder(tmp_path, 8, n_unlabeled=3, n_val=2)
-    for kind in "paper", "standard":
+    for kind in "paper", "standard", "image":
         samples = index(spec, root, kind)
         parts = split(samples, 0.5, 0, spec, kind)
         assert ids(parts.val) == ["picture 11", "picture 12"]

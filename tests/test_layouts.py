@@ -115,7 +115,7 @@ def test_a_folders_volumes_give_one_sample_per_slice(tmp_path):
             lambda root: (root / "images/notes.txt").write_text(""),
             "notes.txt: neither a picture nor",
         ),
-        (lambda root: (root / "masks/more.png").mkdir(), "more.png: neither a picture nor"),
+        (lambda root: (root / "masks/more.png").mkdir(), "more.png: a folder; files must lie"),
         (lambda root: (root / "val/masks/picture 6.png").unlink(), "picture 6.png: has no mask"),
         (
             lambda root: (root / "masks/picture 1.png").rename(root / "masks/picture 1.nii"),
@@ -125,7 +125,7 @@ def test_a_folders_volumes_give_one_sample_per_slice(tmp_path):
             lambda root: (root / "unlabeled/picture 5.png").rename(
                 root / "unlabeled/picture 0.png"
             ),
-            "duplicate ids: picture 0",
+            "unlabeled/picture 0.png)",
         ),
     ],
 )
@@ -139,6 +139,13 @@ def test_files_that_do_not_fit_the_folder_layout_are_named(tmp_path, breakage, n
 def test_missing_or_empty_root_is_named(tmp_path, name):
     assert str(tmp_path / "gone") in error_of(index, load_spec(name), tmp_path / "gone")
     assert str(tmp_path) in error_of(index, load_spec(name), tmp_path)
+
+
+def test_an_empty_folder_is_told_where_its_layout_is_described(tmp_path):
+    error = error_of(index, folder_spec(), tmp_path)
+    assert error.endswith("no image in the layout 'folder'; docs/own_data.md describes the layout")
+    error = error_of(index, folder_spec(), tmp_path, "test")
+    assert "contains no test image in the layout" in error
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,8 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
     half = make_run("half", 7, ratio=0.5)
     newest = make_run("newest", 6)
     (make_run("unfinished", 1)).unlink()  # without best.pt
+    (make_run("removed", 1)).unlink()
+    Path("checkpoints/removed/last.pt").unlink()
     for name, text in ("broken", "a ="), ("other", 'dataset = "acdc"'), ("more", "[dataset]"):
         make_run(name, 0).with_name("config.toml").write_text(text)
     assert find() == newest
@@ -321,9 +323,11 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
     assert find("--ratio", "0.50", "--dataset", "some/tiny.toml") == half
     os.utime(old.with_name("last.pt"))  # a resumed run is recent, whenever best.pt was written
     assert find() == old
-    for flags in ["--seed", "2"], ["--dataset", "voc"], ["--name", "unfinished"]:
+    for flags in ["--seed", "2"], ["--dataset", "voc"], ["--name", "removed"]:
         error = error_line(capsys, "--testing", *flags)
         assert f"checkpoints contains no trained run {' '.join(flags)}" in error
+    error = error_line(capsys, "--testing", "--name", "unfinished")
+    assert "checkpoints/unfinished: not evaluated yet; resume it" in error
 
 
 @pytest.mark.parametrize(
@@ -335,6 +339,7 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
         (["--testing", "--config", "a.toml"], "--training"),
         (["--testing", "--overwrite"], "--training"),
         (["--predict", "a.png", "--native-size"], "--testing"),
+        (["--training", "--part", "test"], "--testing"),
     ],
 )
 def test_a_flag_of_another_mode_is_an_error(capsys, flags, needed):

@@ -140,17 +140,70 @@ def test_ones_own_images_need_a_few_lines_of_toml(capsys):
     assert run("--training", *flags) == 0
     printed = capsys.readouterr().out
     assert "8 labeled, 4 unlabeled, 2 validation images" in printed
-    assert "no labeled mask contains" not in printed
+    assert "labeled mask" not in printed
     assert run("--testing") == 0
     results = Path("results/own_cyclegan_1_s0")
     names = {path.name for path in (results / "masks").iterdir()}
     assert names == {"picture 12.png", "picture 13.png"}
     metrics = json.loads((results / "metrics.json").read_text())
     assert list(metrics["iou"]) == ["dark", "bright"]
+    Path("three.toml").write_text(f"ratio = 1\n{table}".replace("bright", 'bright", "third'))
+    assert run("--training", *flags, "--dataset", "three.toml") == 0
+    assert "no labeled mask contains third: are the" in capsys.readouterr().out
     for path in (root / "masks").iterdir():  # as many tools write them: 0 and 255
         write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
-    assert run("--training", *flags, "--name", "wrong") == 0
-    assert "no labeled mask contains bright" in capsys.readouterr().out
+    wrong = [*flags, "--name", "wrong"]
+    assert "contain at most one class: are the" in error_line(capsys, "--training", *wrong)
+    fix = "ignore = 254\nlabel_ids = [0, 255]\n"
+    Path("own.toml").write_text(f"ratio = 1\n{table}{fix}")
+    masks = root / "val/masks"
+    for path in masks.iterdir():
+        write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
+    assert run("--training", *wrong) == 0  # nothing of the failed attempt is in the way
+
+
+def test_masks_that_a_ratio_leaves_unused_are_counted(capsys):
+    root = make_folder(Path("pictures"), 8, n_unlabeled=4, n_val=2)
+    Path("own.toml").write_text('[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n')
+    flags = [*tiny_on("own.toml"), "--ratio", "0.5", "--epochs", "1", "--data-root", root]
+    assert run("--training", *flags) == 0
+    expected = "4 labeled, 8 unlabeled (4 have masks that are not used), 2 validation images"
+    assert expected in capsys.readouterr().out
+
+
+def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
+    root = make_folder(Path("pictures"), 8, n_unlabeled=4)
+    kept = make_folder(Path("kept"), 3)
+    Path("own.toml").write_text('[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n')
+    flags = [*tiny_on("own.toml"), "--ratio", "0.5", "--data-root", root]
+    assert run("--training", *flags, "--epochs", "1") == 0
+    part = ["--testing", "--part", "test"]
+    assert "pictures: contains no test image" in error_line(capsys, *part)
+    (kept / "masks").rename(kept / "away")
+    kept.rename(root / "test")
+    assert "--part test: no image has a mask" in error_line(capsys, *part)
+    (root / "test/away").rename(root / "test/masks")
+    assert run(*part) == 0
+    assert "on 3 test images of own" in capsys.readouterr().out
+    results = Path("results/own_cyclegan_0.5_s0/test")
+    metrics = json.loads((results / "metrics.json").read_text())
+    assert (metrics["part"], metrics["n_images"]) == ("test", 3)
+    assert {path.name for path in (results / "masks").iterdir()} == {
+        "picture 0.png", "picture 1.png", "picture 2.png",
+    }  # fmt: skip
+    other = make_folder(Path("other/test"), 2).parent  # of another hospital, with nothing else
+    assert run(*part, "--data-root", other, "--results", "theirs") == 0
+    error = error_line(capsys, "--testing", "--part", "val")
+    assert "--part val: the run's split has already divided this part" in error
+    for number in range(3):  # other names: a split file may name images of all parts
+        for file in (root / "test").glob(f"*/picture {number}.png"):
+            file.rename(file.with_name(f"late {number}.png"))
+    lists = {"labeled": ["picture 1"], "unlabeled": ["late 2"], "val": ["picture 2"]}
+    Path("mine.json").write_text(json.dumps(lists))
+    own = [flag for flag in flags if flag not in ("--ratio", "0.5")]
+    assert run("--training", *own, "--epochs", "1", "--split", "mine.json") == 0
+    error = error_line(capsys, *part, "--name", "own_cyclegan_mine_s0")
+    assert "--part test: in the run's split: late 2" in error
 
 
 # --split FILE
@@ -174,7 +227,7 @@ def test_a_split_file_decides_what_is_labeled_in_training_testing_and_resuming(c
     assert run(*flags) == 0
     printed = capsys.readouterr().out
     assert "supervised, lists/mine.json, seed 0" in printed
-    assert "2 labeled, 3 unlabeled, 2 validation images" in printed
+    assert "2 labeled, 3 unlabeled (3 have masks that are not used), 2 validation" in printed
     name = "tiny_supervised_mine_s0"
     expected = {role: sorted(ids) for role, ids in LISTS.items()}
     ids = split_ids(name)

@@ -120,11 +120,11 @@ def export(argv: list[str]) -> int:
             raise utils.TrainingError(f"{file}: deleted, {message}")
     print(f"{file}: {trained.path}, epoch {trained.state['epoch']}, {spec.name}")
     print(f"input   pixels  {dtype:7}  (batch, {spec.channels}, height, width), as decoded")
-    print(f"output  logits  float32  (batch, {len(spec.classes)}, height, width)")
     height, width = trained.args.size
     print(f"        resized to {height}x{width}, bilinear and antialiased, as --predict does")
     if dtype == "float32" and normalization == "half":
         print("        scaled to their own range, as 16-bit images and volumes were in training")
+    print(f"output  logits  float32  (batch, {len(spec.classes)}, height, width)")
     print("classes " + ", ".join(f"{k} {name}" for k, name in enumerate(spec.classes)))
     return 0
 
