@@ -19,6 +19,7 @@ import itertools
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     def convert(text: str) -> float:
         value = kind(text)
         if not low <= value <= high or not math.isfinite(value) or (above and value == low):
-            limit = f" and at most {high:g}" if high < math.inf else ""
-            least = f"{'greater than' if above else 'at least'} {low:g}"
+            limit = f" and at most {high:,}" if high < math.inf else ""
+            least = f"{'greater than' if above else 'at least'} {low:,}"
             raise argparse.ArgumentTypeError(f"{text} must be {least}{limit}")
         return value
 
@@ -186,7 +187,13 @@ def build_parser() -> Parser:
     flag("--compile", action=switch, default=False, help="torch.compile the networks")
     flag("--deterministic", action=switch, default=False, help="deterministic kernels")
     workers = number(int, 0, 1000)
-    flag("--workers", type=workers, default=2, metavar="N", help="processes that load images")
+    flag(
+        "--workers",
+        type=workers,
+        default=2,
+        metavar="N",
+        help="processes that load images, for training and evaluation each",
+    )
 
     flag = parser.group("files")
     flag("--data-root", metavar="DIR", help="folder of the dataset; default: data/<dataset>")
@@ -416,7 +423,7 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
         advice = "resume it, or give its last.pt as --checkpoint"
         raise InputError(f"{utils.first_ten(unfinished)}: not evaluated yet; {advice}")
     if not runs:
-        flags = "".join(f" --{key} {value}" for key, value in wanted.items())
+        flags = "".join(f" --{key} {args.given[key]}" for key in wanted)
         advice = f"start one with python main.py --training{flags}"
         raise InputError(f"{args.checkpoints} contains no trained run{flags}: {advice}")
     return max(runs, key=runs.get)
@@ -496,13 +503,15 @@ def main(argv: list[str] | None = None, command: Callable[[list[str]], int] = ru
     except (InputError, TrainingError) as error:
         message, code = str(error), 2 if isinstance(error, InputError) else 1
     except OSError as error:
-        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 1
+        other = "standard output" if isinstance(error, BrokenPipeError) else "a file"
+        message, code = f"{error.filename or other}: {error.strerror or error}", 1
     except KeyboardInterrupt:  # a tool's: this program's own signals are handled
         message, code = "interrupted", 130
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         message, code = utils.failure(error), 1
-        if message is None:
-            raise
+        if message is None:  # a bug; raised, it would keep the loaders' processes alive
+            traceback.print_exc()
+            return code
     if utils.local_rank() == 0 or message.startswith("out of memory"):
         print(f"error: {message}", file=sys.stderr)
     return code

@@ -262,8 +262,8 @@ def failure(error: Exception) -> str | None:
     signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return (
-            "out of memory; half the --batch-size or half the area of --size needs half of it, "
-            "--ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
+            "out of memory; in training, half the --batch-size or half the area of --size needs "
+            "half of it, --ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
         )
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -211,6 +211,7 @@ def visible_files(folder: Path) -> list[Path]:
             continue
         entered.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
+        folders.sort(key=lambda name: (Path(home, name).is_symlink(), name))  # links come last
         found += [Path(home, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.is_file())
 
@@ -231,8 +232,8 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
                 found.setdefault(file, place.with_name(stem_of(file)))
             else:
                 other.append(f"{file}: neither a picture nor a NIfTI volume")
-    places = Counter(found.values())
-    if clashes := [str(place) for place, count in places.items() if count > 1]:
+    places = Counter((place, is_volume(file)) for file, place in found.items())
+    if clashes := [str(place) for (place, _), count in places.items() if count > 1]:
         result = f"several files would be written as {first_ten(clashes)}"
         advice = "rename one, predict their parent folder, or each with its own --results"
         raise InputError(f"--predict: {result}; {advice}")

@@ -144,10 +144,11 @@ def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
     ids, n_ids = spec.label_ids, k - bool(spec.void_ids)
     per_class = ids is None or (_ints(ids, 0, 256) and len({*ids}) == len(ids) == n_ids)
     pool = isinstance(spec.pool, tuple) and spec.pool and all(p in PARTS for p in spec.pool)
-    standard = isinstance(spec.standard, tuple) and len({*spec.standard} & {*PARTS}) == 2
+    standard = isinstance(spec.standard, tuple) and all(p in PARTS for p in spec.standard)
     scored = _ints(spec.scored, 0, k) and 0 < len(spec.scored) == len({*spec.scored})
     void_last = not spec.void_ids or spec.void == k - 1
-    name = type(spec.name) is str and Path(spec.name).name == spec.name
+    name = type(spec.name) is str and Path(spec.name).name == spec.name and spec.name.isprintable()
+    name = name and spec.name != "" and not spec.name.startswith(".")
     checks = {
         "name": (name, "a name without slashes"),
         "layout": (spec.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
@@ -165,7 +166,8 @@ def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
         ),
         "pool": (pool, f"some of {', '.join(PARTS)}"),
         "standard": (
-            spec.standard is None or (standard and len(spec.standard) == 2),
+            spec.standard is None
+            or (standard and len({*spec.standard}) == len(spec.standard) == 2),
             f"two of {', '.join(PARTS)}",
         ),
     }

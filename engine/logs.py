@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
+from datasets.files import naming
 
 
 class Logs:
@@ -50,8 +52,8 @@ class Logs:
         postfix = {name: f"{value:.3f}" for name, value in values.items()}
         self.bar.set_postfix(postfix, refresh=False)
 
-    def evaluation(self, title: str, record: dict, grid: Tensor) -> None:
-        """Log an evaluation: a line in metrics.jsonl and on the screen, curves, a picture."""
+    def evaluation(self, record: dict, grid: Tensor) -> None:
+        """Log an evaluation: a line in metrics.jsonl, curves, a picture."""
         before = self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
         utils.write_atomically(self.log, f"{before}{json.dumps(record)}\n")
         means = "miou", "miou_all", "miou_official", "pixel_accuracy"
@@ -62,14 +64,18 @@ class Logs:
             if value is not None:
                 self.events.scalar(tag, value, record["step"])
         self.events.image("validation", grid, record["step"])
-        terms = ", ".join(f"{name} {value:.3f}" for name, value in record["losses"].items())
+
+    def say(self, title: str, losses: dict[str, float]) -> None:
+        """Print an evaluation and the mean losses before it, above the progress bar."""
+        terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         with tqdm.external_write_mode():
             print(f"{title}, {terms}", flush=True)
 
     def forget_after(self, epoch: int) -> None:
         """Drop the evaluations after an epoch; a resumed run repeats them."""
         lines = self.log.read_text().splitlines() if self.log.is_file() else []
-        kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+        with naming(self.log):
+            kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
         utils.write_atomically(self.log, "".join(f"{line}\n" for line in kept))
 
     def close(self) -> None:
@@ -137,16 +143,17 @@ class EventLog:
 def write_manifest(folder: Path, device: torch.device, **more) -> None:
     """Add to manifest.json: the command, versions, device, commit, and `more`."""
     path = folder / "manifest.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    with naming(path):
+        before = dict(json.loads(path.read_text())) if path.is_file() else {}
     home = str(Path(__file__).parents[1])
-    describe = ["git", "-C", home, "describe", "--always", "--dirty", "--abbrev=40"]
+    describe = ["git", "-C", home, "describe", "--always", "--exclude=*", "--dirty", "--abbrev=40"]
     try:
         git = subprocess.run(describe, capture_output=True, text=True, check=True)
         commit = git.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # not a checkout, or no git
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    now = {"command": " ".join(sys.argv), "device": str(device), "gpu": gpu, "commit": commit}
+    now = {"command": shlex.join(sys.argv), "device": str(device), "gpu": gpu, "commit": commit}
     now |= {name: version(name) for name in ("torch", "torchvision", "numpy")}
     now |= {"python": platform.python_version(), "platform": platform.platform()}
     utils.write_atomically(path, json.dumps({**before, **now, **more}, indent=1))

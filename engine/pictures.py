@@ -51,8 +51,6 @@ def save_overlay(path: Path, picture: Tensor, mask: Tensor, palette: Palette) ->
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     x, mask = picture.float().cpu(), mask.cpu()
-    low, high = x.min(), x.max().clamp(min=x.min() + 1e-12)
-    if picture.dtype == torch.uint8:
-        low, high = 0, 255
-    gray = ((x - low) / (high - low)).expand(3, -1, -1)
+    low, high = (0, 255) if picture.dtype == torch.uint8 else (x.min(), x.max())
+    gray = ((x - low) / ((high - low) or 1)).expand(3, -1, -1)
     save_image(torch.where(mask > 0, (gray + colorize(mask[None], palette)[0]) / 2, gray), path)

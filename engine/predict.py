@@ -31,8 +31,7 @@ def test(trained, data: Data, batches: Callable) -> int:
     `trained` is main.Trained; `batches` turns a dataset into batches (x, y) on the device.
     """
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
-    folder = Path(args.results) / trained.path.resolve().parent.name / (args.part or "")
-    refuse_other_run(folder, trained.path)
+    folder = claim(args.results, trained.path) / (args.part or "")
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
         for old in (folder / sub).glob("*.png"):  # of an earlier test
@@ -80,15 +79,24 @@ def test(trained, data: Data, batches: Callable) -> int:
     return 0
 
 
-def refuse_other_run(folder: Path, checkpoint: Path) -> None:
-    """InputError if a results folder belongs to another run of the same name."""
-    metrics = folder / "metrics.json"
-    if metrics.is_file():
-        with files.naming(metrics):
-            before = Path(json.loads(metrics.read_text())["checkpoint"])
-        if before.exists() and before.resolve().parent != checkpoint.resolve().parent:
-            advice = "give another folder as --results"
+def claim(results: str, checkpoint: Path) -> Path:
+    """Create the folder of a run's results, and note there whose they are (checkpoint.txt).
+
+    InputError if it has the results of another run of the same name, or files of another origin.
+    """
+    run = checkpoint.resolve().parent
+    folder, advice = Path(results) / run.name, "give another folder as --results"
+    utils.make_folder(folder, "--results")
+    note = folder / "checkpoint.txt"
+    if note.is_file():
+        with files.naming(note):
+            before = Path(note.read_text(encoding="utf-8").strip())
+        if before.exists() and before.resolve().parent != run:
             raise InputError(f"{folder}: contains the results of {before}; {advice}")
+    elif any(folder.iterdir()):
+        raise InputError(f"{folder}: contains files but no checkpoint.txt; {advice}")
+    utils.write_atomically(note, f"{checkpoint}\n")
+    return folder
 
 
 @torch.inference_mode()
@@ -100,8 +108,7 @@ def predict(trained) -> int:
     args, spec = trained.args, trained.spec
     unreadable: list[str] = []
     found, other = files.find_pictures([Path(path) for path in args.predict])
-    folder = Path(args.results) / trained.path.resolve().parent.name / "predict"
-    refuse_other_run(folder.parent, trained.path)
+    folder = claim(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
 
     def planes() -> Iterator[tuple[Path, int, Tensor]]:
@@ -118,6 +125,8 @@ def predict(trained) -> int:
     masks: dict[Path, list[Tensor]] = {}
     while batch := list(itertools.islice(waiting, args.batch_size)):
         x = [resize(plane, args.size)[None].to(trained.device) for _, _, plane in batch]
+        if trained.state.get("image_dtype") == "float32":  # in training each had its own range
+            x = [each.float() for each in x]
         x = torch.cat([normalize(each, args.normalization) for each in x])
         logits = trained.model.segment(x)
         for (path, n_planes, plane), own in zip(batch, logits, strict=True):
@@ -134,7 +143,7 @@ def predict(trained) -> int:
                 n_written += 1
     for problem in other + unreadable:
         print(f"skipped {problem}")
-    if not n_written:
+    if not n_written and not unreadable:
         raise InputError("--predict: found no picture and no NIfTI volume")
     print(f"{n_written} masks by {trained.path} are in {folder / 'masks'}")
     if unreadable:

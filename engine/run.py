@@ -60,6 +60,8 @@ class Run:
             if utils.rank() == 0:
                 stack.enter_context(locked(self.folder, "--checkpoints"))
             self.state = utils.from_first(None if utils.rank() else self._previous_state())
+            if self.args.init and not self.state:
+                self.initial = utils.load_checkpoint(utils.checkpoint_file(self.args.init))
             self.exit = stack.pop_all()
         return self
 
@@ -95,7 +97,7 @@ class Run:
         if self.state:
             self._restore(self.state)
         elif args.init:
-            self._initialize(utils.load_checkpoint(utils.checkpoint_file(args.init)))
+            self._initialize(self.initial)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         if utils.rank() == 0:
             if not self.state:
@@ -179,6 +181,8 @@ class Run:
         (self.stopped,) = utils.agree(stop.signum)
         if self.stopped:
             return
+        if not self.evaluated and not self.state:  # no best.pt without a last.pt
+            self._save("last.pt")
         losses, self.sums, self.evaluated = self._mean_losses(), {}, self.epoch
         self.metrics = utils.segmentation_metrics(utils.total(counts), self.spec)
         miou, best = self.metrics["miou"] or 0.0, f"best {self.best['miou']:.4f}"
@@ -189,8 +193,10 @@ class Run:
             step = {"epoch": self.epoch, "step": self.global_step}
             title = f"epoch {self.epoch}/{self.args.epochs}{self.speed}"
             title = f"{title}: {utils.format_means(self.metrics)} ({best})"
-            self.logs.evaluation(title, step | self.metrics | {"losses": losses}, self._grid())
+            self.logs.evaluation(step | self.metrics | {"losses": losses}, self._grid())
         self._save("last.pt")
+        if utils.rank() == 0:
+            self.logs.say(title, losses)
 
     def end(self) -> int:
         """Save, print how the run ended, and return the exit code: 0, or 128 + n after signal n."""
@@ -265,9 +271,21 @@ class Run:
             utils.save_checkpoint(self.folder / name, state)
 
     def _previous_state(self) -> dict | None:
-        """The last.pt of a run with the same settings; None for a new run."""
+        """The last.pt of a run with the same settings; None for a new run.
+
+        InputError if the folder has another run, or files that a new one would delete.
+        """
         path = self.folder / "last.pt"
-        if self.args.overwrite or not path.is_file():
+        if self.args.overwrite:
+            if self._old_files() and not (self.folder / "config.toml").is_file():
+                raise InputError(f"--overwrite: {self.folder} contains no run; delete it by hand")
+            return None
+        if not path.is_file():
+            results = "best.pt", "metrics.jsonl"
+            if found := [name for name in results if (self.folder / name).exists()]:
+                lacking = f"contains {found[0]} but no last.pt, so no run can resume"
+                advice = "give --name for another folder, or --overwrite to start over"
+                raise InputError(f"{self.folder}: {lacking}; {advice}")
             return None
         state = utils.load_checkpoint(path)
         progress = state.get("progress")
@@ -329,21 +347,22 @@ class Run:
         """A new run's config.toml and split.json; --overwrite deletes the run that was there."""
         folder, config = self.folder, self.folder / "config.toml"
         if self.args.overwrite:
-            old = [path for path in folder.iterdir() if path.name != "lock"]
-            if old and not config.is_file():
-                raise InputError(f"--overwrite: {folder} contains no run; delete it by hand")
+            old = self._old_files()
             for path in sorted(old, key=lambda path: path == config):  # the sign of a run goes last
                 is_folder = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if is_folder else path.unlink()
-        for log in "metrics.jsonl", "events.out.tfevents*":  # of a run without any last.pt
-            for path in folder.glob(log):
-                path.unlink()
+        for path in folder.glob("events.out.tfevents*"):  # of a run without any last.pt
+            path.unlink()
         note = f"# python main.py --training --dataset {config} --name NAME repeats this run"
         tables = f"{to_toml(self.args.flags)}\n[dataset]\n{to_toml(asdict(self.spec))}"
         utils.write_atomically(config, f"{note}\n{tables}")
         parts = self.data.split
         lists = json.dumps({**parts.ids(), "hash": parts.hash()}, indent=1)
         utils.write_atomically(folder / "split.json", lists)
+
+    def _old_files(self) -> list[Path]:
+        """What the folder contains besides the lock."""
+        return [path for path in self.folder.iterdir() if path.name != "lock"]
 
 
 def keep_strides(optimizer: torch.optim.Optimizer) -> None:

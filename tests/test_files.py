@@ -346,6 +346,8 @@ def test_paths_to_predict_must_exist_and_their_results_differ(tmp_path):
     for name in "a.png", "a.jpg":
         (tmp_path / name).write_text("")
     assert "several files would be written as a;" in error_of(files.find_pictures, [tmp_path])
+    (tmp_path / "a.jpg").rename(tmp_path / "a.nii")  # which becomes a.nii.gz
+    assert len(files.find_pictures([tmp_path])[0]) == 2
 
 
 def test_linked_folders_are_searched_once_and_hidden_ones_not(tmp_path):
@@ -358,6 +360,11 @@ def test_linked_folders_are_searched_once_and_hidden_ones_not(tmp_path):
     found, other = files.find_pictures([mine])
     assert {*map(str, found.values())} == {"a", "link/c"}
     assert not other
+    for number in range(9):  # a folder is found where it is, not through a link
+        (mine / f"{number}").symlink_to(mine / "real")
+    (mine / "real").mkdir()
+    (mine / "real/d.png").write_text("")
+    assert {*map(str, files.find_pictures([mine])[0].values())} == {"a", "link/c", "real/d"}
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])

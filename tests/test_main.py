@@ -235,10 +235,11 @@ def test_a_wrong_flag_of_a_training_is_one_error_line(capsys, flags, named):
 @pytest.mark.parametrize(
     ("raised", "message"),
     [
-        (MemoryError(), "out of memory; half the --batch-size"),
-        (RuntimeError("CUDA error: out of memory"), "out of memory; half the --batch-size"),
+        (MemoryError(), "out of memory; in training, half the --batch-size"),
+        (RuntimeError("CUDA error: out of memory"), "out of memory; in training, half"),
         (PermissionError(13, "Permission denied", "a/b.png"), "a/b.png: Permission denied"),
         (utils.TrainingError("no more"), "no more"),
+        (BrokenPipeError(32, "Broken pipe"), "standard output: Broken pipe"),
     ],
 )
 def test_a_failure_of_the_machine_is_one_error_line_and_exit_code_1(capsys, raised, message):
@@ -279,12 +280,14 @@ def test_the_first_process_of_each_machine_prints_errors(capsys, monkeypatch):
         assert len(capsys.readouterr().err.splitlines()) == n_lines
 
 
-def test_a_defect_of_the_program_is_a_traceback():
+def test_a_defect_of_the_program_is_a_traceback(capsys):
     def failing(_argv):
-        raise RuntimeError("shapes differ")
+        raise ValueError("shapes differ")
 
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        main.main([], failing)
+    assert main.main([], failing) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("ValueError: shapes differ\n")
 
 
 # Which checkpoint is used
@@ -326,6 +329,8 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
     for flags in ["--seed", "2"], ["--dataset", "voc"], ["--name", "removed"]:
         error = error_line(capsys, "--testing", *flags)
         assert f"checkpoints contains no trained run {' '.join(flags)}" in error
+    error = error_line(capsys, "--testing", "--dataset", "../camvid.toml")
+    assert "start one with python main.py --training --dataset ../camvid.toml" in error
     error = error_line(capsys, "--testing", "--name", "unfinished")
     assert "checkpoints/unfinished: not evaluated yet; resume it" in error
 

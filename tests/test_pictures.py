@@ -60,6 +60,7 @@ def test_picture_grid_shows_each_color_channel_from_its_darkest_to_its_brightest
         (torch.tensor([[[0, 100], [200, 40]]], dtype=torch.uint8), [0, 100, 200, 40]),
         (torch.tensor([[[-3.0, -1], [7, 2]]]), [0, 51, 255, 127.5]),  # darkest to brightest
         (torch.zeros(1, 2, 2), [0, 0, 0, 0]),
+        (torch.full((1, 2, 2), 100.0), [0, 0, 0, 0]),
     ],
 )
 def test_overlay_mixes_picture_and_colors_but_for_the_first_class(tmp_path, picture, gray):

@@ -52,8 +52,11 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     results, ids = Path("results", name), split_ids(name)
     for folder in "masks", "panels":
         (results / folder).mkdir(parents=True)
-        (results / folder / "old.png").touch()  # of an earlier test
+        (results / folder / "old.png").touch()
     capsys.readouterr()
+    assert f"{results}: contains files but no checkpoint.txt" in error_line(capsys, "--testing")
+    assert (results / "masks/old.png").is_file()
+    (results / "checkpoint.txt").write_text(f"checkpoints/{name}/best.pt\n")  # an earlier test
     assert run("--testing") == 0
     printed = capsys.readouterr().out
     metrics = metrics_of(name)
@@ -216,6 +219,7 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
     for line, name in zip(skipped, ("broken.png", "film.nii", "notes.txt"), strict=True):
         assert name in line
     assert f"6 masks by {trained} are in {MASKS}" in lines
+    assert "unreadable files: " in error_line(capsys, "--predict", mine / "broken.png", code=1)
     sizes = {
         "grey": (41, 30),
         "with alpha 1": (90, 17),
@@ -245,8 +249,29 @@ def test_results_of_another_run_with_the_same_name_are_kept(capsys, trained):
         error = error_line(capsys, *mode, "--checkpoint", other / "last.pt")
         assert f"{RESULTS}: contains the results of {trained}; give another folder" in error
     assert run("--testing", "--checkpoint", trained.with_name("last.pt")) == 0  # of the same run
+    one = ["--predict", "one.png", "--results", "predicted", "--checkpoint"]
+    assert run(*one, trained) == 0
+    assert f"contains the results of {trained}" in error_line(capsys, *one, other)
     shutil.rmtree(trained.parent)
     assert run("--testing", "--checkpoint", other) == 0
+
+
+def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeypatch, trained):
+    """--normalization half: with a 16-bit image in the dataset each image had its own range."""
+    state = utils.load_checkpoint(trained)
+    state["settings"]["normalization"] = "half"
+    pixels = np.random.default_rng(0).integers(50, 100, (20, 20)).astype(np.uint8)
+    Image.fromarray(pixels).save("one.png")
+    seen, segment = [], main.METHODS["supervised"].segment
+    monkeypatch.setattr(
+        main.METHODS["supervised"], "segment", lambda self, x: seen.append(x) or segment(self, x)
+    )
+    for dtype in "uint8", "float32":
+        utils.save_checkpoint(trained, state | {"image_dtype": dtype})
+        assert run("--predict", "one.png") == 0
+    (lowest, highest), ends = torch.aminmax(seen[0]), torch.aminmax(seen[1])
+    assert -1 < lowest < highest < 0
+    assert torch.equal(torch.stack(ends), torch.tensor([-1.0, 1.0]))
 
 
 def test_overlays_are_written_only_where_asked_for(trained):

@@ -394,10 +394,12 @@ def test_labels_by_exam_are_not_beside_the_papers_numbers():
 
 
 def test_the_commits_of_each_experiment_are_listed():
-    for name, seed, commit in ("ours", 0, "a" * 40), ("ours", 1, "b" * 40), ("partial", 0, None):
+    for name, seed, commit in ("ours", 0, "a" * 40), ("ours", 1, "b" * 40), ("partial", 0, None), (
+        "partial", 1, "c" * 40 + "-dirty",
+    ):  # fmt: skip
         path = make_run(name, seed, [0.5]) / "manifest.json"
         path.write_text(json.dumps({"commit": commit}))
-    assert "\nCommits: partial unknown; ours aaaaaaa, bbbbbbb\n" in report_of()
+    assert "\nCommits: partial unknown, ccccccc-dirty; ours aaaaaaa, bbbbbbb\n" in report_of()
 
 
 def test_folders_without_an_experiments_name_are_listed_and_left_out(capsys):

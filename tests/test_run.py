@@ -1,5 +1,6 @@
 """A run's folder: its files, resuming, and what happens when a run is disturbed."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -343,7 +344,7 @@ def test_a_resumed_run_logs_every_step_and_evaluation_once(monkeypatch):
     assert [event.step for event in events.Scalars("loss/gen_S")] == [*range(1, 9)]
 
 
-@pytest.mark.parametrize(("minutes", "n_saved"), [("0", 8 + 2), ("1.5", 4 + 2), ("100", 2)])
+@pytest.mark.parametrize(("minutes", "n_saved"), [("0", 8 + 3), ("1.5", 4 + 3), ("100", 3)])
 def test_checkpoints_are_written_when_due(monkeypatch, minutes, n_saved):
     saved, clock = [], [0]
 
@@ -550,8 +551,8 @@ def test_init_takes_over_the_networks_that_both_have(capsys):
 
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_log(trained):
-    for leftover in trained.with_name("last.pt"), trained:
-        leftover.unlink()
+    for name in "last.pt", "best.pt", "metrics.jsonl":
+        (SIMPLE / name).unlink()
     (before,) = trained.parent.glob("events.out.tfevents*")
     before.rename(f"{before}.before")
     assert run("--training", *SUPERVISED) == 0
@@ -569,6 +570,52 @@ def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
     assert precious.is_file()
 
 
+@pytest.mark.parametrize("name", ["best.pt", "metrics.jsonl"])
+def test_results_without_a_last_checkpoint_are_not_trained_over(capsys, trained, name):
+    for other in {"last.pt", "best.pt", "metrics.jsonl", "config.toml"} - {name}:
+        (SIMPLE / other).unlink()
+    before = (SIMPLE / name).read_bytes()
+    error = error_line(capsys, "--training", *SUPERVISED)
+    assert f"{SIMPLE}: contains {name} but no last.pt" in error
+    assert (SIMPLE / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("killed_in", ["_save", "evaluation"])
+def test_a_run_killed_in_its_first_evaluation_resumes(monkeypatch, killed_in):
+    """last.pt is there before best.pt and metrics.jsonl are."""
+    owner = engine.run.Run if killed_in == "_save" else engine.run.Logs
+    real = getattr(owner, killed_in)
+
+    def dying(self, *args):
+        real(self, *args)
+        if killed_in == "evaluation" or args == ("best.pt",):
+            raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, killed_in, dying)
+        with pytest.raises(SystemExit):
+            run("--training", *SUPERVISED)
+    assert (SIMPLE / "best.pt").is_file()
+    assert run("--training", *SUPERVISED) == 0
+    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
+
+
+def test_a_damaged_log_is_named_when_a_run_resumes(capsys, trained):
+    flags = ["--training", *SUPERVISED, "--epochs", "2", "--decay-epoch", "1", "--overwrite"]
+    steps = itertools.count(1)  # 4 an epoch
+    with pytest.MonkeyPatch.context() as patch:
+        late = lambda *_: next(steps) == 6 and setattr(stop, "signum", signal.SIGTERM)  # noqa: E731
+        record_steps(patch, "supervised", late)
+        assert run(*flags) == 128 + signal.SIGTERM
+    stop.signum = 0
+    for name in "metrics.jsonl", "manifest.json":
+        whole = (SIMPLE / name).read_text()
+        (SIMPLE / name).write_text(whole[:-20])
+        assert f"{SIMPLE / name}: " in error_line(capsys, *flags[:-1])
+        (SIMPLE / name).write_text(whole)
+    assert run(*flags[:-1]) == 0
+
+
 def test_overwriting_that_was_cut_short_can_be_done_again(trained):
     for name in "last.pt", "best.pt", "split.json":
         (SIMPLE / name).unlink()
@@ -576,7 +623,8 @@ def test_overwriting_that_was_cut_short_can_be_done_again(trained):
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(capsys, trained):
-    (SIMPLE / "last.pt").unlink()
+    for name in "last.pt", "best.pt", "metrics.jsonl":
+        (SIMPLE / name).unlink()
     assert run("--training", *SUPERVISED) == 0
     assert "resuming" not in capsys.readouterr().out
     assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
@@ -685,6 +733,27 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_128_and_its_number():
     assert "SIGINT: saved checkpoints/tiny_cyclegan_0.2_s0/last.pt" in out
     assert "Traceback" not in err
     assert last_state("tiny_cyclegan_0.2_s0")["epoch"] >= 1
+
+
+def test_a_defect_in_a_step_ends_the_program_and_its_workers():
+    script = "import sys, main, model\nmodel.Supervised.step = None\nsys.exit(main.main())"
+    flags = ["--training", *SUPERVISED, "--workers", "1"]
+    command = [sys.executable, "-c", script, *flags]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.endswith("TypeError: 'NoneType' object is not callable\n")
+
+
+def test_a_reader_that_hangs_up_loses_no_checkpoint():
+    command = [sys.executable, ROOT / "main.py", "--training", *SUPERVISED]
+    command = ["bash", "-o", "pipefail", "-c", '"$@" | head -n 3', "bash", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1, "error: standard output: Broken pipe",
+    )  # fmt: skip
+    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
+    assert last_state(SIMPLE.name)["progress"]["evaluated"] == 1
 
 
 def test_a_second_signal_does_not_wait(monkeypatch):

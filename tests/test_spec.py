@@ -99,7 +99,7 @@ def test_missing_key_is_named(key):
 
 BLACK_WHITE = [[0, 0, 0], [255, 255, 255]]
 WRONG = {
-    "name": ["a/b", 3],
+    "name": ["a/b", 3, "", "..", ".a", "a\nb"],
     "layout": ["nope", 3, {"a": 1}],
     "classes": [[], ["one"], ["sky", "tree", "tree"], [1, 2, 3], "abc"],
     "palette": [
@@ -120,6 +120,7 @@ WRONG = {
     "counts": [[1], [1, 2, 3], [0, 5], [5, 0], [1.5, 2], 100],
     "standard": [
         [], ["train"], ["train", "train"], ["train", "dev"], ["train", "val", "test"], "train", 1,
+        [{"a": 1}, "val"], ["train", "train", "val"],
     ],
     "standard_counts": [[1], [0, 5], [1.5, 2], 100],
 }  # fmt: skip

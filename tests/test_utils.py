@@ -252,9 +252,12 @@ def test_a_share_is_the_count_over_the_processes_and_of_at_least_one(monkeypatch
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "out of memory; half the --batch-size"),
-        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory; half the"),
-        (RuntimeError("[enforce fail] not enough memory"), "out of memory; half the"),
+        (MemoryError(), "out of memory; in training, half the --batch-size"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate"),
+            "out of memory; in training, half the",
+        ),
+        (RuntimeError("[enforce fail] not enough memory"), "out of memory; in training, half the"),
         (
             torch.distributed.DistNetworkError("reset"),
             "the connection between the processes failed (reset)",

@@ -82,7 +82,7 @@ class Step:
         flags = [f"--precision={precision}", *(f"--{switch}" for switch in switches)]
         self.args = args = main.parse_args(["--training", *argv, *flags])
         self.spec = spec = load_spec(args.dataset)
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = utils.pick_device(args.device, args.precision)
         torch.manual_seed(args.seed)
         method = model.METHODS[args.method]
         if plain and args.method == "cyclegan":
@@ -248,6 +248,8 @@ def benchmark(argv: list[str]) -> int:
     if args.count and "+compile" in " ".join(args.options):
         raise utils.InputError("--count: operations of compiled networks cannot be counted")
     run = main.parse_args(["--training", *argv])
+    if args.json:
+        utils.make_folder(args.json.parent, "--json")
     machine = f"{torch.get_num_threads()} CPU threads"
     if torch.cuda.is_available() and run.device != "cpu" and not args.count:
         machine = torch.cuda.get_device_name(run.device)

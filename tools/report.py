@@ -17,6 +17,7 @@ from pathlib import Path
 
 import main
 import utils
+from data_utils import ROLES
 from datasets.spec import make_spec, read_toml
 from utils import InputError
 
@@ -28,7 +29,6 @@ DATASETS = {
     "acdc": "ACDC",
     "camvid": "CamVid",
 }
-ROLES = ("labeled", "unlabeled", "val")
 VERSIONS = "torch torchvision numpy python device gpu commit started finished".split()
 EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
 PARSER = main.build_parser()
@@ -436,7 +436,8 @@ def commits_of(runs: list[Run]) -> str:
     commits: dict[str, dict[str, None]] = {}
     for run in runs:
         commit = run.versions.get("commit") or "unknown"
-        commits.setdefault(run.name, {})[commit[:7]] = None
+        dirty = "-dirty" * commit.endswith("-dirty")
+        commits.setdefault(run.name, {})[commit[:7] + dirty] = None
     return "; ".join(f"{name} {', '.join(found)}" for name, found in commits.items())
 
 
