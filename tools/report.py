@@ -473,7 +473,8 @@ def page(scale: str, runs: list[Run], tables: list[list[dict]], figures: dict[st
 mIoU (Section 4.2 of the paper) on the validation set after the last epoch, and after the best \
 one, which is chosen on the same images: mean ± sample standard deviation over n seeds. \
 Differences are paired by seed, with the 95% interval of Student's t. The paper's numbers are for \
-400 epochs at full size. `flags` lists what differs from the paper's settings. Written by \
+400 epochs at full size. `flags` lists what differs from the paper's settings. The IoU of each \
+class of every experiment is in [{scale}_classes.csv]({scale}_classes.csv). Written by \
 `tools/experiments.py report` from {len(runs)} runs.
 
 {without_run(tables[0])}"""
@@ -528,7 +529,7 @@ def draw_curves(runs: list[Run], path: Path) -> str:
         axes.set_title(f"{name}, {percent(ratio)}", fontsize="medium")
     figure.supylabel("mIoU", fontsize="medium")
     save(figure, grid, colors | {"the experiment": "tab:red"}, path)
-    return "mIoU by step, one line per run; the experiment of a panel with partial and full."
+    return "mIoU by step, one line per run; each panel has one experiment, partial, and full if run."
 
 
 def learning_rate(run: Run) -> tuple[list[float], list[float]]:
