@@ -59,7 +59,6 @@ def test(trained, data: Data, batches: Callable) -> int:
     about = {
         "n_images": len(samples),
         "split": state["split"],
-        "part": args.part,
         "epoch": state["epoch"],
         "checkpoint": str(trained.path),
         "dataset": spec.name,
@@ -67,6 +66,8 @@ def test(trained, data: Data, batches: Callable) -> int:
         "ratio": args.ratio,
         "seed": args.seed,
     }
+    if args.part:
+        about["part"] = args.part
     if args.native_size:
         about["native_size"] = utils.segmentation_metrics(native.counts, spec)
     utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))

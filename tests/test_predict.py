@@ -62,7 +62,7 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     metrics = metrics_of(name)
     assert metrics.keys() == {
         "miou", "miou_all", "miou_official", "pixel_accuracy", "iou", "dice", "n_images", "split",
-        "part", "epoch", "checkpoint", "dataset", "method", "ratio", "seed",
+        "epoch", "checkpoint", "dataset", "method", "ratio", "seed",
     }  # fmt: skip
     spec = load_spec("tiny.toml")
     assert list(metrics["iou"]) == list(metrics["dice"]) == list(spec.classes)
