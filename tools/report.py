@@ -529,7 +529,7 @@ def draw_curves(runs: list[Run], path: Path) -> str:
         axes.set_title(f"{name}, {percent(ratio)}", fontsize="medium")
     figure.supylabel("mIoU", fontsize="medium")
     save(figure, grid, colors | {"the experiment": "tab:red"}, path)
-    return "mIoU by step, one line per run; each panel has one experiment, partial, and full if run."
+    return "mIoU by step, one line per run; each panel shows one experiment, partial, full."
 
 
 def learning_rate(run: Run) -> tuple[list[float], list[float]]:
