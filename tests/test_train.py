@@ -155,12 +155,15 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_evaluates_aga
     assert evaluations("whole") == evaluations("cut")
 
 
-@pytest.mark.parametrize(("ignored", "labels"), [("skip", {7, IGNORE}), ("background", {0, 7})])
+@pytest.mark.parametrize(
+    ("ignored", "labels"), [("skip", {3, 7, IGNORE}), ("background", {0, 3, 7})]
+)
 def test_ignored_pixels_may_train_as_background_and_are_never_scored(monkeypatch, ignored, labels):
     root = make_voc(Path("voc"), 8)
     for path in (root / "VOCdevkit/VOC2012/SegmentationClassAug").iterdir():
         values = np.array(Image.open(path))
-        write_indexed(path, np.where(values == 255, 255, 7))
+        classes = np.where(np.arange(values.shape[1]) < 9, 3, 7)
+        write_indexed(path, np.where(values == 255, 255, classes))
     seen = record_steps(monkeypatch, "supervised", lambda model, x, y: {*y.unique().tolist()})
     flags = [*tiny_on("voc"), "--method", "supervised", "--epochs", "1", "--ratio", "0.5"]
     assert run("--training", *flags, "--ignored", ignored, "--data-root", root) == 0
