@@ -533,7 +533,8 @@ def load_part(args, spec: DatasetSpec) -> Data:
     InputError if the run's split uses it or some of its images, or if it has no masks.
     """
     if args.split in SPLITS and args.part in parts_of(spec, args.split):
-        raise InputError(f"--part {args.part}: the run's split has already divided this part")
+        advice = "--testing alone scores the run's validation images"
+        raise InputError(f"--part {args.part}: the run's split uses this part; {advice}")
     samples = [s for s in index(spec, Path(args.data_root), args.part) if s.mask is not None]
     if args.split not in SPLITS:
         with files.naming(Path(args.split)):

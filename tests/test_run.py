@@ -195,7 +195,7 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     other = make_folder(Path("other/test"), 2).parent  # of another hospital, with nothing else
     assert run(*part, "--data-root", other, "--results", "theirs") == 0
     error = error_line(capsys, "--testing", "--part", "val")
-    assert "--part val: the run's split has already divided this part" in error
+    assert "--part val: the run's split uses this part" in error
     for number in range(3):  # other names: a split file may name images of all parts
         for file in (root / "test").glob(f"*/picture {number}.png"):
             file.rename(file.with_name(f"late {number}.png"))
