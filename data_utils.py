@@ -128,12 +128,8 @@ def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
     return {ordered[i] for i in rng.permutation(len(ordered))[:n]}
 
 
-def read_split(path: Path, samples: list[Sample]) -> Split:
-    """Read a split.json: lists `labeled`, `unlabeled`, `val` of ids or whole groups.
-
-    InputError names ids that are unknown, have two roles, or are labeled without a mask, and groups
-    that are in both training and validation.
-    """
+def read_lists(path: Path) -> dict[str, list[str]]:
+    """Read a split.json: lists `labeled`, `unlabeled`, `val` of ids or whole groups."""
     with files.naming(path):
         lists = json.loads(path.read_text(encoding="utf-8"))
     for role in ROLES:
@@ -142,6 +138,16 @@ def read_split(path: Path, samples: list[Sample]) -> Split:
             raise InputError(f"{path}: expected a list of ids as {role!r}")
         if not names and role != "unlabeled":
             raise InputError(f"{path}: {role!r} is empty")
+    return lists
+
+
+def read_split(path: Path, samples: list[Sample]) -> Split:
+    """The split that a split.json lists.
+
+    InputError names ids that are unknown, have two roles, or are labeled without a mask, and groups
+    that are in both training and validation.
+    """
+    lists = read_lists(path)
     by_name: dict[str, list[Sample]] = {}
     for sample in samples:
         by_name.setdefault(sample.group, []).append(sample)
@@ -537,9 +543,7 @@ def load_part(args, spec: DatasetSpec) -> Data:
         raise InputError(f"--part {args.part}: the run's split uses this part; {advice}")
     samples = [s for s in index(spec, Path(args.data_root), args.part) if s.mask is not None]
     if args.split not in SPLITS:
-        with files.naming(Path(args.split)):
-            lists = json.loads(Path(args.split).read_text(encoding="utf-8"))
-            listed = {name for role in ROLES for name in lists[role]}
+        listed = {*itertools.chain(*map(read_lists(Path(args.split)).get, ROLES))}
         if seen := sorted(s.id for s in samples if {s.id, s.group} & listed):
             raise InputError(f"--part {args.part}: in the run's split: {first_ten(seen)}")
     if not samples:

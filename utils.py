@@ -299,6 +299,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             temporary.unlink()
 
 
+def is_folder_name(name: str) -> bool:
+    """Whether a text names one visible folder, and is not a path."""
+    return bool(name) and name == Path(name).name and name[0] != "." and name.isprintable()
+
+
 def make_folder(path: Path, flag: str) -> None:
     """Create a folder and check that it is writable; InputError names it."""
     try:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import IGNORE, InputError
+from utils import IGNORE, InputError, is_folder_name
 
 CONFIG = Path(__file__).parents[1] / "config"
 LAYOUTS = ("voc", "cityscapes", "acdc", "folder", "phantom")  # see datasets/layouts.py
@@ -147,8 +147,7 @@ def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
     standard = isinstance(spec.standard, tuple) and all(p in PARTS for p in spec.standard)
     scored = _ints(spec.scored, 0, k) and 0 < len(spec.scored) == len({*spec.scored})
     void_last = not spec.void_ids or spec.void == k - 1
-    name = type(spec.name) is str and Path(spec.name).name == spec.name and spec.name.isprintable()
-    name = name and spec.name != "" and not spec.name.startswith(".")
+    name = type(spec.name) is str and is_folder_name(spec.name)
     checks = {
         "name": (name, "a name without slashes"),
         "layout": (spec.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),

@@ -44,13 +44,17 @@ def picture_grid(x: Tensor, columns: dict[str, Tensor], palette: Palette) -> Ten
     return torch.cat([pil_to_tensor(titles) / 255, grid], 1)
 
 
+def shades(picture: Tensor) -> Tensor:
+    """A picture (C, H, W) as (3, H, W) in [0, 1]: bytes by 255, floats by their own range."""
+    low, high = (0, 255) if picture.dtype == torch.uint8 else (picture.min(), picture.max())
+    return ((picture.float() - low) / ((high - low) or 1)).expand(3, -1, -1)
+
+
 def save_overlay(path: Path, picture: Tensor, mask: Tensor, palette: Palette) -> None:
     """Write a picture (C, H, W) of any range with its half-transparent mask (H, W) on top.
 
     Pixels of the first class show the picture only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    x, mask = picture.float().cpu(), mask.cpu()
-    low, high = (0, 255) if picture.dtype == torch.uint8 else (x.min(), x.max())
-    gray = ((x - low) / ((high - low) or 1)).expand(3, -1, -1)
-    save_image(torch.where(mask > 0, (gray + colorize(mask[None], palette)[0]) / 2, gray), path)
+    shown, mask = shades(picture.cpu()), mask.cpu()
+    save_image(torch.where(mask > 0, (shown + colorize(mask[None], palette)[0]) / 2, shown), path)

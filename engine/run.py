@@ -41,7 +41,7 @@ class Run:
         self.args, self.spec, self.device = args, spec, device
         part = f"{args.ratio:g}" if args.split in SPLITS else Path(args.split).stem
         name = args.name or f"{spec.name}_{args.method}_{part}_s{args.seed}"
-        if Path(name).name != name or name.startswith(".") or not name.isprintable():
+        if not utils.is_folder_name(name):
             expected = f"expected the name of a folder in {args.checkpoints}, not a path"
             raise InputError(f"--name {name}: {expected}")
         self.folder = Path(args.checkpoints) / name

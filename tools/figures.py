@@ -30,7 +30,7 @@ import main
 import utils
 from data_utils import Stored
 from datasets.spec import DatasetSpec
-from engine.pictures import colorize
+from engine.pictures import colorize, shades
 from main import Trained
 from utils import IGNORE, InputError
 
@@ -112,10 +112,8 @@ def draw_rows(
 
     figure = Figure((full_width / dpi, full_height / dpi), dpi)
     for i, image in enumerate(images):
-        lowest, highest = (0, 255) if image.dtype == torch.uint8 else (image.min(), image.max())
-        x = (image.float() - lowest) / max(highest - lowest, 1e-12)
         colors = [colorize(mask[i : i + 1], spec.palette)[0] for mask in masks]
-        for j, picture in enumerate([x.expand(3, -1, -1), *colors]):
+        for j, picture in enumerate([shades(image), *colors]):
             left, bottom = gap + j * (width + gap), full_height - head - (i + 1) * height - i * gap
             box = left / full_width, bottom / full_height, width / full_width, height / full_height
             axes = figure.add_axes(box)
