@@ -490,6 +490,13 @@ def test_lines_of_a_figure_are_the_runs(monkeypatch):
     assert lower.lines[0].get_drawstyle() == "steps-post"
 
 
+def test_curves_name_only_what_they_show():
+    make_run("ours", 0, [0.1, 0.2])
+    assert "each panel shows one experiment.\n" in report_of()
+    make_run("partial", 0, [0.1, 0.2])
+    assert "each panel shows one experiment, partial.\n" in report_of()
+
+
 def test_a_dataset_has_its_curves_and_ours_its_schedule():
     for seed in range(2):
         for name in "partial", "ours", "ours_kernel3":
@@ -567,8 +574,9 @@ def test_keep_adds_finished_runs_and_replaces_those_that_it_has(capsys):
 def test_the_committed_report_is_that_of_the_kept_log(log):
     assert run(f"report --from {log} --out again") == 0
     rebuilt = [path for path in Path("again").iterdir() if path.suffix in (".md", ".csv")]
-    name = re.compile(rf"{log.stem}(_differences|_classes)?\.(md|csv)")
-    kept = [path for path in RESULTS.iterdir() if name.fullmatch(path.name)]
+    kept = [path for path in RESULTS.glob(f"{log.stem}*") if path.suffix in (".md", ".csv")]
+    longer = tuple(path.stem for path in RESULTS.glob(f"{log.stem}?*.jsonl"))
+    kept = [path for path in kept if not path.name.startswith(longer)]
     assert sorted(path.name for path in rebuilt) == sorted(path.name for path in kept)
     for path in rebuilt:
         assert path.read_bytes() == (RESULTS / path.name).read_bytes(), path.name

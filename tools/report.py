@@ -515,7 +515,8 @@ def draw_curves(runs: list[Run], path: Path) -> str:
     """One panel per ratio and experiment of a dataset, with Partial and Full; the caption."""
     from matplotlib.figure import Figure  # here: `list` and `run` work without matplotlib
 
-    colors = {"full": "0.6", "partial": "tab:blue"}
+    colors, names = {"full": "0.6", "partial": "tab:blue"}, {run.name for run in runs}
+    colors = {name: color for name, color in colors.items() if name in names}
     cells = dict.fromkeys(run.cell[1:] for run in runs)
     cells = [cell for cell in cells if cell[1] not in colors] or [*cells]
     n_rows = math.ceil(len(cells) / 4)
@@ -529,7 +530,8 @@ def draw_curves(runs: list[Run], path: Path) -> str:
         axes.set_title(f"{name}, {percent(ratio)}", fontsize="medium")
     figure.supylabel("mIoU", fontsize="medium")
     save(figure, grid, colors | {"the experiment": "tab:red"}, path)
-    return "mIoU by step, one line per run; each panel shows one experiment, partial, full."
+    lines = ", ".join(["one experiment", *reversed(colors)])
+    return f"mIoU by step, one line per run; each panel shows {lines}."
 
 
 def learning_rate(run: Run) -> tuple[list[float], list[float]]:
