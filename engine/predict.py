@@ -18,9 +18,18 @@ from engine.train import evaluate
 from utils import InputError, TrainingError
 
 
-def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize logits (B, K, H, W), bilinear, in float32."""
-    return torch.nn.functional.interpolate(logits.float(), size, mode="bilinear")
+def mask_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Argmax (H, W), uint8, of logits (K, h, w) resized to `size`: bilinear, in float32.
+
+    Resized class by class, since K maps of a large picture may not fit into memory.
+    """
+    best = torch.full(size, -torch.inf, device=logits.device)
+    mask = torch.zeros(size, dtype=torch.uint8, device=logits.device)
+    for k, low in enumerate(logits.float()):
+        high = torch.nn.functional.interpolate(low[None, None], size, mode="bilinear")[0, 0]
+        mask[high > best] = k
+        best = torch.maximum(best, high)
+    return mask
 
 
 def test(trained, data: Data, batches: Callable) -> int:
@@ -46,7 +55,7 @@ def test(trained, data: Data, batches: Callable) -> int:
         for i, sample in enumerate(itertools.islice(waiting, len(x))):
             if args.native_size:
                 truth = torch.from_numpy(files.read_sample(sample, spec)[1])[None]
-                native.update(enlarge(logits[i : i + 1], truth.shape[-2:]).argmax(1).cpu(), truth)
+                native.update(mask_at(logits[i], truth.shape[-2:]).cpu()[None], truth)
             files.save_mask(folder / "masks" / f"{sample.id}.png", prediction[i], spec)
             row = {title: column[i : i + 1] for title, column in columns.items()}
             panel = picture_grid(x[i : i + 1], row, spec.palette)
@@ -131,7 +140,7 @@ def predict(trained) -> int:
         x = torch.cat([normalize(each, args.normalization) for each in x])
         logits = trained.model.segment(x)
         for (path, n_planes, plane), own in zip(batch, logits, strict=True):
-            mask = enlarge(own[None], plane.shape[-2:]).argmax(1)[0].to("cpu", torch.uint8)
+            mask = mask_at(own, plane.shape[-2:]).cpu()
             volume, place = masks.setdefault(path, []), found[path]
             if args.overlay:
                 number = f"_s{len(volume):02d}" if n_planes > 1 else ""

@@ -305,6 +305,23 @@ def test_a_prediction_is_the_argmax_of_logits_enlarged_to_the_pictures_size(trai
     assert np.array_equal(np.array(Image.open(MASKS / "one.png")), large.numpy())
 
 
+def test_masks_of_large_pictures_need_one_class_of_logits_at_a_time(monkeypatch):
+    logits = torch.randn(21, 8, 8)
+    expected = torch.nn.functional.interpolate(logits[None], (50, 30), mode="bilinear").argmax(1)[0]
+    interpolate, sizes = torch.nn.functional.interpolate, []
+
+    def spy(*args, **kwargs):
+        result = interpolate(*args, **kwargs)
+        sizes.append(result.numel())
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", spy)
+    mask = engine.predict.mask_at(logits, (50, 30))
+    assert mask.dtype == torch.uint8
+    assert torch.equal(mask.long(), expected)
+    assert max(sizes) == 50 * 30
+
+
 def test_nothing_to_predict_is_one_error_line(capsys, trained):
     assert "none.png: no such file" in error_line(capsys, "--predict", "none.png")
     assert "found no picture" in error_line(capsys, "--predict", "tiny.toml")
