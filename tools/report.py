@@ -519,9 +519,9 @@ def draw_curves(runs: list[Run], path: Path) -> str:
     colors = {name: color for name, color in colors.items() if name in names}
     cells = dict.fromkeys(run.cell[1:] for run in runs)
     cells = [cell for cell in cells if cell[1] not in colors] or [*cells]
-    n_columns = max(2, min(4, len(cells)))
+    n_columns = min(4, len(cells))
     n_rows = math.ceil(len(cells) / n_columns)
-    figure = Figure((3.25 * n_columns, 2.6 * n_rows + 0.8), layout="constrained")
+    figure = Figure((max(4, 3.25 * n_columns), 2.6 * n_rows + 0.8), layout="constrained")
     grid = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True)
     for axes in grid.ravel()[len(cells) :]:
         axes.set_axis_off()
