@@ -131,7 +131,7 @@ def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
 def read_lists(path: Path) -> dict[str, list[str]]:
     """Read a split.json: lists `labeled`, `unlabeled`, `val` of ids or whole groups."""
     with files.naming(path):
-        lists = json.loads(path.read_text(encoding="utf-8"))
+        lists = json.loads(utils.read_text(path))
     for role in ROLES:
         names = lists.get(role) if isinstance(lists, dict) else None
         if not isinstance(names, list) or not all(type(name) is str for name in names):

@@ -1,5 +1,6 @@
 """Metrics, learning-rate schedule, devices, processes, checkpoint files, errors."""
 
+import codecs
 import io
 import os
 import shutil
@@ -42,6 +43,32 @@ def first_ten(items: Iterable[str]) -> str:
     items = list(items)
     more = f"; and {len(items) - 10} more" if len(items) > 10 else ""
     return "; ".join(items[:10]) + more
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file without its byte-order mark, lines ended by a newline.
+
+    InputError names a file that cannot be read or that has another encoding.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if marked or content.count(0) > len(content) / 4:
+        raise InputError(f"{path}: UTF-16 or not text; save it as UTF-8")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        found = f"line {line} has the byte 0x{content[error.start]:02x}, which is not UTF-8"
+        raise InputError(f"{path}: {found}; save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file without blanks around them, except empty ones; see read_text."""
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 # Metrics (Section 4.2)

@@ -3,14 +3,15 @@
 A layout is a function (spec, root) -> list[Sample]. It opens no image; decoding does.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 
 import nibabel
 
-from datasets.files import is_picture, is_volume, naming, stem_of
+from datasets.files import is_picture, is_volume, stem_of
 from datasets.spec import PARTS, DatasetSpec, Sample, Slice
-from utils import InputError, first_ten
+from utils import InputError, first_ten, read_lines
 
 SPLITS = ("paper", "standard", "image")  # --split; anything else is a file with lists of ids
 
@@ -36,9 +37,7 @@ def index_voc(spec: DatasetSpec, root: Path) -> list[Sample]:
 
 def read_ids(path: Path) -> list[str]:
     """Read a list of ids, file names without folder and extension, one per line."""
-    with naming(path):
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    ids = [line.strip() for line in lines if line.strip()]
+    ids = read_lines(path)
     if not ids:
         raise InputError(f"{path}: lists no image")
     wrong = [i for i in ids if Path(i).name != i or i == ".." or not i.isprintable()]
@@ -72,10 +71,13 @@ def index_acdc(spec: DatasetSpec, root: Path) -> list[Sample]:
         exams = (p for p in (root / folder).glob("*") if p.name.lower().startswith("patient"))
         for exam in sorted(exams):
             try:
-                lines = (exam / "Info.cfg").read_text().splitlines()
-                info = dict(line.split(":", 1) for line in lines if ":" in line)
+                lines = read_lines(exam / "Info.cfg")
+                info = dict(re.split(r"\s*:", line, maxsplit=1) for line in lines if ":" in line)
                 frames = [int(info["ED"]), int(info["ES"])]
-            except (OSError, KeyError, ValueError) as error:
+            except InputError as error:
+                problems.append(str(error))
+                continue
+            except (KeyError, ValueError) as error:
                 expected = "expected lines 'ED: frame' and 'ES: frame'"
                 problems.append(f"{exam / 'Info.cfg'}: {expected} ({error!r})")
                 continue

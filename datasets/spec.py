@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import IGNORE, InputError, is_folder_name
+from utils import IGNORE, InputError, is_folder_name, read_text
 
 CONFIG = Path(__file__).parents[1] / "config"
 LAYOUTS = ("voc", "cityscapes", "acdc", "folder", "phantom")  # see datasets/layouts.py
@@ -74,16 +74,14 @@ class Sample:
 def read_toml(path: Path) -> dict:
     """A TOML file's tables; InputError with the line if it is not TOML."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not TOML: {error}") from error
 
 
 def dataset_toml(name_or_toml: str) -> Path:
     """The TOML file of --dataset: a name in config/, or a path that ends in .toml."""
-    is_path = name_or_toml.endswith(".toml")
+    is_path = name_or_toml.lower().endswith(".toml")
     path = Path(name_or_toml) if is_path else CONFIG / f"{name_or_toml}.toml"
     if not path.is_file():
         known = sorted(p.stem for p in CONFIG.glob("*.toml") if "dataset" in read_toml(p))

@@ -54,7 +54,7 @@ class Logs:
 
     def evaluation(self, record: dict, grid: Tensor) -> None:
         """Log an evaluation: a line in metrics.jsonl, curves, a picture."""
-        before = self.log.read_text(encoding="utf-8") if self.log.is_file() else ""
+        before = utils.read_text(self.log) if self.log.is_file() else ""
         utils.write_atomically(self.log, f"{before}{json.dumps(record)}\n")
         means = "miou", "miou_all", "miou_official", "pixel_accuracy"
         curves = {f"val/{key}": record[key] for key in means}
@@ -73,7 +73,7 @@ class Logs:
 
     def forget_after(self, epoch: int) -> None:
         """Drop the evaluations after an epoch; a resumed run repeats them."""
-        lines = self.log.read_text().splitlines() if self.log.is_file() else []
+        lines = utils.read_lines(self.log) if self.log.is_file() else []
         with naming(self.log):
             kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
         utils.write_atomically(self.log, "".join(f"{line}\n" for line in kept))
@@ -144,7 +144,7 @@ def write_manifest(folder: Path, device: torch.device, **more) -> None:
     """Add to manifest.json: the command, versions, device, commit, and `more`."""
     path = folder / "manifest.json"
     with naming(path):
-        before = dict(json.loads(path.read_text())) if path.is_file() else {}
+        before = dict(json.loads(utils.read_text(path))) if path.is_file() else {}
     home = str(Path(__file__).parents[1])
     describe = ["git", "-C", home, "describe", "--always", "--exclude=*", "--dirty", "--abbrev=40"]
     try:

@@ -99,8 +99,7 @@ def claim(results: str, checkpoint: Path) -> Path:
     utils.make_folder(folder, "--results")
     note = folder / "checkpoint.txt"
     if note.is_file():
-        with files.naming(note):
-            before = Path(note.read_text(encoding="utf-8").strip())
+        before = Path(utils.read_text(note).strip())
         if before.exists() and before.resolve().parent != run:
             raise InputError(f"{folder}: contains the results of {before}; {advice}")
     elif any(folder.iterdir()):

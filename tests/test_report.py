@@ -433,7 +433,7 @@ def test_a_damaged_file_is_named(capsys, file):
         ("report --from none.jsonl", "none.jsonl: no run"),
         ("report --from torn.jsonl", "torn.jsonl: line 2"),
         ("report --from twice.jsonl", "twice.jsonl: line 2 repeats acdc_ours_0.1_s0"),
-        ("report --from picture.png", "picture.png: line 1 is not a kept run"),
+        ("report --from picture.png", "error: picture.png: "),
         ("report --scale reduced --out tiny.toml", "--out tiny.toml"),
     ],
 )

@@ -171,8 +171,7 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
 
     ids = {}
     for path in lists.glob("*.txt"):
-        with naming(path):
-            ids[path.stem] = {*path.read_text(encoding="utf-8-sig").split()}
+        ids[path.stem] = {*utils.read_text(path).split()}
     if sbd:
         for name in "train", "val":
             if name not in ids:

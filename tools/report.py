@@ -132,14 +132,14 @@ def read_folder(folder: Path) -> Run:
         match = re.fullmatch(name, folder.name) if ratio else None
         path = folder / "metrics.jsonl"
         lines = []
-        for text in path.read_text().splitlines() if path.is_file() else []:
+        for text in utils.read_lines(path) if path.is_file() else []:
             line = json.loads(text)
             lines.append({key: line[key] for key in EVALUATION if key in line})
         path = folder / "split.json"
-        ids = json.loads(path.read_text())
+        ids = json.loads(utils.read_text(path))
         split = {role: len(ids[role]) for role in ROLES} | {"hash": ids["hash"]}
         path = folder / "manifest.json"
-        manifest = json.loads(path.read_text()) if path.is_file() else {}
+        manifest = json.loads(utils.read_text(path)) if path.is_file() else {}
         versions = {key: manifest[key] for key in VERSIONS if key in manifest}
         path, name = folder, match[1] if match else ""
         run = Run(name, folder.name, settings, dataset, lines, versions, split)
@@ -164,7 +164,7 @@ def checked(run: Run) -> Run:
 def read_lines(path: Path) -> list[Run]:
     """The runs of a kept log, or InputError with the number of the line with an error."""
     runs: dict[tuple, Run] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(utils.read_lines(path), 1):
         try:
             run = checked(Run(**json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
