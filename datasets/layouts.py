@@ -73,7 +73,7 @@ def index_acdc(spec: DatasetSpec, root: Path) -> list[Sample]:
             try:
                 lines = read_lines(exam / "Info.cfg")
                 info = dict(re.split(r"\s*:", line, maxsplit=1) for line in lines if ":" in line)
-                frames = [int(info["ED"]), int(info["ES"])]
+                frames = {phase: int(info[phase]) for phase in ("ED", "ES")}
             except InputError as error:
                 problems.append(str(error))
                 continue
@@ -81,16 +81,18 @@ def index_acdc(spec: DatasetSpec, root: Path) -> list[Sample]:
                 expected = "expected lines 'ED: frame' and 'ES: frame'"
                 problems.append(f"{exam / 'Info.cfg'}: {expected} ({error!r})")
                 continue
-            for frame in frames:
+            for phase, frame in frames.items():
                 name = f"{exam.name}_frame{frame:02d}"
                 image, mask = exam / f"{name}.nii.gz", exam / f"{name}_gt.nii.gz"
-                samples += slices(name, exam.name, image, mask, part)
+                samples += slices(name, exam.name, image, mask, part, phase)
     if problems:
         raise InputError(first_ten(problems))
     return samples
 
 
-def slices(name: str, group: str, image: Path, mask: Path | None, part: str) -> list[Sample]:
+def slices(
+    name: str, group: str, image: Path, mask: Path | None, part: str, phase: str = ""
+) -> list[Sample]:
     """One sample per slice of a NIfTI volume and of its mask."""
     try:
         depth = max(1, nibabel.load(image).shape[2])
@@ -99,7 +101,7 @@ def slices(name: str, group: str, image: Path, mask: Path | None, part: str) -> 
     samples = []
     for z in range(depth):
         mask_slice = None if mask is None else Slice(mask, z)
-        samples.append(Sample(f"{name}_s{z:02d}", group, Slice(image, z), mask_slice, part))
+        samples.append(Sample(f"{name}_s{z:02d}", group, Slice(image, z), mask_slice, part, phase))
     return samples
 
 

@@ -44,6 +44,10 @@ class DatasetSpec:
         """The value of each class in predicted masks; of a void class, the first of void_ids."""
         return *self.ids(), *self.void_ids[:1]
 
+    def structures(self) -> tuple[int, ...]:
+        """The scored classes except one named background."""
+        return tuple(k for k in self.scored if self.classes[k].lower() != "background")
+
     def lookup(self) -> np.ndarray:
         """(256,) int16: the class of each value of a mask file, IGNORE, or -1 if it is invalid."""
         table = np.full(256, -1, np.int16)
@@ -69,6 +73,12 @@ class Sample:
     image: Path | Slice | int
     mask: Path | Slice | int | None
     part: str | None = None  # train, val or test if the layout says so
+    phase: str = ""  # ED or ES in ACDC
+
+    @property
+    def volume(self) -> str:
+        """The name of the volume whose slice this is; the id of an image that is none."""
+        return self.id.rpartition("_s")[0] if isinstance(self.image, Slice) else self.id
 
 
 def read_toml(path: Path) -> dict:

@@ -18,7 +18,6 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image
+from scipy.io import loadmat
 from torchvision.datasets import SBDataset, VOCSegmentation
 from tqdm import tqdm
 
@@ -115,10 +115,6 @@ def arrange(dataset: str, home: Path, sources: list[Path]) -> None:
 
 def sbd_mask(read: Callable[[], bytes]) -> bytes:
     """Convert SBD's .mat file, which has VOC's class indices, to a PNG with VOC's palette."""
-    if not find_spec("scipy"):
-        raise InputError("SBD requires scipy: pip install -r tools/requirements.txt")
-    from scipy.io import loadmat
-
     mask = Image.fromarray(loadmat(io.BytesIO(read()))["GTcls"][0]["Segmentation"][0])
     mask.putpalette(flat_palette(voc_palette(255)))
     png = io.BytesIO()

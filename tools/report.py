@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
+from scipy.special import stdtrit
+
 import main
 import utils
 from data_utils import ROLES
@@ -251,8 +253,6 @@ def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
 
 def interval(values: list[float]) -> tuple[float, float] | tuple[None, None]:
     """The 95% interval of Student's t for the mean of two or more values."""
-    from scipy.special import stdtrit  # here: `list` and `run` work without scipy
-
     mean, sd = mean_and_sd(values)
     if sd is None:
         return None, None
