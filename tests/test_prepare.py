@@ -318,7 +318,7 @@ def test_the_error_names_the_missing_archive(root, cityscapes_zips, given, capsy
 
 
 @pytest.mark.parametrize("ending", ["zip", "tar"])
-@pytest.mark.parametrize("start", ["../", "x/../../", "/"])
+@pytest.mark.parametrize("start", ["../", "x/../../", "/", "..\\", "\\", "C:\\", "c:/"])
 def test_a_member_outside_its_archive_is_refused(root, tmp_path, ending, start, capsys):
     path, name = tmp_path / f"evil.{ending}", f"{start}leftImg8bit/train/aachen/a_leftImg8bit.png"
     if ending == "zip":
@@ -397,6 +397,75 @@ def test_acdc_unpacked_too_deep_is_moved_into_place(root, acdc_files):
     shutil.move(acdc_files, root / "ACDC" / "database")
     assert run("acdc", root) == 0
     assert files(root) >= ACDC_FILES
+
+
+def windows(name: str) -> str:
+    return f"ACDC/database/{name}".replace("/", "\\")
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar", "tgz"])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        windows,
+        lambda name: f"./{name}",
+        lambda name: f".\\{name}",
+        str.upper,
+        lambda name: f"Cardiac MRI/{name}".title(),
+        lambda name: f"a/b/c/{name}",
+    ],
+)
+def test_acdc_is_read_from_an_archive_as_any_system_writes_it(
+    root, acdc_files, tmp_path, ending, rename
+):
+    path = tmp_path / f"ACDC.{ending}"
+    names = sorted(files(acdc_files))
+    if ending == "zip":
+        with zipfile.ZipFile(path, "w") as target:
+            target.writestr(rename("training/"), b"")
+            for name in names:
+                target.writestr(rename(name), (acdc_files / name).read_bytes())
+    else:
+        with tarfile.open(path, "w:gz" if ending == "tgz" else "w") as target:
+            for name in names:
+                target.add(acdc_files / name, rename(name))
+    assert run("acdc", root, "--from", path) == 0
+    assert files(root) == ACDC_FILES
+    assert len(found_by_main("acdc", root)) == 12
+
+
+def test_a_folder_that_python_unpacked_from_windows_names_is_read(root, acdc_files, tmp_path):
+    (tmp_path / "unpacked").mkdir()
+    for name in files(acdc_files):
+        shutil.copy(acdc_files / name, tmp_path / "unpacked" / windows(name))
+    assert run("acdc", root, "--from", tmp_path / "unpacked") == 0
+    assert files(root) == ACDC_FILES
+
+
+def test_vocs_and_cityscapes_names_have_their_official_spelling_whatever_an_archives(
+    root, cityscapes_zips, voc_archives, tmp_path
+):
+    for dataset, archives in ("cityscapes", cityscapes_zips), ("voc", voc_archives[:1]):
+        for number, path in enumerate(archives):
+            shouted = tmp_path / f"{number}.zip"
+            with zipfile.ZipFile(shouted, "w") as target:
+                for name, _, read in tool.members(path):
+                    target.writestr(name.upper().replace("/", "\\"), read())
+            run(dataset, root / dataset, "--from", shouted)
+    lower = {name.replace("AACHEN", "aachen") for name in files(root / "cityscapes")}
+    assert {name.replace("FRANKFURT", "frankfurt") for name in lower} == CITYSCAPES_FILES
+    names = {Path(name).parent.name for name in files(root / "voc")}
+    assert names == {"JPEGImages", "SegmentationClass", "SegmentationClassAug", "Segmentation"}
+    assert (root / "voc" / HOME / "ImageSets/Segmentation/train.txt").is_file()
+
+
+def test_an_archive_without_the_layout_is_said_to_hold_what_it_holds(root, tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as target:
+        for number in range(3):
+            target.writestr(f"scans/{number}.dcm", b"")
+    assert run("acdc", root, "--from", tmp_path / "other.zip") == 2
+    expected = f"; {tmp_path / 'other.zip'} contains 3 other files, such as scans/0.dcm\n"
+    assert error_line(capsys).endswith(expected)
 
 
 # All of them

@@ -55,6 +55,11 @@ FILES = {  # that main.py reads; group 1 is the path in the layout
     "acdc": r"/((?:training|testing)/(patient\d+)/"  # the only single frames are ED and ES
     r"(?:Info\.cfg|\2_frame\d+(?:_gt)?\.nii\.gz|MANDATORY_CITATION\.md))$",
 }
+WORDS = (  # of these paths, for archives that spell them otherwise, such as TRAINING/PATIENT001
+    *("SegmentationClass", "ImageSets", "JPEGImages", "Segmentation", "leftImg8bit", "gtFine"),
+    *("labelIds", "MANDATORY_CITATION", "Info", "training", "testing", "trainval", "train", "val"),
+    *("patient", "frame", "_gt.nii.gz", ".nii.gz", ".cfg", ".jpg", ".md", ".png", ".txt"),
+)
 
 
 def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
@@ -77,13 +82,18 @@ def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
 
 
 def read_sources(sources: list[Path]) -> Iterator[tuple[Path, int, Callable[[], bytes]]]:
-    """Yield the files of all sources; InputError for a path that would leave its folder."""
+    """Yield the files of all sources; InputError for a path that would leave its folder.
+
+    Paths may be Windows', with backslashes.
+    """
     for source in sources:
         with naming(source):
             files = members(source)
-            for name, *file in tqdm(files, f"reading {source.name}", unit=" files", disable=None):
-                if name.startswith("/") or ".." in name.split("/"):
-                    raise InputError(f"{source}: unsafe path {name!r}")
+            for stored, *file in tqdm(files, f"reading {source.name}", unit=" files", disable=None):
+                name = stored.replace("\\", "/")
+                if re.match(r"/|[A-Za-z]:", name) or ".." in name.split("/"):
+                    advice = "unpack it into a folder and pass that to --from"
+                    raise InputError(f"{source}: unsafe path {stored!r}; {advice}")
                 yield source.absolute() / name, *file
 
 
@@ -98,19 +108,36 @@ def write_missing(target: Path, source: Path, read: Callable[[], bytes], size: i
     return True
 
 
+def place_of(path: str, dataset: str) -> str | None:
+    """A file's path in the layout, whatever the case of an archive's names; None if not read."""
+    if match := re.search(FILES[dataset], path):
+        return match[1]
+    if match := re.search(FILES[dataset], path, re.IGNORECASE):
+        spelling = {word.lower(): word for word in WORDS}
+        words = "|".join(map(re.escape, WORDS))
+        return re.sub(words, lambda word: spelling[word[0].lower()], match[1], flags=re.IGNORECASE)
+    return None
+
+
 def arrange(dataset: str, home: Path, sources: list[Path]) -> None:
     """Write the files of a layout, each from the first source that contains it."""
-    found, n_written = set(), 0
-    for path, size, read in read_sources(sources):
-        match = re.search(FILES[dataset], path.as_posix())
-        if match and match[1] not in found:
-            found.add(match[1])
-            n_written += write_missing(home / match[1], path, read, size)
+    found, n_written, other = set(), 0, {}
+    for source in sources:
+        for path, size, read in read_sources([source]):
+            place = place_of(path.as_posix(), dataset)
+            if place is None:
+                other.setdefault(source, []).append(path.relative_to(source.absolute()))
+            elif place not in found:
+                found.add(place)
+                n_written += write_missing(home / place, path, read, size)
     print(f"{n_written} files written to {home}")
     for folder, archive in ARCHIVES[dataset].items():
         if not (home / folder).is_dir():
             download = "use --download, or " if dataset == "voc" else ""
-            raise InputError(f"{home}: no {folder}: {download}get {archive} and pass it to --from")
+            problem = f"{home}: no {folder}: {download}get {archive} and pass it to --from"
+            for source, names in other.items():
+                problem += f"; {source} contains {len(names)} other files, such as {names[0]}"
+            raise InputError(problem)
 
 
 def sbd_mask(read: Callable[[], bytes]) -> bytes:
