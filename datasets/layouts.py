@@ -109,9 +109,10 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
     """images/ and masks/ by stem; optionally unlabeled/, and val/ and test/ with the same two.
 
     Files are pictures or NIfTI volumes, whose slices are samples. Images without a mask are
-    unlabeled.
+    unlabeled. A patient (spec.group) is in one of train, val and test.
     """
     samples, problems = [], []
+    parts: dict[str, str] = {}  # of each patient
 
     def by_stem(folder: Path) -> dict[str, Path]:
         files: dict[str, Path] = {}
@@ -140,15 +141,25 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
         orphans = [file for stem, file in truths.items() if stem not in found]
         problems += [f"{file}: has no image in {root / images}" for file in orphans]
         for stem, image in found.items():
-            mask = truths.get(stem)
+            mask, group = truths.get(stem), stem
+            if spec.group is not None:
+                match = re.search(spec.group, stem)
+                if not (match and match[1]):
+                    problems.append(f"{image}: names no patient: group is {spec.group!r}")
+                    continue
+                group = match[1]
+                if (other := parts.setdefault(group, part)) != part:
+                    found = f"patient {group} is also among the {other} images"
+                    problems.append(f"{image}: {found}; keep all files of a patient together")
+                    continue
             if part == "val" and mask is None:
                 problems.append(f"{image}: has no mask in {root / masks}")
             elif mask and is_volume(image) != is_volume(mask):
                 problems.append(f"{mask}: image and mask must be two volumes or two pictures")
             elif is_volume(image):
-                samples += slices(stem, stem, image, mask, part)
+                samples += slices(stem, group, image, mask, part)
             else:
-                samples.append(Sample(stem, stem, image, mask, part))
+                samples.append(Sample(stem, group, image, mask, part))
     if problems:
         raise InputError(first_ten(problems))
     return samples

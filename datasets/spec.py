@@ -1,5 +1,6 @@
 """A dataset's description, from the [dataset] table of a TOML (DatasetSpec), and a Sample."""
 
+import re
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, fields
@@ -27,6 +28,7 @@ class DatasetSpec:
     channels: int = 3
     ignore: int = IGNORE  # value of pixels that do not count, in the mask files
     void: int | None = None  # a class that is trained but skipped in evaluation
+    group: str | None = None  # folder: regular expression; its first group in a stem is the patient
     any_orientation: bool = False  # meanteacher may flip and rotate the images
     label_ids: tuple[int, ...] | None = None  # values of classes 0, 1, ... in the mask files
     void_ids: tuple[int, ...] = ()  # values in the mask files that become the void class
@@ -69,7 +71,7 @@ class Sample:
     """An image and its mask, not yet read. Both may also be the number of a phantom."""
 
     id: str
-    group: str  # what no split may divide: the exam in ACDC, otherwise the image itself
+    group: str  # what no split may divide: an exam or patient; without one, the image itself
     image: Path | Slice | int
     mask: Path | Slice | int | None
     part: str | None = None  # train, val or test if the layout says so
@@ -144,6 +146,14 @@ def _ints(values, low: int, below: int) -> bool:
     return isinstance(values, tuple) and all(type(v) is int and low <= v < below for v in values)
 
 
+def _captures(pattern) -> bool:
+    """Whether a value is a regular expression with a group."""
+    try:
+        return type(pattern) is str and re.compile(pattern).groups > 0
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
 def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
     """By key: whether its value is valid, and the expected one."""
     strings = isinstance(spec.classes, tuple) and all(type(name) is str for name in spec.classes)
@@ -164,6 +174,10 @@ def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
         "scored": (scored, f"indices from 0 to {k - 1}"),
         "channels": (type(spec.channels) is int and spec.channels in (1, 3), "1 or 3"),
         "ignore": (_ints((spec.ignore,), 0, 256), "a value from 0 to 255"),
+        "group": (
+            spec.group is None or (spec.layout == "folder" and _captures(spec.group)),
+            "a regular expression with a (group), for the layout 'folder'",
+        ),
         "any_orientation": (type(spec.any_orientation) is bool, "true or false"),
         "void": (spec.void is None or _ints((spec.void,), 0, k), f"an index from 0 to {k - 1}"),
         "label_ids": (per_class, "one value per class"),

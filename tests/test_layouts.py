@@ -15,6 +15,7 @@ from conftest import (
     write_volume,
 )
 
+from data_utils import split
 from datasets.layouts import index
 from datasets.spec import Slice, load_spec
 
@@ -218,3 +219,49 @@ def test_every_missing_or_senseless_info_is_named(tmp_path):
     infos[2].write_text("ED: 1\nES: end\n")
     message = error_of(index, load_spec("acdc"), tmp_path)
     assert [str(path) in message for path in infos] == [True, False, True]
+
+
+def test_group_keeps_the_files_of_a_patient_together(tmp_path):
+    make_folder(tmp_path, 4)  # picture 0 to 3
+    for folder in "images", "masks":
+        for number in range(4):
+            old = tmp_path / folder / f"picture {number}.png"
+            old.rename(old.with_name(f"P{number // 2}_{number}.png"))
+    spec = folder_spec(group=r"^(P\d+)_")
+    groups = [(s.id, s.group) for s in index(spec, tmp_path)]
+    assert groups == [("P0_0", "P0"), ("P0_1", "P0"), ("P1_2", "P1"), ("P1_3", "P1")]
+    for seed in range(4):
+        parts = split(index(spec, tmp_path), 1, seed, spec)
+        assert len({s.group for s in parts.val}) == 1
+        assert {s.group for s in parts.val}.isdisjoint(s.group for s in parts.labeled)
+
+
+def test_scans_of_a_patient_are_one_group(tmp_path):
+    for stem in "P1_a", "P1_b":
+        write_volume(tmp_path / "images" / f"{stem}.nii.gz", np.zeros((4, 4, 2), np.int16))
+    samples = index(folder_spec(group="(.+)_"), tmp_path)
+    assert [(s.id, s.volume, s.group) for s in samples] == [
+        ("P1_a_s00", "P1_a", "P1"),
+        ("P1_a_s01", "P1_a", "P1"),
+        ("P1_b_s00", "P1_b", "P1"),
+        ("P1_b_s01", "P1_b", "P1"),
+    ]
+
+
+@pytest.mark.parametrize("pattern", [r"^(P\d+)_", "(x?)"])
+def test_a_stem_without_a_patient_is_named(tmp_path, pattern):
+    make_folder(tmp_path, 2)
+    message = error_of(index, folder_spec(group=pattern), tmp_path)
+    assert all(f"images/picture {i}.png: names no patient" in message for i in (0, 1))
+    assert repr(pattern) in message
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_patient_is_not_in_two_parts(tmp_path, part):
+    make_folder(tmp_path, 1)
+    make_folder(tmp_path / part, 2)
+    for folder in "images", "masks":
+        (tmp_path / part / folder / "picture 0.png").unlink()
+    message = error_of(index, folder_spec(group="(picture)"), tmp_path)
+    assert f"{part}/images/picture 1.png: patient picture is also among the train" in message
+    assert len(index(folder_spec(group="(.+)"), tmp_path)) == (2 if part == "val" else 1)

@@ -422,6 +422,7 @@ def test_a_run_from_before_a_key_of_the_description_has_its_default(capsys, trai
     last = trained.with_name("last.pt")
     state = torch.load(last, weights_only=True)
     assert state["dataset"].pop("any_orientation") is False
+    assert state["dataset"].pop("group") is None
     torch.save(state, last)
     assert run("--training", *SUPERVISED, "--name", SIMPLE.name) == 0
     assert "is finished" in capsys.readouterr().out

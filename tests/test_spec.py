@@ -116,6 +116,7 @@ WRONG = {
     "void": [3, -1, "tree"],
     "label_ids": [[1], [1, 2, 3, 4], [1, 2, 256], [-1, 2], 5, [7, 7, 8]],
     "void_ids": [[9]],  # there is no void
+    "group": ["(a)"],  # the layout is not "folder"
     "pool": [[], "train", ["trian"]],
     "counts": [[1], [1, 2, 3], [0, 5], [5, 0], [1.5, 2], 100],
     "standard": [
@@ -132,6 +133,13 @@ WRONG = {
 def test_wrong_value_is_named_with_its_key(key, value):
     message = error_of(make_spec, {"name": "a", **TABLE, key: value}, "a.toml")
     assert message.startswith(f"a.toml: [dataset] {key} is {value!r}; expected ")
+
+
+@pytest.mark.parametrize("pattern", ["(", "P1", "(?:P1)", 3, ["(P1)"]])
+def test_group_is_a_regular_expression_with_a_group(pattern):
+    table = {"name": "a", **TABLE, "layout": "folder", "group": pattern}
+    message = error_of(make_spec, table, "a.toml")
+    assert message.startswith(f"a.toml: [dataset] group is {pattern!r}; expected ")
 
 
 @pytest.mark.parametrize(
