@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import utils
 from datasets import files
-from datasets.layouts import SPLITS, index, parts_of
+from datasets.layouts import SPLITS, index, parts_of, split_file
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice, load_spec
 from utils import IGNORE, InputError, first_ten
@@ -49,14 +49,17 @@ class Split:
     labeled: tuple[Sample, ...]
     unlabeled: tuple[Sample, ...]
     val: tuple[Sample, ...]
+    test: tuple[Sample, ...] = ()  # of a split file that lists some; no run uses them
 
     def ids(self) -> dict[str, list[str]]:
-        """The ids by role."""
-        return {role: [s.id for s in getattr(self, role)] for role in ROLES}
+        """The ids by role, without an empty test."""
+        roles = (*ROLES, "test") if self.test else ROLES
+        return {role: [s.id for s in getattr(self, role)] for role in roles}
 
     def hash(self) -> str:
-        """A digest of the ids by role; equal for equal splits."""
-        return hashlib.sha256(json.dumps(self.ids()).encode()).hexdigest()[:16]
+        """A digest of the ids that a run uses, by role; equal for equal splits."""
+        used = {role: ids for role, ids in self.ids().items() if role in ROLES}
+        return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
 
 
 def split(
@@ -129,11 +132,19 @@ def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
 
 
 def read_lists(path: Path) -> dict[str, list[str]]:
-    """Read a split.json: lists `labeled`, `unlabeled`, `val` of ids or whole groups."""
+    """Read a split.json: lists `labeled`, `unlabeled`, `val` and perhaps `test`.
+
+    They contain ids, volumes or whole groups. A run's own has a hash, which is not returned.
+    """
     with files.naming(path):
         lists = json.loads(utils.read_text(path))
-    for role in ROLES:
-        names = lists.get(role) if isinstance(lists, dict) else None
+    lists = lists if isinstance(lists, dict) else {}
+    lists.pop("hash", None)
+    if unknown := lists.keys() - {*ROLES, "test"}:
+        expected = f"expected {', '.join(ROLES)} and test"
+        raise InputError(f"{path}: unknown key {sorted(unknown)[0]!r}; {expected}")
+    for role in *ROLES, *(["test"] if "test" in lists else []):
+        names = lists.get(role)
         if not isinstance(names, list) or not all(type(name) is str for name in names):
             raise InputError(f"{path}: expected a list of ids as {role!r}")
         if not names and role != "unlabeled":
@@ -144,30 +155,39 @@ def read_lists(path: Path) -> dict[str, list[str]]:
 def read_split(path: Path, samples: list[Sample]) -> Split:
     """The split that a split.json lists.
 
-    InputError names ids that are unknown, have two roles, or are labeled without a mask, and groups
-    that are in both training and validation.
+    A name is an id, otherwise a volume, otherwise a group. InputError names ids that are unknown,
+    have two roles, or are scored or labeled without a mask, and groups that are on two of the sides
+    training, validation and test.
     """
     lists = read_lists(path)
-    by_name: dict[str, list[Sample]] = {}
+    ids = {sample.id: [sample] for sample in samples}
+    volumes: dict[str, list[Sample]] = {}
+    groups: dict[str, list[Sample]] = {}
     for sample in samples:
-        by_name.setdefault(sample.group, []).append(sample)
-        if sample.id != sample.group:
-            by_name.setdefault(sample.id, []).append(sample)
-    if unknown := [name for role in ROLES for name in lists[role] if name not in by_name]:
+        volumes.setdefault(sample.volume, []).append(sample)
+        groups.setdefault(sample.group, []).append(sample)
+    by_name = groups | volumes | ids
+    if unknown := [name for names in lists.values() for name in names if name not in by_name]:
         raise InputError(f"{path}: not in the dataset: {first_ten(unknown)}")
     chosen: dict[str, set[Sample]] = {}
-    for role in ROLES:
-        chosen[role] = {sample for name in lists[role] for sample in by_name[name]}
-    train = chosen["labeled"] | chosen["unlabeled"]
-    pairs = ("labeled", "unlabeled"), ("labeled", "val"), ("unlabeled", "val")
-    for one, other in pairs:
+    for role, names in lists.items():
+        chosen[role] = {sample for name in names for sample in by_name[name]}
+    for one, other in itertools.combinations(chosen, 2):
         if both := sorted(s.id for s in chosen[one] & chosen[other]):
             raise InputError(f"{path}: both {one} and {other}: {first_ten(both)}")
-    if both := sorted({s.group for s in train} & {s.group for s in chosen["val"]}):
-        raise InputError(f"{path}: in training and validation: {first_ten(both)}")
-    if unmasked := sorted(s.id for s in chosen["labeled"] | chosen["val"] if s.mask is None):
-        raise InputError(f"{path}: labeled or val, but without a mask: {first_ten(unmasked)}")
-    return Split(*(tuple(sorted(chosen[role], key=lambda s: s.id)) for role in ROLES))
+    sides = {
+        "training": chosen["labeled"] | chosen["unlabeled"],
+        "validation": chosen["val"],
+        "test": chosen.get("test", set()),
+    }
+    for one, other in itertools.combinations(sides, 2):
+        if both := sorted({s.group for s in sides[one]} & {s.group for s in sides[other]}):
+            raise InputError(f"{path}: in {one} and {other}: {first_ten(both)}")
+    for role, used in chosen.items():
+        unmasked = sorted(s.id for s in used if s.mask is None)
+        if unmasked and role != "unlabeled":
+            raise InputError(f"{path}: {role}, but without a mask: {first_ten(unmasked)}")
+    return Split(**{role: tuple(sorted(chosen[role], key=lambda s: s.id)) for role in chosen})
 
 
 # The cache
@@ -518,7 +538,7 @@ def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Dat
         parts = split(samples, args.ratio, args.seed, spec, args.split, args.label_unit)
         source = f"--ratio {args.ratio:g}"
     else:
-        parts = read_split(Path(args.split), samples)
+        parts = read_split(split_file(args.split), samples)
         source = f"--split {args.split}"
     control = args.method == "meanteacher" and args.cutmix_on == "labeled"
     if args.method != "supervised" and not control and not parts.unlabeled:
@@ -536,16 +556,21 @@ def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Dat
 def load_part(args, spec: DatasetSpec) -> Data:
     """Index --part, which a run has not trained on, as validation images, and open its cache.
 
-    InputError if the run's split uses it or some of its images, or if it has no masks.
+    A split file's own test images take precedence over the layout's. InputError if the run's split
+    uses the part or some of its images, or if it has no masks.
     """
+    lists = {} if args.split in SPLITS else read_lists(split_file(args.split))
+    if args.part in lists and args.part == "test":
+        samples = index(spec, Path(args.data_root), args.split)
+        test = read_split(split_file(args.split), samples).test
+        return open_data(args, spec, samples, Split((), (), test))
     if args.split in SPLITS and args.part in parts_of(spec, args.split):
         advice = "--testing alone scores the run's validation images"
         raise InputError(f"--part {args.part}: the run's split uses this part; {advice}")
     samples = [s for s in index(spec, Path(args.data_root), args.part) if s.mask is not None]
-    if args.split not in SPLITS:
-        listed = {*itertools.chain(*map(read_lists(Path(args.split)).get, ROLES))}
-        if seen := sorted(s.id for s in samples if {s.id, s.group} & listed):
-            raise InputError(f"--part {args.part}: in the run's split: {first_ten(seen)}")
+    listed = {*itertools.chain(*lists.values())}
+    if seen := sorted(s.id for s in samples if {s.id, s.volume, s.group} & listed):
+        raise InputError(f"--part {args.part}: in the run's split: {first_ten(seen)}")
     if not samples:
         raise InputError(f"--part {args.part}: no image has a mask")
     return open_data(args, spec, samples, Split((), (), tuple(samples)))

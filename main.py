@@ -31,7 +31,7 @@ import data_utils
 import utils
 from arch.generators import MIN_SIZE
 from data_utils import Data, load_data, load_part
-from datasets.layouts import SPLITS
+from datasets.layouts import SPLITS, split_file
 from datasets.spec import DatasetSpec, dataset_toml, load_spec, make_spec, read_toml
 from engine import predict
 from engine.run import Run
@@ -106,10 +106,11 @@ def odd(text: str) -> int:
 
 
 def split_kind(text: str) -> str:
-    """An argparse type: a named split, or a .json file with lists of ids."""
-    if text not in SPLITS and not text.endswith(".json"):
-        expected = f"expected {', '.join(SPLITS)} or a .json file"
-        raise argparse.ArgumentTypeError(f"{text!r}: {expected}")
+    """An argparse type: a rule, a name in config/splits/, or a .json file with lists of ids."""
+    path = split_file(text)
+    if not (text in SPLITS or text.lower().endswith(".json") or path.is_file()):
+        known = [*SPLITS, *sorted(file.stem for file in path.parent.glob("*.json"))]
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(known)} or a .json file")
     return text
 
 
@@ -138,7 +139,8 @@ def build_parser() -> Parser:
     flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
     flag("--ratio", type=share, default=0.2, help="share of the training images with labels")
     flag("--seed", type=number(int, 0, 2**32), default=0, help="seed of split, weights and order")
-    splits = "paper, standard (as in other papers), image (85/15, as released), or a split.json"
+    splits = "paper, standard (as in other papers), image (85/15, as released)"
+    splits += ", a name in config/splits/ or a split.json"
     flag("--split", type=split_kind, default="paper", metavar="SPLIT", help=splits)
     unit = "unit of --ratio: single images or whole exams"
     flag("--label-unit", default="image", choices=["image", "exam"], help=unit)

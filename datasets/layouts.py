@@ -10,19 +10,31 @@ from pathlib import Path
 import nibabel
 
 from datasets.files import is_picture, is_volume, stem_of
-from datasets.spec import PARTS, DatasetSpec, Sample, Slice
+from datasets.spec import CONFIG, PARTS, DatasetSpec, Sample, Slice
 from utils import InputError, first_ten, read_lines
 
 SPLITS = ("paper", "standard", "image")  # --split; anything else is a file with lists of ids
 
 
+def split_file(name: str) -> Path:
+    """The file of --split: a path that ends in .json, or a name in config/splits/."""
+    is_path = name.lower().endswith(".json")
+    return Path(name) if is_path else CONFIG / "splits" / f"{name}.json"
+
+
+def voc_home(root: Path, folder: str) -> Path:
+    """VOC2012 with that folder: the root, or below it."""
+    homes = root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"
+    home = next((h for h in homes if (h / folder).is_dir()), None)
+    if home is None:
+        expected = f"VOC2012 (a folder with {folder})"
+        raise InputError(f"{root}: contains no {expected}; point --data-root at it")
+    return home
+
+
 def index_voc(spec: DatasetSpec, root: Path) -> list[Sample]:
     """VOC2012, or a folder above it: train_aug.txt (part train), val.txt (part val)."""
-    homes = root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"
-    home = next((h for h in homes if (h / "ImageSets" / "Segmentation").is_dir()), None)
-    if home is None:
-        expected = "VOC2012 (a folder with ImageSets/Segmentation)"
-        raise InputError(f"{root}: contains no {expected}; point --data-root at it")
+    home = voc_home(root, "ImageSets/Segmentation")
     images, masks = home / "JPEGImages", home / "SegmentationClassAug"
     samples = []
     for part, file in ("train", "train_aug.txt"), ("val", "val.txt"):
@@ -33,6 +45,18 @@ def index_voc(spec: DatasetSpec, root: Path) -> list[Sample]:
         elif part in spec.pool:
             raise InputError(f"{path}: no such file; it lists the ids to train on, one per line")
     return samples
+
+
+def index_voc_images(root: Path) -> list[Sample]:
+    """All images of VOC2012, listed or not; the masks of those that have one.
+
+    Masks of SegmentationClassAug take precedence over SegmentationClass.
+    """
+    home = voc_home(root, "JPEGImages")
+    folders = home / "SegmentationClass", home / "SegmentationClassAug"
+    masks = {mask.stem: mask for folder in folders for mask in folder.glob("*.png")}
+    images = (home / "JPEGImages").glob("*.jpg")
+    return [Sample(i.stem, i.stem, i, masks.get(i.stem)) for i in images]
 
 
 def read_ids(path: Path) -> list[str]:
@@ -205,7 +229,10 @@ def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
     if spec.layout != "phantom" and not root.is_dir():
         raise InputError(f"--data-root {root}: no such folder; {page} describes the layout")
     parts = parts_of(spec, kind)
-    samples = [s for s in INDEX[spec.layout](spec, root) if s.part in parts]
+    if spec.layout == "voc" and kind not in (*SPLITS, *PARTS):
+        samples = index_voc_images(root)
+    else:
+        samples = [s for s in INDEX[spec.layout](spec, root) if s.part in parts]
     if not samples:
         which = f"{kind} image" if kind in PARTS else "image"
         found = f"contains no {which} in the layout {spec.layout!r}"

@@ -30,6 +30,7 @@ from PIL import Image
 
 import data_utils
 from data_utils import (
+    ROLES,
     Batches,
     Cache,
     Pairs,
@@ -43,7 +44,7 @@ from data_utils import (
     split,
 )
 from datasets import files
-from datasets.layouts import index
+from datasets.layouts import index, split_file
 from datasets.phantom import draw_phantom
 from datasets.spec import Sample, Slice, load_spec
 from utils import IGNORE
@@ -368,6 +369,46 @@ def test_a_runs_own_split_reads_back_as_the_same_split(tmp_path, kind):
     assert same.hash() == parts.hash()
 
 
+def test_test_images_are_kept_but_change_no_hash(tmp_path):
+    plain = read_lists(tmp_path / "split.json", LISTS)
+    parts = read_lists(tmp_path / "split.json", {**LISTS, "test": ["exam4"]})
+    assert [s.id for s in parts.test] == slices_of(4, 0, 1, 2)
+    assert parts.ids() == {**plain.ids(), "test": slices_of(4, 0, 1, 2)}
+    assert parts.hash() == plain.hash()
+    assert "test" not in plain.ids()
+
+
+def test_a_name_is_an_id_or_a_volume_or_a_group(tmp_path):
+    samples = [
+        *(Sample(f"P1_a_s0{z}", "P1", Slice(Path("a.nii"), z), 0) for z in range(2)),
+        *(Sample(f"P1_b_s0{z}", "P1", Slice(Path("b.nii"), z), 0) for z in range(2)),
+        *(Sample(name, "P2", 0, 0) for name in ("P2", "P2 more")),
+    ]
+    lists = {"labeled": ["P1_a"], "unlabeled": ["P1_b_s01"], "val": ["P2"]}
+    parts = read_lists(tmp_path / "split.json", lists, samples)
+    assert parts.ids() == {
+        "labeled": ["P1_a_s00", "P1_a_s01"],
+        "unlabeled": ["P1_b_s01"],
+        "val": ["P2"],  # an image of this id, not the whole group: a run's own lists have ids
+    }
+    parts = read_lists(
+        tmp_path / "split.json", {**lists, "labeled": ["P1"], "unlabeled": []}, samples
+    )
+    assert len(parts.labeled) == 4
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 14])
+def test_splits_of_the_literature_have_70_10_and_20_exams(n):
+    lists = json.loads(split_file(f"acdc_{n}of70").read_text())
+    assert [len(lists[role]) for role in (*ROLES, "test")] == [n, 70 - n, 10, 20]
+    exams = [exam for names in lists.values() for exam in names]
+    assert sorted(exams) == [f"patient{i:03d}" for i in range(1, 101)]
+    smaller = {1: 1, 3: 1, 7: 3, 14: 7}[n]
+    fewer = json.loads(split_file(f"acdc_{smaller}of70").read_text())
+    assert {*fewer["labeled"]} <= {*lists["labeled"]}
+    assert fewer["test"] == lists["test"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -390,11 +431,22 @@ def test_a_runs_own_split_reads_back_as_the_same_split(tmp_path, kind):
         ),
         (
             {"labeled": ["exam1", "exam5_s1"]},
-            "labeled or val, but without a mask: exam5_s1",
+            "labeled, but without a mask: exam5_s1",
         ),
         (
             {"val": ["exam5"]},
-            "labeled or val, but without a mask: exam5_s0; exam5_s1; exam5_s2",
+            "val, but without a mask: exam5_s0; exam5_s1; exam5_s2",
+        ),
+        ({"test": ["exam5"]}, "test, but without a mask: exam5_s0; exam5_s1; exam5_s2"),
+        ({"test": []}, "'test' is empty"),
+        ({"test": "exam4"}, "expected a list of ids as 'test'"),
+        ({"test": ["exam9"]}, "not in the dataset: exam9"),
+        ({"test": slices_of(3, 1)}, "both val and test: exam3_s1"),
+        ({"val": slices_of(3, 0), "test": slices_of(3, 1)}, "in validation and test: exam3"),
+        ({"labeled": slices_of(1, 0), "test": slices_of(1, 1)}, "in training and test: exam1"),
+        (
+            {"labelled": ["exam1"]},
+            "unknown key 'labelled'; expected labeled, unlabeled, val and test",
         ),
     ],
 )
@@ -1047,7 +1099,7 @@ def test_load_data_decodes_only_what_the_split_uses(voc, flags):
     next(voc.rglob("2007_000004.jpg")).write_bytes(b"junk")  # of val.txt
     flags.split = str(voc / "split.json")
     Path(flags.split).write_text(json.dumps(parts.ids()))
-    assert load_data(flags, spec).split == parts
+    assert load_data(flags, spec).split.ids() == parts.ids()
     assert len([*Path(flags.cache).iterdir()]) == 1
 
 
@@ -1109,6 +1161,15 @@ def test_real_acdc_has_100_exams_and_1902_slices():
         assert np.array_equal(mask, truth[:, :, sample.mask.z].T)
         seen |= {*mask.unique().tolist()}
     assert seen == {0, 1, 2, 3}
+
+
+@needs_real_data
+def test_real_acdc_in_the_literatures_split_has_136_labeled_slices():
+    spec, path = load_spec("acdc"), split_file("acdc_7of70")
+    parts = read_split(path, index(spec, REAL / "acdc", "acdc_7of70"))
+    assert len(parts.labeled) == 136  # as SSL4MIS counts them
+    assert len(parts.labeled + parts.unlabeled) == 1312
+    assert len({s.group for s in parts.test}) == 20
 
 
 @needs_real_data

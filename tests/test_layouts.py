@@ -1,5 +1,6 @@
 """From a root folder to samples: the layouts of VOC, Cityscapes, ACDC and of plain folders."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def test_each_kind_of_split_takes_its_parts_and_a_split_file_all(voc, cityscapes
     for spec, root, pool, everything in cases:
         for kind in "paper", "image":
             assert Counter(s.part for s in index(spec, root, kind)) == pool
-        for kind in "standard", "split.json":
-            assert Counter(s.part for s in index(spec, root, kind)) == everything
+        assert Counter(s.part for s in index(spec, root, "standard")) == everything
+        assert len(index(spec, root, "split.json")) == sum(everything.values())
 
 
 def test_standard_split_of_a_dataset_without_one_is_an_error():
@@ -265,3 +266,25 @@ def test_a_patient_is_not_in_two_parts(tmp_path, part):
     message = error_of(index, folder_spec(group="(picture)"), tmp_path)
     assert f"{part}/images/picture 1.png: patient picture is also among the train" in message
     assert len(index(folder_spec(group="(.+)"), tmp_path)) == (2 if part == "val" else 1)
+
+
+def test_a_split_file_may_name_any_image_of_voc(voc):
+    home = voc / "VOCdevkit" / "VOC2012"
+    (home / "SegmentationClass").mkdir()
+    masks = sorted((home / "SegmentationClassAug").iterdir())
+    for mask in masks[1:3]:
+        mask.rename(home / "SegmentationClass" / mask.name)
+    masks[3].unlink()
+    found = {s.id: s.mask and s.mask.parent.name for s in index(load_spec("voc"), voc, "a.json")}
+    folders = ["SegmentationClassAug", *["SegmentationClass"] * 2, None, "SegmentationClassAug"]
+    assert found == {f"2007_{i:06d}": folder for i, folder in enumerate(folders)}
+
+
+def test_voc_needs_no_lists_for_a_split_file(voc):
+    home = voc / "VOCdevkit" / "VOC2012"
+    shutil.rmtree(home / "ImageSets")
+    (home / "SegmentationClassAug").rename(home / "SegmentationClass")
+    samples = index(load_spec("voc"), voc, "a.json")
+    assert len(samples) == 5
+    assert all(s.mask.is_file() for s in samples)
+    assert "ImageSets/Segmentation" in error_of(index, load_spec("voc"), voc)

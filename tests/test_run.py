@@ -247,6 +247,25 @@ def test_a_split_file_decides_what_is_labeled_in_training_testing_and_resuming(c
         assert "--ratio: lists/mine.json says which images are labeled" in error
 
 
+def test_the_test_images_of_a_split_file_are_scored_by_part(capsys):
+    write_lists("mine.json", test=["phantom_0004", "phantom_0006", "phantom_0010"])
+    assert run("--training", *SUPERVISED, "--epochs", "1", "--split", "mine.json") == 0
+    name = "tiny_supervised_mine_s0"
+    assert split_ids(name)["test"] == ["phantom_0004", "phantom_0006", "phantom_0010"]
+    Path("mine.json").unlink()  # the run has its own copy
+    assert run("--testing") == 0
+    assert "on 2 validation images" in capsys.readouterr().out
+    assert run("--testing", "--part", "test") == 0
+    assert "on 3 test images" in capsys.readouterr().out
+    masks = Path("results", name, "test", "masks").iterdir()
+    assert sorted(path.stem for path in masks) == split_ids(name)["test"]
+
+
+def test_a_name_in_config_splits_is_a_split_file(capsys):
+    error = error_line(capsys, "--training", *TINY, "--split", "acdc_7of70")
+    assert "acdc_7of70.json: not in the dataset: patient021; " in error
+
+
 def test_a_run_with_a_split_file_resumes_with_the_same_lists_alone(capsys):
     write_lists("lists/mine.json")
     flags = ["--training", *SUPERVISED, "--epochs", "4", "--name", "one", "--split"]
