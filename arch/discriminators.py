@@ -6,6 +6,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from arch.generators import NormedConv2d, init_weights
+from arch.norm import InstanceNorm2d
 
 
 class SumOverProcesses(torch.autograd.Function):
@@ -69,7 +70,7 @@ class PixelDiscriminator(nn.Module):
             normed = [second, BatchNorm2d(2 * ndf)]
         else:
             second = NormedConv2d(ndf, 2 * ndf, kernel, padding="same")
-            normed = [second, nn.InstanceNorm2d(2 * ndf)]
+            normed = [second, InstanceNorm2d()]
         self.layers = nn.Sequential(
             nn.Conv2d(in_channels, ndf, kernel, padding="same"),
             nn.LeakyReLU(0.2),

@@ -6,8 +6,11 @@ padding elsewhere, instance norm without parameters, a bias on every convolution
 N(0, 0.02).
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from arch.norm import InstanceNorm2d
 
 MIN_SIZE = 16  # pixels; below, reflection padding and instance norm have too few left
 
@@ -46,12 +49,12 @@ class ResidualBlock(nn.Module):
         self.body = nn.Sequential(
             nn.ReflectionPad2d(1),
             NormedConv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
+            InstanceNorm2d(),
             nn.ReLU(),
             *([nn.Dropout(dropout)] if dropout else []),
             nn.ReflectionPad2d(1),
             NormedConv2d(channels, channels, 3),
-            nn.InstanceNorm2d(channels),
+            InstanceNorm2d(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ class ResNetGenerator(nn.Module):
 
         def block(conv: nn.Module) -> list[nn.Module]:
             # not in place: instance norm's output is a view, which autograd would copy
-            return [conv, nn.InstanceNorm2d(conv.out_channels), nn.ReLU()]
+            return [conv, InstanceNorm2d(), nn.ReLU()]
 
         self.layers = nn.Sequential(
             nn.ReflectionPad2d(3),
@@ -102,6 +105,8 @@ class ResNetGenerator(nn.Module):
         if min(height, width) < MIN_SIZE:
             least = f"the generator needs {MIN_SIZE}x{MIN_SIZE} pixels or more"
             raise ValueError(f"images are {height}x{width}: {least}")
+        if x.device.type == "cpu":  # its convolutions' backward passes are faster channels last
+            x = x.contiguous(memory_format=torch.channels_last)
         below, right = -height % 4, -width % 4
         if below or right:
             x = F.pad(x, (0, right, 0, below), mode="reflect")

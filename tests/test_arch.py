@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
+from arch.norm import InstanceNorm2d
 
 
 def tiny(n_blocks=1, **more):
@@ -306,7 +307,7 @@ def test_biases_that_instance_norm_cancels_are_kept_but_left_out(build):
     cancelled = [
         module.bias
         for module, norm in zip(network.modules(), [*network.modules()][1:], strict=False)
-        if isinstance(norm, nn.InstanceNorm2d)
+        if isinstance(norm, InstanceNorm2d)
     ]
     assert len(cancelled) > 0
     before = network(x)
