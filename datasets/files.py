@@ -20,6 +20,11 @@ from datasets.spec import DatasetSpec, Sample, Slice
 from utils import IGNORE, InputError, first_ten
 
 IGNORE_COLOR = (224, 224, 192)  # as in VOC's own masks
+LOSSLESS = (  # formats of gray or indexed pictures whose values are those that were saved
+    *("BMP", "DIB", "FITS", "FLI", "GBR", "GIF", "IM", "MSP", "PCX", "PNG", "PPM", "PSD", "SGI"),
+    *("SUN", "TGA", "TIFF", "XBM", "XPM"),
+)
+EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 
 
 @contextmanager
@@ -52,12 +57,19 @@ def stem_of(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """Open a picture after verifying its checksums, if it has any; InputError names it."""
+    """Open a picture, which the caller then decodes; InputError names it.
+
+    Also if its checksums are wrong, if it has several pages, or if viewers rotate what was decoded.
+    """
     with naming(path):
         with Image.open(path) as image:
             image.verify()  # checks all of a PNG; decoding stops at the last pixel
-        with Image.open(path) as image:
+        # as a file: by name, Pillow 13 garbles uncompressed TIFFs that it rotates
+        with path.open("rb") as file, Image.open(file) as image:
+            check_single(path, image)
             yield image
+            # now Pillow has rotated a TIFF, and read what follows the pixels of a PNG
+            check_upright(path, image)
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -65,16 +77,25 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode == "F" or image.mode.startswith("I")
 
 
-def check_single_and_upright(path: Path, image: Image.Image) -> None:
-    """InputError if a picture has several pages, or if viewers rotate it (EXIF orientation)."""
+def check_single(path: Path, image: Image.Image) -> None:
+    """InputError if a picture has several pages, frames or images."""
     n_pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if n_pages > 1:  # a phone's MPO has its photo first
         raise InputError(f"{path}: has {n_pages} pages; expected one picture per file")
-    orientation = 1
-    if image.format in ("JPEG", "MPO", "WEBP"):  # Pillow rotates TIFFs itself
-        with suppress(Exception):  # damaged EXIF data
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if orientation != 1:
+
+
+def check_upright(path: Path, image: Image.Image) -> None:
+    """InputError if viewers rotate or mirror a decoded picture (EXIF orientation)."""
+    orientation, other = None, Image.Exif()
+    with suppress(Exception):  # damaged EXIF data
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    with suppress(Exception):  # EXIF data that Pillow leaves alone
+        if profile := image.info.get("Raw profile type APP1"):  # of a PNG
+            other.load(bytes.fromhex("".join(profile.split("\n")[3:])))
+        if image.format == "JPEG2000":
+            other.load(path.read_bytes().partition(EXIF_IN_JPEG2000)[2])
+        orientation = other.get(ExifTags.Base.Orientation, orientation)
+    if orientation in range(2, 9):  # others have no meaning
         advice = "save it upright, for example with `mogrify -auto-orient`"
         raise InputError(f"{path}: viewers rotate it (EXIF orientation {orientation}); {advice}")
 
@@ -90,16 +111,10 @@ def as_array(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def read_image(path: Path, channels: int, own: bool = False) -> np.ndarray:
-    """Read an 8-bit picture as (H, W) or (H, W, 3) uint8.
-
-    `own`, for users' own images, also reads deeper ones, as float32, and refuses stacks and photos
-    that viewers rotate.
-    """
+    """Read an 8-bit picture as (H, W) or (H, W, 3) uint8; with `own`, deeper ones as float32."""
     with opened(path) as image:
-        if own:
-            check_single_and_upright(path, image)
-            if is_deep(image):
-                return as_array(image, channels)
+        if own and is_deep(image):
+            return as_array(image, channels)
         # Pillow would reduce 16-bit RGB to 8 bits
         raw = " of 16 bits" if ";16" in str([tile[-1] for tile in image.tile]) else ""
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or raw:
@@ -108,19 +123,72 @@ def read_image(path: Path, channels: int, own: bool = False) -> np.ndarray:
         return as_array(image, channels)
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Read an indexed or gray 8-bit PNG as (H, W) uint8."""
+def is_stretched(image: Image.Image) -> bool:
+    """Whether decoding changes a picture's gray values: fewer than 8 bits become 0 to 255."""
+    codec, *_, layout = image.tile[0] if image.tile else ("", "")
+    below_255 = codec.startswith("ppm") and layout[-1] != 255
+    return image.mode == "1" or (image.mode == "L" and (";" in str(layout) or below_255))
+
+
+def remedy_for(image: Image.Image) -> str:
+    """How to make a mask of a picture of another mode."""
+    if is_deep(image):
+        return "save the same values with 8 bits"
+    colors = [band for band in image.getbands() if band != "A"]
+    if len(colors) == 1:
+        return "save it without its alpha channel"
+    first, *others = (np.array(image.getchannel(band)) for band in colors)
+    if all(np.array_equal(first, other) for other in others):
+        return "save one of its equal channels alone"
+    return "replace each color by its class index"
+
+
+def check_palette(path: Path, image: Image.Image, labels: tuple[int, ...]) -> None:
+    """InputError if the colors of an indexed picture are grays that are other labels.
+
+    GIF writers renumber gray values and leave the labels to the palette.
+    """
+    palette = np.reshape(image.getpalette("RGB"), (-1, 3))
+    used = np.unique(np.array(image))
+    used = used[used < len(palette)]
+    grays = palette[used, 0]
+    all_gray = (palette[used] == grays[:, None]).all() and len(np.unique(grays)) == len(grays) > 1
+    if all_gray and (grays != used).any() and {*grays.tolist()} <= {*labels}:
+        index = np.flatnonzero(grays != used)[0]
+        found = f"its index {used[index]} is drawn in the gray {grays[index]}, another label"
+        raise InputError(f"{path}: {found}; save the labels as a gray 8-bit PNG")
+
+
+def read_mask(path: Path, labels: tuple[int, ...] = ()) -> np.ndarray:
+    """Read an indexed or gray 8-bit picture as (H, W) uint8; `labels` are the classes' values.
+
+    If 255 is one of them, black and white of fewer bits are 0 and 255.
+    """
+    expected = "a mask must be an indexed or gray 8-bit PNG of class indices"
     with opened(path) as image:
+        compression = str(image.info.get("compression")) if image.format == "TIFF" else ""
+        lossy = re.search("jpeg|webp", compression)
+        if image.format not in LOSSLESS or lossy:
+            name = f"TIFF with {lossy[0].upper()} compression" if lossy else image.format
+            advice = "export the labels again as an indexed or gray 8-bit PNG"
+            raise InputError(f"{path}: {name} may change the values of labels; {advice}")
+        if is_stretched(image):
+            if 255 in labels:
+                return np.array(image.convert("L"))
+            found = f"mode {image.mode} of fewer than 8 bits, read as 0 to 255 or as it is"
+            advice = "save the labels with 8 bits; label_ids = [0, 255] reads black and white"
+            raise InputError(f"{path}: {found}; {advice}")
         if image.mode not in ("L", "P"):
-            expected = "a mask must be an indexed or gray 8-bit PNG of class indices"
-            raise InputError(f"{path}: mode {image.mode}: {expected}")
+            raise InputError(f"{path}: mode {image.mode}: {expected}: {remedy_for(image)}")
+        if image.mode == "P":
+            check_palette(path, image, labels)
         return np.array(image)
 
 
 @lru_cache(maxsize=4)
 def read_volume(path: Path) -> np.ndarray:
     """Read a NIfTI volume (X, Y, Z); cached, as neighboring samples are slices of one volume."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         with gzip.open(path) as stream:
             while stream.read(2**20):  # to the end: nibabel does not reach the checksum
                 pass
@@ -182,7 +250,7 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
             check_geometry(sample.image.path, sample.mask.path)
     else:
         image = read_image(sample.image, spec.channels, own=spec.layout == "folder")
-        values = None if sample.mask is None else read_mask(sample.mask)
+        values = None if sample.mask is None else read_mask(sample.mask, spec.values())
 
     if values is None:
         return image, np.full(image.shape[:2], IGNORE, np.uint8)
@@ -248,7 +316,6 @@ def read_planes(path: Path, channels: int) -> list[Tensor]:
         planes = [read_slice(Slice(path, z)).astype(np.float32) for z in range(depth)]
         return [as_pixels(plane, channels) for plane in planes]
     with opened(path) as image:
-        check_single_and_upright(path, image)
         return [as_pixels(as_array(image, channels), channels)]
 
 

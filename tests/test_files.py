@@ -21,7 +21,7 @@ from conftest import (
     write_indexed,
     write_volume,
 )
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from datasets import files
 from datasets.layouts import index
@@ -376,35 +376,278 @@ def test_a_picture_of_any_mode_is_one_plane(tmp_path, mode):
         assert plane.dtype == (torch.float32 if mode in ("I;16", "F") else torch.uint8)
 
 
-def rotated(path: Path) -> None:
+RED = np.zeros((20, 24, 3), np.uint8)
+RED[:6, :9, 0] = 255  # upper left
+MASK = (RED[..., 0] > 0).astype(np.uint8)
+needs_avif = pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="no AVIF")
+
+
+def oriented(orientation: int) -> Image.Exif:
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    Image.new("RGB", (24, 20)).save(path, exif=exif)
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
 
 
-def stacked(path: Path) -> None:
-    Image.new("L", (24, 20)).save(path, save_all=True, append_images=[Image.new("L", (24, 20), 9)])
+def with_exif(path: Path, orientation: int, **options) -> None:
+    Image.fromarray(RED).save(path, exif=oriented(orientation), **options)
+
+
+def with_raw_profile(kind: str):
+    """A PNG with EXIF data as text, as ImageMagick writes them, behind its pixels."""
+
+    def write(path: Path, orientation: int) -> None:
+        Image.fromarray(RED).save(path)
+        exif = oriented(orientation).tobytes()
+        lines = f"\n{kind}\n{len(exif):8}\n{exif.hex()}\n"
+        data = b"Raw profile type %s\0\0" % kind.encode() + zlib.compress(lines.encode())
+        chunk = struct.pack(">I", len(data)) + b"zTXt" + data
+        chunk += struct.pack(">I", zlib.crc32(chunk[4:]))
+        content = path.read_bytes()
+        path.write_bytes(content[:-12] + chunk + content[-12:])
+
+    return write
+
+
+def with_xmp(path: Path, orientation: int) -> None:
+    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="{orientation}"/>'
+    Image.fromarray(RED).save(path, xmp=xmp.encode())
+
+
+def with_exif_box(path: Path, orientation: int) -> None:
+    """A JPEG 2000 with EXIF data in a box before its pixels."""
+    Image.fromarray(RED).save(path)
+    box = b"uuidJpgTiffExif->JP2" + oriented(orientation).tobytes().removeprefix(b"Exif\0\0")
+    before, header, after = path.read_bytes().partition(b"jp2h")
+    size = before[-4:]
+    path.write_bytes(before[:-4] + struct.pack(">I", 4 + len(box)) + box + size + header + after)
+
+
+ORIENTED = [
+    ("a.jpg", with_exif),
+    ("a.JPEG", with_xmp),
+    ("a.png", with_exif),
+    ("a.png", with_raw_profile("exif")),
+    ("a.png", with_raw_profile("APP1")),
+    ("a.webp", with_exif),
+    ("a.jp2", with_exif_box),
+    (
+        "a.mpo",
+        lambda path, n: with_exif(path, n, save_all=True, append_images=[Image.new("L", (9, 9))]),
+    ),
+    pytest.param("a.avif", with_exif, marks=needs_avif),
+]
+
+
+def reading(path: Path) -> list:
+    """Reading a picture as --predict does, and in every layout."""
+    sample = Sample("a", "a", path, None)
+    return [
+        lambda: files.read_planes(path, 3)[0],
+        lambda: files.read_sample(sample, folder_spec())[0],
+        lambda: files.read_sample(sample, load_spec("voc"))[0],
+        lambda: files.read_sample(sample, load_spec("cityscapes"))[0],
+    ]
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize(("name", "save"), ORIENTED)
+def test_a_picture_that_viewers_rotate_is_named_whatever_its_format(
+    tmp_path, name, save, orientation
+):
+    path = tmp_path / name
+    save(path, orientation)
+    found = f"viewers rotate it (EXIF orientation {orientation}); save it upright"
+    for read in reading(path):
+        assert error_of(read).startswith(f"{path}: {found}")
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 9])
+@pytest.mark.parametrize(("name", "save"), ORIENTED)
+def test_orientations_without_a_meaning_are_upright(tmp_path, name, save, orientation):
+    if name == "a.avif" and orientation != 1:
+        pytest.skip("Pillow does not write it")
+    save(tmp_path / name, orientation)
+    for read in reading(tmp_path / name):
+        assert {*read().shape} == {3, 20, 24}
+
+
+@pytest.mark.parametrize("damage", [b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\xff", b""])
+def test_damaged_exif_data_are_none(tmp_path, damage):
+    Image.fromarray(RED).save(tmp_path / "a.jpg", exif=damage)
+    for read in reading(tmp_path / "a.jpg"):
+        read()
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "reason"),
+    ("orientation", "compression"),
+    [*((n, None) for n in range(10)), *((n, "tiff_lzw") for n in range(1, 9))],
+)
+def test_a_tiff_is_read_as_viewers_show_it(tmp_path, orientation, compression):
+    image, mask = tmp_path / "a.tif", tmp_path / "mask.tif"
+    for file, pixels in (image, RED), (mask, MASK):
+        exif = oriented(orientation)
+        Image.fromarray(pixels).save(file, exif=exif, compression=compression)
+    shown = Image.fromarray(RED)
+    shown.getexif()[ExifTags.Base.Orientation] = orientation
+    shown = np.array(ImageOps.exif_transpose(shown))
+    x, y = files.read_sample(Sample("a", "a", image, mask), folder_spec())
+    assert np.array_equal(x, shown)
+    assert np.array_equal(y, shown[..., 0] > 0)
+    assert np.array_equal(files.read_planes(image, 3)[0].permute(1, 2, 0), shown)
+
+
+def mask_error(mask: Path, spec=None) -> str:
+    """The one error of a sample with this mask, after its file."""
+    image = mask.parent / "image.bmp"
+    Image.fromarray(RED).save(image)
+    message = error_of(files.read_sample, Sample("a", "a", image, mask), spec or folder_spec())
+    assert message.startswith(f"{mask}: ")
+    return message.removeprefix(f"{mask}: ")
+
+
+@pytest.mark.parametrize("layout", ["folder", "voc", "cityscapes"])
+def test_a_mask_that_viewers_rotate_is_an_error_too(tmp_path, layout):
+    spec = folder_spec() if layout == "folder" else load_spec(layout)
+    Image.fromarray(MASK).save(tmp_path / "a.png", exif=oriented(6))
+    assert mask_error(tmp_path / "a.png", spec).startswith("viewers rotate it")
+
+
+@pytest.mark.parametrize("layout", ["folder", "voc", "cityscapes"])
+@pytest.mark.parametrize("ending", ["tif", "gif", "png", "webp"])
+def test_several_pages_are_an_error_of_images_and_masks_that_names_their_number(
+    tmp_path, ending, layout
+):
+    spec, path = (
+        folder_spec() if layout == "folder" else load_spec(layout),
+        tmp_path / f"a.{ending}",
+    )
+    pages = [Image.fromarray(k == MASK).convert("L") for k in (0, 1)]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    reason = "has 2 pages; expected one picture per file"
+    for read in reading(path):
+        assert error_of(read) == f"{path}: {reason}"
+    assert mask_error(path, spec) == reason
+
+
+LOSSY = [
+    ("a.jpg", {}, "JPEG"),
+    ("a.png", {"format": "JPEG", "quality": 100}, "JPEG"),
+    ("a.mpo", {"save_all": True, "append_images": [Image.new("L", (9, 9))]}, "MPO"),
+    ("a.webp", {}, "WEBP"),
+    ("a.webp", {"lossless": True}, "WEBP"),
+    ("a.jp2", {"irreversible": True}, "JPEG2000"),
+    ("a.jp2", {"quality_mode": "dB", "quality_layers": [40]}, "JPEG2000"),
+    ("a.tif", {"compression": "jpeg"}, "TIFF with JPEG compression"),
+    pytest.param("a.avif", {}, "AVIF", marks=needs_avif),
+]
+
+
+@pytest.mark.parametrize("n_classes", [2, 5, 21])
+@pytest.mark.parametrize(("name", "options", "format_name"), LOSSY)
+def test_a_mask_in_a_lossy_format_is_an_error_that_names_it_whatever_the_classes(
+    tmp_path, name, options, format_name, n_classes
+):
+    Image.fromarray(MASK * (n_classes - 1)).save(tmp_path / name, **options)
+    expected = "may change the values of labels; export the labels again as an indexed or gray"
+    spec = folder_spec(classes=[f"k{k}" for k in range(n_classes)])
+    assert mask_error(tmp_path / name, spec) == f"{format_name} {expected} 8-bit PNG"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
     [
-        ("a.jpg", rotated, "viewers rotate it (EXIF orientation 6); save it upright"),
-        ("a.tif", stacked, "has 2 pages; expected one picture per file"),
+        ("a.png", {}),
+        ("a.PNG", {}),
+        ("a.bmp", {}),
+        ("a.gif", {}),
+        ("a.tif", {}),
+        ("a.TIFF", {"compression": "tiff_lzw"}),
+        ("a.tif", {"compression": "tiff_adobe_deflate"}),
+        ("a.pgm", {}),
+        ("a.tga", {}),
+        ("a.pcx", {}),
     ],
 )
-def test_rotated_and_stacked_pictures_are_errors_that_name_them(tmp_path, name, make, reason):
-    path = tmp_path / "images" / name
-    path.parent.mkdir()
-    make(path)
-    write_indexed(tmp_path / "masks" / "a.png", np.zeros((20, 24)))
-    (sample,) = index(folder_spec(), tmp_path)
-    reading = (
-        error_of(files.read_planes, path, 3),
-        error_of(files.read_sample, sample, folder_spec()),
-    )
-    for error in reading:
-        assert error.startswith(f"{path}: {reason}")
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_mask_in_a_lossless_format_has_its_values(tmp_path, name, options, indexed):
+    values = MASK if name == "a.gif" else MASK * 3  # Pillow renumbers a GIF's values
+    mask = Image.fromarray(values)
+    if indexed and name != "a.pgm":
+        mask.putpalette([9, 9, 9, 0, 200, 0, 0, 0, 0, 8, 8, 200])  # whose colors say nothing
+    mask.save(tmp_path / name, **options)
+    Image.fromarray(RED).save(tmp_path / "image.bmp")
+    sample = Sample("a", "a", tmp_path / "image.bmp", tmp_path / name)
+    spec = folder_spec(classes=[*"abcd"])
+    assert np.array_equal(files.read_sample(sample, spec)[1], values)
+
+
+def test_grays_of_a_palette_that_are_other_labels_are_an_error(tmp_path):
+    Image.fromarray(MASK * 3).save(tmp_path / "a.gif")  # which Pillow renumbers 0 and 1
+    spec = folder_spec(classes=[*"abcd"])
+    assert mask_error(tmp_path / "a.gif", spec).startswith("its index 1 is drawn in the gray 3")
+    for colors in (
+        [0, 0, 0, 255, 255, 255],
+        [0, 0, 0, 1, 1, 1],
+        [0, 0, 0, 3, 3, 4],
+        [1, 1, 1, 9, 9, 9],
+    ):
+        mask = Image.fromarray(MASK)
+        mask.putpalette(colors)
+        mask.save(tmp_path / "a.png")
+        sample = Sample("a", "a", tmp_path / "image.bmp", tmp_path / "a.png")
+        assert np.array_equal(files.read_sample(sample, spec)[1], MASK)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_a_palette_of_fewer_bits_gives_its_indices(tmp_path, bits):
+    mask = Image.fromarray(MASK)
+    mask.putpalette([0, 0, 0, 255, 255, 255])
+    mask.save(tmp_path / "a.png", bits=bits)
+    assert np.array_equal(files.read_mask(tmp_path / "a.png"), MASK)
+
+
+def pgm(path: Path) -> None:
+    path.write_bytes(b"P5\n24 20\n1\n" + MASK.tobytes())
+
+
+STRETCHED = [
+    ("a.png", lambda path: Image.fromarray(MASK * 255).convert("1").save(path)),
+    ("a.tif", lambda path: Image.fromarray(MASK * 255).convert("1").save(path)),
+    ("a.bmp", lambda path: Image.fromarray(MASK * 255).convert("1").save(path)),
+    ("a.png", lambda path: Image.fromarray(MASK * 15).save(path, bits=4)),
+    ("a.pgm", pgm),
+]
+
+
+@pytest.mark.parametrize(("name", "save"), STRETCHED)
+def test_gray_of_fewer_bits_is_black_and_white_where_label_ids_say_so(tmp_path, name, save):
+    save(tmp_path / name)
+    assert "of fewer than 8 bits" in mask_error(tmp_path / name)
+    assert "; save the labels with 8 bits" in mask_error(tmp_path / name, load_spec("cityscapes"))
+    spec = folder_spec(label_ids=[0, 255], ignore=254)
+    sample = Sample("a", "a", tmp_path / "image.bmp", tmp_path / name)
+    assert np.array_equal(files.read_sample(sample, spec)[1], MASK)
+
+
+@pytest.mark.parametrize(
+    ("mode", "remedy"),
+    [
+        ("I;16", "save the same values with 8 bits"),
+        ("LA", "save it without its alpha channel"),
+        ("RGB", "save one of its equal channels alone"),
+        ("RGBA", "save one of its equal channels alone"),
+        ("CMYK", "replace each color by its class index"),
+    ],
+)
+def test_a_mask_of_another_mode_is_an_error_with_a_remedy(tmp_path, mode, remedy):
+    Image.fromarray(MASK).convert(mode).save(tmp_path / "a.tif")
+    assert mask_error(tmp_path / "a.tif").startswith(f"mode {mode}: ")
+    assert mask_error(tmp_path / "a.tif").endswith(f": {remedy}")
+
+
+def test_a_mask_of_colors_is_an_error_with_a_remedy(tmp_path):
+    Image.fromarray(RED).save(tmp_path / "a.png")
+    assert mask_error(tmp_path / "a.png").endswith(": replace each color by its class index")
 
 
 def test_upright_photos_and_phones_photos_with_extras_are_read(tmp_path):
