@@ -1,6 +1,7 @@
 """tools/prepare.py: official archives become folders that main.py trains on, or one error line."""
 
 import io
+import json
 import re
 import runpy
 import shutil
@@ -19,7 +20,7 @@ from scipy.io import savemat
 
 import data_utils
 import main
-from datasets.spec import CONFIG
+from datasets.spec import CONFIG, load_spec
 from tools import prepare as tool
 from tools.prepare import train_aug
 
@@ -647,3 +648,116 @@ def test_the_command_ends_with_the_exit_code(root, monkeypatch):
         with pytest.raises(SystemExit) as end:
             runpy.run_path(tool.__file__, run_name="__main__")
         assert end.value.code == code
+
+
+# prepare.py split
+
+
+def convert(tmp_path, lists: dict[str, str], *flags) -> tuple[int, Path]:
+    """Run `prepare.py split` on lists of lines; returns its exit code and the file."""
+    argv = ["split", "--out", str(tmp_path / "out.json"), *map(str, flags)]
+    for role, lines in lists.items():
+        (tmp_path / f"{role}.txt").write_text(lines)
+        argv += [f"--{role}", str(tmp_path / f"{role}.txt")]
+    return main.main(argv, tool.prepare), tmp_path / "out.json"
+
+
+CITY = "leftImg8bit/train/jena/jena_00000{0}_000019_leftImg8bit.png"
+
+
+@pytest.mark.parametrize(
+    ("lines", "ids"),
+    [
+        ("JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png", "2007_000032"),
+        ("2007_000032", "2007_000032"),
+        ("/data/VOC2012/JPEGImages/2007_000032.jpg\t/x/2007_000032.png", "2007_000032"),
+        (
+            f"{CITY.format(1)} gtFine/train/jena/jena_000001_000019_gtFine_labelTrainIds.png",
+            "jena_000001_000019",
+        ),
+        (CITY.format(1), "jena_000001_000019"),
+        ("a picture.PNG", "a picture"),
+        ("a 1", "a 1"),
+        ("v1.2", "v1.2"),
+    ],
+)
+def test_a_line_of_a_list_is_an_image_or_an_image_and_its_mask(tmp_path, capsys, lines, ids):
+    lists = {"labeled": f"{lines}\n\n{lines}\n", "unlabeled": "b", "val": "c.jpg", "test": "d"}
+    code, file = convert(tmp_path, lists)
+    assert code == 0
+    expected = {"labeled": [ids], "unlabeled": ["b"], "val": ["c"], "test": ["d"]}
+    assert json.loads(file.read_text()) == expected
+    assert "1 labeled, 1 unlabeled, 1 val, 1 test" in capsys.readouterr().out
+
+
+def test_ssl4mis_counts_frames_by_exam_and_slices_from_1(tmp_path, capsys):
+    root = make_acdc(tmp_path / "acdc", 5, 3)  # frames 01 and 12
+    lists = {
+        "labeled": "patient001_frame01_slice_1\npatient001_frame02_slice_3\n",
+        "unlabeled": "".join(f"patient002_frame0{f}_slice_{z}.h5\n" for f in "12" for z in "231"),
+        "val": "".join(f"data/patient00{p}_frame0{f}.h5\n" for p in (5, 3) for f in (1, 2)),
+        "test": "patient004_frame02\n",
+    }
+    code, file = convert(tmp_path, lists, "--root", root)
+    assert code == 0
+    assert json.loads(file.read_text()) == {
+        "labeled": ["patient001_frame01_s00", "patient001_frame12_s02"],
+        "unlabeled": ["patient002"],
+        "val": ["patient003", "patient005"],
+        "test": [f"patient004_frame12_s0{z}" for z in range(3)],
+    }
+    args = main.parse_args(["--training", "--dataset", "acdc", "--split", str(file)])
+    parts = data_utils.read_split(file, data_utils.index(load_spec("acdc"), root, args.split))
+    assert [len(getattr(parts, role)) for role in ("labeled", "unlabeled", "val", "test")] == [
+        2, 6, 12, 3,
+    ]  # fmt: skip
+
+
+def test_frames_may_be_acdcs_own_and_slices_may_count_from_0(tmp_path):
+    root = make_acdc(tmp_path / "acdc", 3, 2)
+    lists = {
+        "labeled": "patient001_frame12_slice_0\npatient001_frame12_slice_1\n",
+        "unlabeled": "patient002",
+        "val": "patient003_frame01_s01",
+    }
+    code, file = convert(tmp_path, lists, "--root", root)
+    assert code == 0
+    assert json.loads(file.read_text()) == {
+        "labeled": ["patient001_frame12_s00", "patient001_frame12_s01"],
+        "unlabeled": ["patient002"],
+        "val": ["patient003_frame01_s01"],
+    }
+
+
+def test_labeled_images_are_left_out_of_the_unlabeled_ones(tmp_path, capsys):
+    root = make_acdc(tmp_path / "acdc", 2, 2)
+    everything = "".join(f"patient001_frame0{f}_slice_{z}\n" for f in "12" for z in "12")
+    lists = {"labeled": everything[:27], "unlabeled": everything, "val": "patient002_frame01"}
+    code, file = convert(tmp_path, lists, "--root", root)
+    assert code == 0
+    assert "unlabeled.txt: 1 are labeled and so left out" in capsys.readouterr().out
+    assert json.loads(file.read_text())["unlabeled"] == [
+        "patient001_frame01_s01",
+        "patient001_frame12_s00",
+        "patient001_frame12_s01",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"val": "a"}, "--labeled and --val both list a"),
+        ({"test": "c"}, "--val and --test both list c"),
+        ({"val": "\n"}, "val.txt: lists no image"),
+        ({"labeled": "patient001_frame01_slice_4"}, "--labeled: not in the dataset: patient001_f"),
+        ({"val": "patient009_frame01"}, "--val: not in the dataset: patient009_frame01"),
+    ],
+)
+def test_wrong_lists_are_one_error_line(tmp_path, capsys, changes, message):
+    root, plain = make_acdc(tmp_path / "acdc", 1, 3), {"labeled": "a", "unlabeled": "b", "val": "c"}
+    if "patient" in str(changes):
+        plain = dict.fromkeys(plain, "patient001_frame01_slice_1")
+    code, file = convert(tmp_path, plain | changes, "--root", root)
+    assert code == 2
+    assert message in error_line(capsys)
+    assert not file.exists()

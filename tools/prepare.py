@@ -5,6 +5,7 @@
     python tools/prepare.py cityscapes --from leftImg8bit_trainvaltest.zip gtFine_trainvaltest.zip
     python tools/prepare.py acdc --root data/acdc --from ACDC.zip
     python tools/prepare.py acdc --root data/acdc --verify
+    python tools/prepare.py split --labeled F --unlabeled F --val F --out FILE.json  (lists.py)
 
 Archives and folders under --root are used as well. A repeated command writes missing files only.
 """
@@ -34,6 +35,7 @@ import utils
 from data_utils import Sample, index, load_spec
 from datasets.files import flat_palette, naming, read_sample
 from datasets.spec import DatasetSpec, voc_palette
+from tools.lists import make_split
 from utils import InputError, TrainingError, first_ten
 
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tgz", ".tar.gz"
@@ -260,7 +262,9 @@ def print_shares(spec: DatasetSpec, pixels: dict[str, np.ndarray]) -> None:
 
 
 def prepare(argv: list[str]) -> int:
-    """Prepare, unless --verify is given, and verify."""
+    """Prepare, unless --verify is given, and verify; or convert lists."""
+    if argv[:1] == ["split"]:
+        return make_split(argv[1:])
     parser = main.Parser("prepare.py", description=__doc__)
     flag, count = parser.add_argument, main.number(int, 0, 1000)
     flag("dataset", choices=list(ARCHIVES))
