@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -250,7 +251,7 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
             check_geometry(sample.image.path, sample.mask.path)
     else:
         image = read_image(sample.image, spec.channels, own=spec.layout == "folder")
-        values = None if sample.mask is None else read_mask(sample.mask, spec.values())
+        values = None if sample.mask is None else read_mask(sample.mask, spec.mask_values())
 
     if values is None:
         return image, np.full(image.shape[:2], IGNORE, np.uint8)
@@ -259,14 +260,17 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
         (height, width), (rows, columns) = image.shape[:2], values.shape
         sizes = f"{columns}x{rows} pixels, but its image has {width}x{height}"
         raise InputError(f"{mask_file}: {sizes}")
-    classes = spec.lookup()
-    whole = (values == values.round()) & (values >= 0) & (values <= 255)
-    legal = whole & (classes[np.where(whole, values, 0).astype(np.uint8)] >= 0)
-    if not legal.all():
-        known = ", ".join(map(str, np.flatnonzero(classes >= 0)))
-        found = f"label {values[~legal][0]} is out of range"
-        raise InputError(f"{mask_file}: {found}; expected one of {known}")
-    return image, classes[values.astype(np.uint8)].astype(np.uint8)
+    whole = values.round()
+    if not (uneven := np.abs(values - whole) > 1e-3).any():  # a slope rounds integers
+        in_range = (whole >= -(2**15)) & (whole < 2**15)
+        classes = spec.lookup()[np.where(in_range, whole, 0).astype(np.int16)]
+        if (legal := in_range & (classes >= 0)).all():
+            return image, classes.astype(np.uint8)
+        known = sorted({*spec.mask_values(), *spec.void_ids, spec.ignore})
+        found = f"label {whole[~legal][0]:g} is out of range"
+        raise InputError(f"{mask_file}: {found}; expected one of {', '.join(map(str, known))}")
+    advice = "save labels as integers, resampled to the nearest neighbor"
+    raise InputError(f"{mask_file}: label {values[uneven][0]:g} is not an integer; {advice}")
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -326,17 +330,22 @@ def flat_palette(palette: tuple[tuple[int, int, int], ...]) -> list[int]:
 
 
 def as_values(mask: Tensor, spec: DatasetSpec) -> np.ndarray:
-    """A mask of class indices and IGNORE as uint8 of the values that the mask files have."""
-    values = spec.values()
-    table = np.full(256, spec.ignore, np.uint8)
+    """A mask of class indices and IGNORE as the values of mask files: uint8, or int16 if needed."""
+    values = spec.mask_values()
+    table = np.full(256, spec.ignore, np.int16 if spec.beyond_png() else np.uint8)
     table[: len(values)] = values
     return table[mask.to("cpu", torch.uint8).numpy()]
 
 
 def save_mask(path: Path, mask: Tensor, spec: DatasetSpec) -> None:
-    """Write an (H, W) mask of class indices as an indexed PNG of the mask files' values."""
+    """Write an (H, W) mask of class indices as an indexed PNG of the mask files' values.
+
+    Of class indices if a PNG cannot hold these values.
+    """
+    if spec.beyond_png():
+        spec = replace(spec, label_ids=None, void_ids=(), ignore=IGNORE)
     image = Image.fromarray(as_values(mask, spec))
-    colors = dict(zip(spec.values(), spec.palette, strict=True)) | {spec.ignore: IGNORE_COLOR}
+    colors = dict(zip(spec.mask_values(), spec.palette, strict=True)) | {spec.ignore: IGNORE_COLOR}
     image.putpalette([c for value in range(256) for c in colors.get(value, (0, 0, 0))])
     image.save(path)
 
@@ -349,8 +358,8 @@ def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec)
         return
     volume = nibabel.load(source)
     header = volume.header.copy()
-    header.set_data_dtype(np.uint8)
-    header["cal_min"] = header["cal_max"] = 0  # the image's display range
     values = as_values(masks, spec).transpose(2, 1, 0)  # (X, Y, Z)
+    header.set_data_dtype(values.dtype)
+    header["cal_min"] = header["cal_max"] = 0  # the image's display range
     labels = volume.__class__(values, volume.affine, header)
     nibabel.save(labels, place.with_name(f"{place.name}.nii.gz"))

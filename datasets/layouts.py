@@ -242,4 +242,8 @@ def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
     if twice := [s for s in samples if counts[s.id] > 1]:
         files = [f"{s.id} ({getattr(s.image, 'path', s.image)})" for s in twice]
         raise InputError(f"--data-root {root}: duplicate ids: {first_ten(files)}")
+    pictures = (str(s.mask) for s in samples if isinstance(s.mask, Path))
+    if (value := spec.beyond_png()) and (picture := next(pictures, "")):
+        reason = "a picture holds values from 0 to 255, only a NIfTI mask others"
+        raise InputError(f"{picture}: [dataset] has {value}; {reason}")
     return samples

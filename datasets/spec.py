@@ -37,24 +37,31 @@ class DatasetSpec:
     standard: tuple[str, str] | None = None  # parts that other papers train and validate on
     standard_counts: tuple[int, int] | None = None  # their groups
 
-    def ids(self) -> tuple[int, ...]:
-        """The value of each class in the mask files, without a void class that has void_ids."""
+    def mask_values(self) -> tuple[int, ...]:
+        """The value of each class in mask files; of a void class with void_ids, their first."""
         n_own = len(self.classes) - bool(self.void_ids)
-        return tuple(range(n_own)) if self.label_ids is None else self.label_ids
+        own = tuple(range(n_own)) if self.label_ids is None else self.label_ids
+        return *own, *self.void_ids[:1]
 
-    def values(self) -> tuple[int, ...]:
-        """The value of each class in predicted masks; of a void class, the first of void_ids."""
-        return *self.ids(), *self.void_ids[:1]
+    def beyond_png(self) -> str:
+        """The first value, with its key, that an 8-bit PNG cannot hold; "" if there is none."""
+        keys = {"label_ids": self.label_ids or (), "void_ids": self.void_ids}
+        keys["ignore"] = (self.ignore,)
+        values = [(key, value) for key, values in keys.items() for value in values]
+        return next((f"{key} {value}" for key, value in values if not 0 <= value <= 255), "")
 
     def structures(self) -> tuple[int, ...]:
         """The scored classes except one named background."""
         return tuple(k for k in self.scored if self.classes[k].lower() != "background")
 
     def lookup(self) -> np.ndarray:
-        """(256,) int16: the class of each value of a mask file, IGNORE, or -1 if it is invalid."""
-        table = np.full(256, -1, np.int16)
+        """(65536,) int16: the class of each value of a mask file, IGNORE, or -1 if it is invalid.
+
+        Its index is the value as int16: a negative one counts from the end.
+        """
+        table = np.full(2**16, -1, np.int16)
         table[self.ignore] = IGNORE
-        table[list(self.ids())] = np.arange(len(self.ids()))
+        table[list(self.mask_values())] = np.arange(len(self.mask_values()))
         table[list(self.void_ids)] = -1 if self.void is None else self.void
         return table
 
@@ -129,7 +136,8 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
             raise InputError(f"{source}: {found}; expected {expected}")
     if spec.void in spec.scored:
         raise InputError(f"{source}: [dataset] scored contains the void class {spec.void}")
-    counts = Counter([*spec.ids(), *{*spec.void_ids}, spec.ignore])
+    own = spec.mask_values()[: k - bool(spec.void_ids)]
+    counts = Counter([*own, *{*spec.void_ids}, spec.ignore])
     if clashes := [str(value) for value, count in counts.items() if count > 1]:
         keys = "label_ids, void_ids and ignore (default 255)"
         found = f"mask value {', '.join(clashes)} has two meanings"
@@ -154,17 +162,37 @@ def _captures(pattern) -> bool:
         return False
 
 
+def _wrong_values(values, n: int | None = None) -> str:
+    """What the mask values of one key should be if they are wrong, otherwise "".
+
+    `n` values are of n classes, so they differ.
+    """
+    if not isinstance(values, tuple) or not all(type(value) is int for value in values):
+        return "a list of integers"
+    if n not in (None, len(values)):
+        return f"{n} values, one per class without void_ids"
+    if beyond := [value for value in values if not -(2**15) <= value < 2**15]:
+        return f"values from -32768 to 32767; {beyond[0]} is not"
+    if n and len({*values}) < n:
+        return f"different values; {Counter(values).most_common(1)[0][0]} is repeated"
+    return ""
+
+
 def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
     """By key: whether its value is valid, and the expected one."""
     strings = isinstance(spec.classes, tuple) and all(type(name) is str for name in spec.classes)
     colors = spec.palette if isinstance(spec.palette, tuple) else ()
     triples = all(_ints(color, 0, 256) and len(color) == 3 for color in colors)
     ids, n_ids = spec.label_ids, k - bool(spec.void_ids)
-    per_class = ids is None or (_ints(ids, 0, 256) and len({*ids}) == len(ids) == n_ids)
+    wrong_ids = "" if ids is None else _wrong_values(ids, n_ids)
+    wrong_voids, wrong_ignore = _wrong_values(spec.void_ids), _wrong_values((spec.ignore,))
+    if spec.void_ids and spec.void != k - 1:
+        wrong_voids = wrong_voids or f"void = {k - 1}, the last class, beside it"
+    if type(spec.ignore) is not int:
+        wrong_ignore = "an integer"
     pool = isinstance(spec.pool, tuple) and spec.pool and all(p in PARTS for p in spec.pool)
     standard = isinstance(spec.standard, tuple) and all(p in PARTS for p in spec.standard)
     scored = _ints(spec.scored, 0, k) and 0 < len(spec.scored) == len({*spec.scored})
-    void_last = not spec.void_ids or spec.void == k - 1
     name = type(spec.name) is str and is_folder_name(spec.name)
     checks = {
         "name": (name, "a name without slashes"),
@@ -173,18 +201,15 @@ def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
         "palette": (len(colors) == k and triples, f"{k} RGB triples"),
         "scored": (scored, f"indices from 0 to {k - 1}"),
         "channels": (type(spec.channels) is int and spec.channels in (1, 3), "1 or 3"),
-        "ignore": (_ints((spec.ignore,), 0, 256), "a value from 0 to 255"),
+        "ignore": (not wrong_ignore, wrong_ignore),
         "group": (
             spec.group is None or (spec.layout == "folder" and _captures(spec.group)),
             "a regular expression with a (group), for the layout 'folder'",
         ),
         "any_orientation": (type(spec.any_orientation) is bool, "true or false"),
         "void": (spec.void is None or _ints((spec.void,), 0, k), f"an index from 0 to {k - 1}"),
-        "label_ids": (per_class, "one value per class"),
-        "void_ids": (
-            _ints(spec.void_ids, 0, 256) and void_last,
-            "values, with void as the last class",
-        ),
+        "label_ids": (not wrong_ids, wrong_ids),
+        "void_ids": (not wrong_voids, wrong_voids),
         "pool": (pool, f"some of {', '.join(PARTS)}"),
         "standard": (
             spec.standard is None

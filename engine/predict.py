@@ -13,6 +13,7 @@ from tqdm import tqdm
 import utils
 from data_utils import Data, normalize, resize
 from datasets import files
+from datasets.spec import DatasetSpec
 from engine.pictures import picture_grid, save_overlay
 from engine.train import evaluate
 from utils import InputError, TrainingError
@@ -86,7 +87,14 @@ def test(trained, data: Data, batches: Callable) -> int:
     if args.native_size:
         print(f"at the masks' own size: {utils.format_means(about['native_size'])}")
     print(f"metrics.json, masks/ and panels/ (image, truth, predictions) are in {folder}")
+    print_values(spec)
     return 0
+
+
+def print_values(spec: DatasetSpec) -> None:
+    """Say so if PNG masks do not have the values of the training masks."""
+    if value := spec.beyond_png():
+        print(f"PNG masks hold class indices: {value} needs more than 8 bits")
 
 
 def claim(results: str, checkpoint: Path) -> Path:
@@ -155,6 +163,7 @@ def predict(trained) -> int:
     if not n_written and not unreadable:
         raise InputError("--predict: found no picture and no NIfTI volume")
     print(f"{n_written} masks by {trained.path} are in {folder / 'masks'}")
+    print_values(spec)
     if unreadable:
         raise TrainingError(f"unreadable files: {utils.first_ten(unreadable)}")
     return 0

@@ -702,6 +702,63 @@ def test_a_written_mask_reads_back_whatever_the_values_of_the_classes(tmp_path):
     assert written[:, 0, 0].tolist() == [9, 200, 3, 7]
 
 
+@pytest.mark.parametrize("values", [(0, 500, 600), (-1, 0, 32767), (-32768, 255, 7)])
+def test_any_int16_values_of_nifti_masks_are_read_and_written_back(tmp_path, values):
+    truth = np.random.default_rng(0).integers(0, 3, (4, 5, 3))
+    write_volume(tmp_path / "i.nii.gz", np.zeros((4, 5, 3), np.int16))
+    write_volume(tmp_path / "m.nii.gz", np.array(values, np.int16)[truth])
+    slices = Slice(tmp_path / "i.nii.gz", 2), Slice(tmp_path / "m.nii.gz", 2)
+    spec = folder_spec(classes=[*"abc"], label_ids=values, ignore=99)
+    masks = torch.from_numpy(truth.transpose(2, 1, 0).astype(np.uint8))
+    read = files.read_sample(Sample("a", "a", *slices), spec)[1]
+    assert np.array_equal(read, masks[2])
+    files.save_prediction(tmp_path / "p", tmp_path / "i.nii.gz", masks, spec)
+    written = nibabel.load(tmp_path / "p.nii.gz")
+    assert written.get_data_dtype() == np.int16
+    assert np.array_equal(written.dataobj, np.array(values)[truth])
+    files.save_mask(tmp_path / "p.png", masks[0], spec)  # a PNG has too few bits
+    assert np.array_equal(Image.open(tmp_path / "p.png"), masks[0])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"label_ids": [0, 256]}, {"label_ids": [-1, 1]}, {"ignore": -1}]
+)
+def test_values_beyond_a_byte_are_an_error_where_masks_are_pictures(tmp_path, changes):
+    root, key = make_folder(tmp_path, 3), next(iter(changes))
+    message = error_of(index, folder_spec(**changes), root)
+    assert message.startswith(f"{root / 'masks' / 'picture 0.png'}: [dataset] has {key} ")
+    assert message.endswith("; a picture holds values from 0 to 255, only a NIfTI mask others")
+
+
+@pytest.mark.parametrize("error", [0, 3.7e-9, -3.7e-9, 9e-4, -9e-4])
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_labels_that_a_slope_rounds_are_integers(tmp_path, error, big_endian):
+    truth = np.random.default_rng(0).integers(0, 4, (4, 5, 3))
+    dtype = np.dtype(np.float64).newbyteorder(">" if big_endian else "<")
+    write_volume(tmp_path / "i.nii.gz", np.zeros((4, 5, 3), np.int16))
+    write_volume(tmp_path / "m.nii.gz", (truth + error * (truth > 0)).astype(dtype))
+    sample = Sample("a", "a", Slice(tmp_path / "i.nii.gz", 1), Slice(tmp_path / "m.nii.gz", 1))
+    assert np.array_equal(files.read_sample(sample, load_spec("acdc"))[1], truth[:, :, 1].T)
+
+
+def test_a_slope_and_an_offset_of_a_mask_are_applied(tmp_path):
+    stored = nibabel.Nifti1Image(np.array([0, 85, 170, 255], np.uint8).reshape(4, 1, 1), np.eye(4))
+    stored.header.set_slope_inter(1 / 85, 0)
+    nibabel.save(stored, tmp_path / "m.nii.gz")
+    write_volume(tmp_path / "i.nii.gz", np.zeros((4, 1, 1), np.int16), np.eye(4))
+    sample = Sample("a", "a", Slice(tmp_path / "i.nii.gz", 0), Slice(tmp_path / "m.nii.gz", 0))
+    assert files.read_sample(sample, load_spec("acdc"))[1].tolist() == [[0, 1, 2, 3]]
+
+
+def test_a_label_between_integers_is_an_error_with_its_value_and_a_remedy(tmp_path):
+    write_volume(tmp_path / "i.nii.gz", np.zeros((4, 1, 1), np.int16))
+    write_volume(tmp_path / "m.nii.gz", np.array([0, 1, 0.4, 2.0]).reshape(4, 1, 1))
+    sample = Sample("a", "a", Slice(tmp_path / "i.nii.gz", 0), Slice(tmp_path / "m.nii.gz", 0))
+    expected = "label 0.4 is not an integer; save labels as integers, resampled to the nearest"
+    message = error_of(files.read_sample, sample, load_spec("acdc"))
+    assert message == f"{tmp_path / 'm.nii.gz'}: {expected} neighbor"
+
+
 def test_prediction_of_a_volume_has_its_header_and_affine(tmp_path):
     source = nibabel.Nifti1Image(np.zeros((4, 5, 3), np.int16), ACDC_AFFINE)
     source.header.set_slope_inter(0.5, -3)

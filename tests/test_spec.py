@@ -112,10 +112,10 @@ WRONG = {
     ],
     "scored": [[], [3], [-1], ["tree"], 1, [1, 1]],
     "channels": [2, "3", True],
-    "ignore": [256, -1, "255"],
+    "ignore": [2**15, -(2**15) - 1, "255", 0.5, True],
     "void": [3, -1, "tree"],
-    "label_ids": [[1], [1, 2, 3, 4], [1, 2, 256], [-1, 2], 5, [7, 7, 8]],
-    "void_ids": [[9]],  # there is no void
+    "label_ids": [[1], [1, 2, 3, 4], [1, 2, 2**15], [-1, 2], 5, [7, 7, 8], [0, 1, "2"]],
+    "void_ids": [[9], 9],  # there is no void
     "group": ["(a)"],  # the layout is not "folder"
     "pool": [[], "train", ["trian"]],
     "counts": [[1], [1, 2, 3], [0, 5], [5, 0], [1.5, 2], 100],
@@ -157,6 +157,30 @@ def test_a_value_with_two_meanings_is_an_error_that_names_it(changes, value):
     assert message.startswith(f"a.toml: [dataset] mask value {value} has two meanings: label_ids,")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("label_ids", 5, "a list of integers"),
+        ("label_ids", [0, 1.0, 2], "a list of integers"),
+        ("label_ids", [0, True, 2], "a list of integers"),
+        ("label_ids", [0, 1], "3 values, one per class without void_ids"),
+        ("label_ids", [], "3 values, one per class without void_ids"),
+        ("label_ids", [0, 7, 7], "different values; 7 is repeated"),
+        ("label_ids", [0, 500, 40000], "values from -32768 to 32767; 40000 is not"),
+        ("label_ids", [0, -40000, 1], "values from -32768 to 32767; -40000 is not"),
+        ("void_ids", 5, "a list of integers"),
+        ("void_ids", ["5"], "a list of integers"),
+        ("void_ids", [5, 40000], "values from -32768 to 32767; 40000 is not"),
+        ("void_ids", [5], "void = 2, the last class, beside it"),
+        ("ignore", [255], "an integer"),
+        ("ignore", 40000, "values from -32768 to 32767; 40000 is not"),
+    ],
+)
+def test_each_fault_of_mask_values_has_its_own_message(key, value, expected):
+    message = error_of(make_spec, {"name": "a", **TABLE, key: value}, "a.toml")
+    assert message == f"a.toml: [dataset] {key} is {value!r}; expected {expected}"
+
+
 def test_void_is_not_scored_by_default_and_never_may_be():
     table = {"name": "a", "layout": "folder", "classes": TABLE["classes"], "void": 2}
     assert make_spec(table, "a.toml").scored == (0, 1)
@@ -166,17 +190,20 @@ def test_void_is_not_scored_by_default_and_never_may_be():
     assert message == "a.toml: [dataset] scored contains the void class 2"
 
 
-def test_void_ids_are_values_of_a_byte_and_void_is_the_last_class():
-    for void, value in (2, 256), (1, 9):
+def test_void_ids_are_int16_values_and_void_is_the_last_class():
+    for void, value, expected in (2, 2**15, "values from"), (1, 9, "void = 2, the last class"):
         changes = {"void": void, "scored": [0], "void_ids": [value]}
-        assert "void_ids is" in error_of(make_spec, {"name": "a", **TABLE, **changes}, "a.toml")
+        message = error_of(make_spec, {"name": "a", **TABLE, **changes}, "a.toml")
+        assert f"void_ids is [{value}]; expected {expected}" in message
 
 
 def test_lookup_gives_the_class_of_each_value_of_a_mask_file():
-    changes = {"ignore": 11, "label_ids": [7, 5], "void": 2, "scored": [0], "void_ids": [0, 200]}
-    table = toy_spec(**changes).lookup()
-    expected = {7: 0, 5: 1, 0: 2, 200: 2, 11: IGNORE}
-    assert [*table] == [expected.get(value, -1) for value in range(256)]
+    void = {"void": 2, "scored": [0], "void_ids": [0, 200]}
+    table = toy_spec(ignore=-1, label_ids=[7, -500], **void).lookup()
+    expected = {7: 0, -500: 1, 0: 2, 200: 2, -1: IGNORE}
+    assert [table[value] for value in range(-(2**15), 2**15)] == [
+        expected.get(value, -1) for value in range(-(2**15), 2**15)
+    ]
 
 
 def test_official_cityscapes_ids_become_classes_and_the_rest_void():
