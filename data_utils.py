@@ -465,6 +465,29 @@ def normalize(x: Tensor, normalization: str = "range") -> Tensor:
     return (unit - 0.5) / 0.5
 
 
+def augment(x: Tensor, orientation: str, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """--augment, for each image (B, C, H, W) and its mask (B, H, W) at random.
+
+    Flips and right angles if the dataset's orientation is "any" (180 degrees only if H != W), left
+    and right swapped if it is "mirror", neither if "fixed"; then contrast ±20% and brightness ±0.1,
+    cut off at -1 and 1.
+    """
+    angles = range(0, 4, 1 if x.shape[-2] == x.shape[-1] else 2) if orientation == "any" else [0]
+    flips = [False] if orientation == "fixed" else [False, True]
+    variant = torch.randint(len(flips) * len(angles), (len(x),), device=x.device)
+
+    def turned(maps: Tensor) -> Tensor:
+        variants = []
+        for flip in flips:
+            flipped = maps.flip(-1) if flip else maps
+            variants += [flipped.rot90(angle, (-2, -1)) for angle in angles]
+        return torch.stack(variants)[variant, torch.arange(len(maps), device=maps.device)]
+
+    contrast, brightness = 2 * torch.rand(2, len(x), 1, 1, 1, device=x.device) - 1
+    x = turned(x) * (1 + 0.2 * contrast) + 0.1 * brightness
+    return x.clamp(-1, 1), None if y is None else turned(y)
+
+
 def _ignore_signals(_worker: int) -> None:
     # Ctrl-C reaches the whole process group; the parent decides
     for signum in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
@@ -473,6 +496,8 @@ def _ignore_signals(_worker: int) -> None:
 
 class Batches:
     """Batches (image, mask, ...) on the device: images normalized, masks int64.
+
+    `orientation`, the dataset's, also augments both.
 
     Iterating goes through all of the data in order. With several processes, each gets its share of
     every batch, of `batch_size` images in all. The worker processes live as long as this object.
@@ -485,8 +510,10 @@ class Batches:
         device: torch.device,
         workers: int = 0,
         normalization: str = "range",
+        orientation: str | None = None,
     ):
         self.data, self.device, self.normalization = data, device, normalization
+        self.orientation = orientation
         self.items: list = []  # of the pass under way; the DataLoader's sampler
         self.loader = DataLoader(
             data,
@@ -508,7 +535,11 @@ class Batches:
         for x, y, *x_u in self.loader:
             images = [image.to(self.device, non_blocking=True) for image in (x, *x_u)]
             x, *x_u = (normalize(image, self.normalization) for image in images)
-            yield [x, y.to(self.device, non_blocking=True).long(), *x_u]
+            y = y.to(self.device, non_blocking=True).long()
+            if self.orientation:
+                x, y = augment(x, self.orientation, y)
+                x_u = [augment(image, self.orientation)[0] for image in x_u]
+            yield [x, y, *x_u]
 
 
 @dataclass(frozen=True)

@@ -152,11 +152,15 @@ def build_parser() -> Parser:
     flag("--ignored", default="skip", choices=["skip", "background"], help=ignored)
 
     flag = parser.group("optimization")
+    augmented = "flip and turn images as the dataset's orientation allows, vary their contrast"
+    flag("--augment", action=switch, default=False, help=augmented)
     flag("--lambda1", type=weight, default=1.0, metavar="W", help="weight of L_gen^I (Eq. 8)")
     flag("--lambda2", type=weight, default=0.05, metavar="W", help="weight of L_cycle^S")
     flag("--lambda3", type=weight, default=1.0, metavar="W", help="weight of L_cycle^I")
     flag("--lambda4", type=weight, default=1.0, metavar="W", help="weight of L_disc^S")
     flag("--lambda5", type=weight, default=1.0, metavar="W", help="weight of L_disc^I")
+    sums = "mean over pixels, or the sum that Eq. 2, 3 and 6 print (a factor on lambda1, 3, 4, 5)"
+    flag("--reduction", default="mean", choices=["mean", "sum"], help=sums)
     flag("--epochs", type=count, default=400, help="passes over the longer list of images")
     decay = "epoch at which the learning rate starts to fall; default: a quarter of --epochs"
     flag("--decay-epoch", type=number(int, 0), metavar="N", help=decay)
@@ -312,7 +316,9 @@ def train(args: argparse.Namespace) -> int:
         model = build_model(args, spec, device)
         run.start(model, data)
         prepare(model, args, device)
-        train_batches, val_batches = batches(data.train), batches(data.val)
+        orientation = spec.orientation if args.augment else None
+        train_batches = batches(data.train, orientation=orientation)
+        val_batches = batches(data.val)
         while not (run.stopped or run.done):
             if run.evaluation_due:
                 images = itertools.takewhile(lambda _: not stop.signum, val_batches)

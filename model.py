@@ -193,6 +193,17 @@ class Supervised(Method):
         return {"gen_S": gen_S(self.segment(x), y)}, {}
 
 
+def as_sums(weights: dict[str, float], channels: int, height: int, width: int) -> dict[str, float]:
+    """The weights of Eq. 8 that give means the proportions of the sums in Eq. 2, 3, 6 and 7.
+
+    These sum over pixels, Eq. 3 and 6 over channels too; Eq. 4 and 5 hold one probability per
+    image. All weights are divided by H W, a common factor, to which Adam is invariant.
+    """
+    factors = {"gen_I": channels, "cycle_I": channels}
+    factors |= dict.fromkeys(("disc_S", "disc_I"), 1 / (height * width))
+    return {name: weight * factors.get(name, 1) for name, weight in weights.items()}
+
+
 class CycleGAN(Method):
     """Ours: two generators and two discriminators trained alternately on Eq. 8."""
 
@@ -211,6 +222,8 @@ class CycleGAN(Method):
         self.D_I = PixelDiscriminator(C, args.ndf, args.disc_norm, args.disc_kernel)
         self.hard_fakes = args.disc_input == "argmax"
         self.pools = {"y": ReplayPool(args.pool_size), "x": ReplayPool(args.pool_size)}
+        if args.reduction == "sum":
+            self.weights = as_sums(self.weights, C, *args.size)
         on = self.terms_on()
         paints = on & {"gen_I", "cycle_S", "cycle_I", "disc_I"}
         self.optimize("G", [self.G_IS, *[self.G_SI] * bool(paints)], self.generator_terms, args)
@@ -416,26 +429,11 @@ def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
     return error.mean()
 
 
-def turn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Flip and rotate each image and its mask at random: by right angles; by 180° if H != W."""
-    angle = 1 if x.shape[-2] == x.shape[-1] else 2
-    variant = torch.randint(8 // angle, (len(x),), device=x.device)
-    image = torch.arange(len(x), device=x.device)
-
-    def chosen(maps: Tensor) -> Tensor:
-        both = maps, maps.flip(-1)
-        variants = [each.rot90(k, (-2, -1)) for each in both for k in range(0, 4, angle)]
-        return torch.stack(variants)[variant, image]
-
-    return chosen(x), chosen(y)
-
-
 class MeanTeacher(Method):
     """G_IS learns from labels and, under CutMix, from the masks of its own moving average.
 
     The average is evaluated. --cutmix-on labeled is the control: labeled images with their true
-    masks, mixed and perturbed, and no unlabeled image. Where a dataset's images have no fixed
-    orientation (`any_orientation`), they are also flipped and rotated.
+    masks, mixed and perturbed, and no unlabeled image.
     """
 
     decay, ramp_up = 0.99, 0.25  # of the average; share of the run in which `cutmix` grows
@@ -443,7 +441,7 @@ class MeanTeacher(Method):
     def __init__(self, spec, args):
         super().__init__(spec, args)
         self.weights["cutmix"] = 1.0
-        self.cutmix_on, self.any_orientation = args.cutmix_on, spec.any_orientation
+        self.cutmix_on = args.cutmix_on
         self.teacher = copy.deepcopy(self.G_IS).requires_grad_(False)
         self.follow = get_ema_multi_avg_fn(self.decay)
         self.optimize("G", [self.G_IS], self.generator_terms, args)
@@ -460,7 +458,6 @@ class MeanTeacher(Method):
                 y_u = self.run(self.teacher, x_u).argmax(1)
             both = self.cutmix_on == "both"
             x, y = (torch.cat([x, x_u]), torch.cat([y, y_u])) if both else (x_u, y_u)
-        x, y = turn(x, y) if self.any_orientation else (x, y)
         terms["cutmix"] = cutmix(self.segment, x, y)
         return terms, {}
 

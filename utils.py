@@ -375,6 +375,8 @@ def load_checkpoint(path: Path) -> dict:
         raise InputError(
             f"checkpoint {path}: not from this program (expected format {CHECKPOINT_FORMAT})"
         )
+    if isinstance(state.get("dataset"), dict) and "any_orientation" in state["dataset"]:
+        _rename_orientation(state)
     wrong = [key for key, kind in CHECKPOINT_PARTS.items() if not isinstance(state.get(key), kind)]
     for key in [] if wrong else ("settings", "dataset", "model"):
         wrong += [key] * any(type(name) is not str for name in state[key])
@@ -382,6 +384,15 @@ def load_checkpoint(path: Path) -> dict:
         lacking = first_ten(wrong) or "weights that are tensors"
         raise InputError(f"checkpoint {path}: lacks {lacking}")
     return state
+
+
+def _rename_orientation(state: dict) -> None:
+    """Give a checkpoint of the time before --augment the keys of today."""
+    turned = state["dataset"].pop("any_orientation") is True
+    state["dataset"]["orientation"] = "any" if turned else "fixed"
+    if isinstance(settings := state.get("settings"), dict):  # meanteacher turned its own images
+        augmented = turned and settings.get("method") == "meanteacher"
+        state["settings"] = {"augment": augmented, "reduction": "mean", **settings}
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], source: Path | str) -> None:

@@ -14,6 +14,8 @@ from utils import IGNORE, InputError, is_folder_name, read_text
 CONFIG = Path(__file__).parents[1] / "config"
 LAYOUTS = ("voc", "cityscapes", "acdc", "folder", "phantom")  # see datasets/layouts.py
 PARTS = ("train", "val", "test")
+# Images may be flipped and turned by right angles; only left and right may be swapped; neither
+ORIENTATIONS = ("any", "mirror", "fixed")
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class DatasetSpec:
     ignore: int = IGNORE  # value of pixels that do not count, in the mask files
     void: int | None = None  # a class that is trained but skipped in evaluation
     group: str | None = None  # folder: regular expression; its first group in a stem is the patient
-    any_orientation: bool = False  # meanteacher may flip and rotate the images
+    orientation: str = "fixed"  # what --augment may change: see ORIENTATIONS
     label_ids: tuple[int, ...] | None = None  # values of classes 0, 1, ... in the mask files
     void_ids: tuple[int, ...] = ()  # values in the mask files that become the void class
     pool: tuple[str, ...] = ("train",)  # parts of the layout that the paper's split divides
@@ -121,6 +123,9 @@ def load_spec(name_or_toml: str) -> DatasetSpec:
 def make_spec(table: dict, source: str) -> DatasetSpec:
     """A DatasetSpec from a [dataset] table; InputError names `source` and the key that is wrong."""
     known = [field.name for field in fields(DatasetSpec)]
+    if "any_orientation" in table:
+        advice = 'write orientation = "any", "mirror" or "fixed"; --augment uses it'
+        raise InputError(f"{source}: [dataset] any_orientation is now orientation: {advice}")
     if unknown := [key for key in table if key not in known]:
         expected = ", ".join(known)
         raise InputError(f"{source}: [dataset] unknown key {unknown[0]!r}; expected {expected}")
@@ -206,7 +211,7 @@ def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
             spec.group is None or (spec.layout == "folder" and _captures(spec.group)),
             "a regular expression with a (group), for the layout 'folder'",
         ),
-        "any_orientation": (type(spec.any_orientation) is bool, "true or false"),
+        "orientation": (spec.orientation in ORIENTATIONS, f"one of {', '.join(ORIENTATIONS)}"),
         "void": (spec.void is None or _ints((spec.void,), 0, k), f"an index from 0 to {k - 1}"),
         "label_ids": (not wrong_ids, wrong_ids),
         "void_ids": (not wrong_voids, wrong_voids),

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import functools
 import json
+import math
 import os
 import pickle
 import random
@@ -1194,3 +1195,64 @@ def test_real_cityscapes_decodes():
         mask = decode(sample, spec, (128, 256))[1]
         assert mask.max() <= 19
         assert len(mask.unique()) > 5
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize(
+    ("orientation", "shape", "angles", "flips"),
+    [
+        ("any", (6, 6), range(4), [False, True]),
+        ("any", (6, 8), [0, 2], [False, True]),
+        ("mirror", (6, 6), [0], [False, True]),
+        ("fixed", (6, 6), [0], [False]),
+    ],
+)
+def test_images_and_masks_are_flipped_and_turned_alike_as_the_orientation_allows(
+    orientation, shape, angles, flips
+):
+    torch.manual_seed(0)
+    x = torch.linspace(-0.5, 0.5, math.prod(shape)).expand(400, 2, -1).reshape(400, 2, *shape)
+    y = torch.arange(math.prod(shape)).view(1, *shape).expand(400, -1, -1)
+    moved_x, moved_y = data_utils.augment(x, orientation, y)
+    expected = []
+    for k in angles:
+        turned = y[0].rot90(k)
+        expected += [turned.flip(1) if flip else turned for flip in flips]
+    counts = [0] * len(expected)
+    for image, mask in zip(moved_x, moved_y, strict=True):
+        (i,) = (i for i, variant in enumerate(expected) if torch.equal(mask, variant))
+        counts[i] += 1
+        for channel in image:  # brighter pixels keep larger values: the same move as the mask's
+            assert torch.equal(channel.flatten().argsort(), mask.flatten().argsort())
+    assert min(counts) > 0.6 * 400 / len(expected)
+
+
+def test_augmented_images_differ_in_contrast_and_brightness_within_the_networks_range():
+    torch.manual_seed(0)
+    x = torch.tensor([-0.5, 0.5]).view(1, 1, 1, 2).expand(500, 1, 1, 2)
+    low, high = data_utils.augment(x, "fixed")[0].flatten(1).unbind(1)
+    for value, least, most in (high - low, 0.8, 1.2), ((high + low) / 2, -0.1, 0.1):
+        assert least - 1e-6 <= value.min() < least + 0.02 * (most - least)
+        assert most - 0.02 * (most - least) < value.max() <= most + 1e-6
+    bright, _ = data_utils.augment(torch.ones(50, 1, 4, 4), "any")
+    assert bright.max() == 1
+
+
+def test_batches_augment_labeled_and_unlabeled_images_and_draw_nothing_without(phantoms):
+    pairs = Pairs(of(phantoms, [0, 1]), of(phantoms, [2, 3]))
+    items = [(0, 0), (1, 1)]
+    (plain,) = Batches(pairs, 2, CPU).of(items)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    (again,) = Batches(pairs, 2, CPU).of(items)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, plain, again))
+    x, y, x_u = plain
+    torch.manual_seed(3)
+    expected = *data_utils.augment(x, "any", y), data_utils.augment(x_u, "any")[0]
+    torch.manual_seed(3)
+    (augmented,) = Batches(pairs, 2, CPU, orientation="any").of(items)
+    assert all(map(torch.equal, augmented, expected))
+    assert not torch.equal(x_u, augmented[2])

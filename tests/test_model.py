@@ -173,6 +173,43 @@ def test_terms_and_gradients_equal_those_of_one_network_call_for_each_set_of_ima
         torch.testing.assert_close(grads, expected, **CLOSE)
 
 
+def test_the_sums_that_the_paper_prints_are_the_weights_of_reduction_sum():
+    ours = build("cyclegan", *ODD_FLAGS, "--size", "16", "20", "--reduction", "sum")
+    x, y, _ = batch()
+    fake_x, fake_y = torch.rand_like(x), torch.rand(2, 1, 16, 20, dtype=x.dtype)
+    logits = torch.rand(2, 4, 16, 20, dtype=x.dtype)
+    y = y.clamp(max=3)  # no ignored pixel: sum and mean differ by H W alone
+    sums = {  # means over the two images; Eq. 4 and 5 hold one probability, here the pixels' mean
+        "gen_S": -logits.log_softmax(1).gather(1, y.unsqueeze(1)).sum() / 2,
+        "gen_I": (fake_x - x).square().sum() / 2,
+        "cycle_I": (fake_x - x).abs().sum() / 2,
+        "disc_S": (fake_y - 1).square().mean((1, 2, 3)).sum() / 2,
+    }
+    means = {
+        "gen_S": model.gen_S(logits, y),
+        "gen_I": model.gen_I(fake_x, x),
+        "cycle_I": model.cycle_I(fake_x, x),
+        "disc_S": model.fool(fake_y),
+    }
+    for name, value in means.items():
+        expected = ODD[name] * sums[name] / (16 * 20)
+        torch.testing.assert_close(ours.weights[name] * value, expected, **CLOSE)
+    assert ours.weights["cycle_S"] == ODD["cycle_S"]
+    assert ours.weights["disc_I"] == ODD["disc_I"] / (16 * 20)
+
+
+def test_sums_count_the_channels_of_images_in_eq_3_and_6():
+    weights = dict.fromkeys(TERMS, 1.0)
+    assert model.as_sums(weights, 3, 10, 20) == {
+        "gen_S": 1.0,
+        "gen_I": 3.0,
+        "cycle_S": 1.0,
+        "cycle_I": 3.0,
+        "disc_S": 1 / 200,
+        "disc_I": 1 / 200,
+    }
+
+
 def test_step_descends_eq_8_with_its_weights_and_then_eq_4_and_5_without():
     ours, (x, y, x_u) = build("cyclegan", *ODD_FLAGS), batch()
     assert ours.weights == ODD
@@ -590,21 +627,6 @@ def test_cutmix_by_hand(monkeypatch):
     assert student.grad.any()
 
 
-@pytest.mark.parametrize(("shape", "angles"), [((6, 6), range(4)), ((6, 8), [0, 2])])
-def test_turned_images_and_masks_are_the_same_flips_and_turns(shape, angles):
-    x = torch.arange(float(math.prod(shape))).expand(400, 2, -1).reshape(400, 2, *shape)
-    turned_x, turned_y = model.turn(x, x[:, 0].long())
-    expected = []
-    for k in angles:
-        expected += [x[0].rot90(k, (1, 2)), x[0].rot90(k, (1, 2)).flip(2)]
-    counts = [0] * len(expected)
-    for image, mask in zip(turned_x, turned_y, strict=True):
-        (i,) = (i for i, variant in enumerate(expected) if torch.equal(image, variant))
-        assert torch.equal(mask, image[0].long())
-        counts[i] += 1
-    assert min(counts) > 0.6 * 400 / len(expected)
-
-
 def teaching(*flags, progress=1.0):
     """MeanTeacher whose average is not its student."""
     ours = build("meanteacher", *flags)
@@ -636,29 +658,6 @@ def test_labeled_images_are_mixed_with_their_true_masks(images):
     losses = ours.step(x, y, x_u)
     assert list(losses) == ["gen_S", "cutmix"]
     torch.testing.assert_close(losses["cutmix"], expected.detach(), **CLOSE)
-
-
-@pytest.mark.parametrize("any_orientation", [True, False])
-def test_images_without_a_fixed_orientation_are_turned_before_they_are_mixed(
-    monkeypatch, any_orientation
-):
-    ours, (x, y, x_u) = teaching(), batch()
-    ours.any_orientation, mixed = any_orientation, []
-    monkeypatch.setattr(model, "turn", lambda x, y: (-x, y.flip(0)))
-    monkeypatch.setattr(model, "cutmix", lambda student, *pair: mixed.append(pair) or x.sum())
-    ours.generator_terms(x, y, x_u)
-    expected = torch.cat([x, x_u]), torch.cat([y, ours.teacher(x_u).argmax(1)])
-    if any_orientation:
-        expected = -expected[0], expected[1].flip(0)
-    assert all(map(torch.equal, mixed[0], expected))
-
-
-def test_acdc_alone_has_no_fixed_orientation():
-    names = "acdc", "voc", "cityscapes", "phantom"
-    specs = [data_utils.load_spec(name) for name in names]
-    assert [spec.any_orientation for spec in specs] == [True, False, False, False]
-    args = main.parse_args("--training --dataset acdc --ngf 4 --method meanteacher".split())
-    assert METHODS["meanteacher"](specs[0], args).any_orientation
 
 
 def test_the_average_follows_G_IS_and_is_what_is_evaluated():

@@ -363,8 +363,8 @@ def test_dropped_flags_with_their_usual_value_change_nothing(recorded):
         (("partial", 0, {}), ("ours", 1, {"changes": {"ignore": 9}}), "[dataset] ignore"),
         (
             ("meanteacher", 0, {}),
-            ("meanteacher", 1, {"changes": {"any_orientation": False}}),
-            "[dataset] any_orientation",
+            ("meanteacher", 1, {"changes": {"orientation": "fixed"}}),
+            "[dataset] orientation",
         ),
         (("partial", 1, {}), ("ours", 1, {"hash": "other"}), "split.json's hash"),
     ],
@@ -381,8 +381,8 @@ def test_runs_of_different_settings_are_not_in_one_table(capsys, first, second, 
 def test_orientation_counts_where_it_has_an_effect():
     for name in "partial", "ours":
         make_run(name, 0, [0.5])
-        make_run(name, 1, [0.5], changes={"any_orientation": False})
-    assert "any_orientation" not in report_of()
+        make_run(name, 1, [0.5], changes={"orientation": "fixed"})
+    assert "orientation" not in report_of()
 
 
 def test_labels_by_exam_are_not_beside_the_papers_numbers():

@@ -1,6 +1,6 @@
-"""Gradients of G_SI's first layer after masks of one class and after others, for two instance norms.
+"""Gradients of G_SI's first layer after masks of one class and after others, for two norms.
 
-    python tools/gradients.py --dataset acdc --data-root DIR --size 64 64 --ngf 16 --ndf 16 --ratio 0.1 --seed 1
+    python tools/gradients.py --dataset acdc --size 64 64 --ngf 16 --ndf 16 --ratio 0.1 --seed 1
 
 All flags but --steps are main.py's. Each norm trains the same networks on the same batches: ours
 (arch/norm.py), which maps constant planes to 0, and PyTorch's, which amplifies their rounding.

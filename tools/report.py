@@ -211,12 +211,15 @@ def check_settings(runs: list[Run], source: Path) -> None:
     first: dict[tuple, tuple] = {}
     for run in runs:
         dataset, ratio, name = run.cell
-        spec = make_spec(run.dataset, run.run)
+        table = {key: value for key, value in run.dataset.items() if key != "any_orientation"}
+        if run.dataset.get("any_orientation"):  # of a log from before --augment
+            table["orientation"] = "any"
+        spec = make_spec(table, run.run)
         labels = {f"[dataset] {key}": getattr(spec, key) for key in LABELS}
         split = {"split.json's hash": run.split["hash"]}
         settings = effective(run)
         if settings["method"] == "meanteacher":
-            settings["[dataset] any_orientation"] = spec.any_orientation
+            settings["[dataset] orientation"] = spec.orientation
         for key, value in {**settings, **labels, **split}.items():
             group = (dataset, key) if key in SHARED or key in labels else (dataset, name, key)
             group = (dataset, ratio, run.settings["seed"], key) if key in split else group
