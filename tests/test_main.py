@@ -35,6 +35,8 @@ def in_tmp(tmp_path, monkeypatch):
 DEFAULTS = {
     "method": "cyclegan", "ratio": 0.2, "seed": 0, "data_root": "data/voc",
     "epochs": 400, "decay_epoch": 100, "batch_size": 5, "lr": 2e-4, "betas": [0.5, 0.999],
+    "augment": False,
+    "reduction": "mean",
     "lambda1": 1, "lambda2": 0.05, "lambda3": 1, "lambda4": 1, "lambda5": 1,
     "ngf": 64, "ndf": 64, "n_blocks": 9, "dropout": 0, "pool_size": 0,
     "disc_norm": "batch", "disc_input": "softmax", "disc_kernel": 1, "cutmix_on": "both",

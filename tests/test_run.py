@@ -399,6 +399,7 @@ def test_a_finished_run_changes_nothing_and_overwrite_starts_anew(capsys, traine
 OTHER = {
     "method": "advsemi", "ratio": "0.25", "seed": "1", "split": "image", "label_unit": "exam",
     "size": ["16", "32"], "normalization": "half", "ignored": "background",
+    "augment": [], "reduction": "sum",
     "lambda1": "2", "lambda2": "2", "lambda3": "2", "lambda4": "2", "lambda5": "2",
     "epochs": "2", "decay_epoch": "1", "batch_size": "4", "lr": "0.1", "betas": ["0.1", "0.2"],
     "pool_size": "1", "disc_input": "argmax", "cutmix_on": "labeled", "init": "other.pt",
