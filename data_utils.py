@@ -29,165 +29,14 @@ from tqdm import tqdm
 
 import utils
 from datasets import files
-from datasets.layouts import SPLITS, index, parts_of, split_file
+from datasets.layouts import index
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice, load_spec
+from datasets.splits import ByFile, Split
 from utils import IGNORE, InputError, first_ten
 
 __all__ = ["Sample", "index", "load_spec"]  # re-exported from datasets/
 TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
-ROLES = ("labeled", "unlabeled", "val")
-
-
-# Splits
-
-
-@dataclass(frozen=True)
-class Split:
-    """Labeled and unlabeled training samples, and validation samples; each sorted by id."""
-
-    labeled: tuple[Sample, ...]
-    unlabeled: tuple[Sample, ...]
-    val: tuple[Sample, ...]
-    test: tuple[Sample, ...] = ()  # of a split file that lists some; no run uses them
-
-    def ids(self) -> dict[str, list[str]]:
-        """The ids by role, without an empty test."""
-        roles = (*ROLES, "test") if self.test else ROLES
-        return {role: [s.id for s in getattr(self, role)] for role in roles}
-
-    def hash(self) -> str:
-        """A digest of the ids that a run uses, by role; equal for equal splits."""
-        used = {role: ids for role, ids in self.ids().items() if role in ROLES}
-        return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
-
-
-def split(
-    samples: list[Sample],
-    ratio: float,
-    seed: int,
-    spec: DatasetSpec,
-    kind: str = "paper",
-    label_unit: str = "image",
-) -> Split:
-    """Divide samples into labeled (`ratio` of the training ones), unlabeled and validation.
-
-    kind: "paper" (Section 4.1): spec.counts groups, or the same proportions of another number; no
-        group is on both sides. "image": 85% and 15% of single images, as released. "standard":
-        the parts that other papers train and validate on. A "folder" with val/ validates on it.
-    label_unit: `ratio` counts training samples that have a mask ("image") or whole groups ("exam").
-
-    The validation set and the order in which samples get labels depend on the seed alone, so that a
-    smaller labeled set is part of a larger one. Samples without a mask are always unlabeled.
-    """
-    parts = parts_of(spec, kind)
-    samples = [s for s in samples if s.part is None or s.part in parts]
-    samples.sort(key=lambda s: s.id)
-    rng = np.random.default_rng(seed)
-    if kind == "standard" or has_val(spec, samples):
-        val = {s for s in samples if s.part == parts[1] and s.mask is not None}
-        if not val:
-            missing = f"{spec.name}'s part {parts[1]!r} is missing"
-            raise InputError(f"--split standard: {missing}; see README.md")
-        train = [s for s in samples if s.part == parts[0]]
-    else:
-        n_train, n_val = spec.counts if spec.counts and kind == "paper" else (85, 15)
-        units = [s.group if kind == "paper" else s.id for s in samples]
-        masked = {unit for unit, s in zip(units, samples, strict=True) if s.mask is not None}
-        held_out = max(1, round(len(masked) * n_val / (n_train + n_val)))
-        val_units = _first(masked, held_out, rng)
-        val = {s for unit, s in zip(units, samples, strict=True) if unit in val_units}
-        train = [s for s in samples if s not in val]
-
-    def unit(sample: Sample) -> str:
-        return sample.group if label_unit == "exam" else sample.id
-
-    masked = {unit(s) for s in train if s.mask is not None}
-    if not masked:
-        expected = "; masks/ must contain their masks" if spec.layout == "folder" else ""
-        reason = "; all masks are held out for validation" if val else expected
-        raise InputError(f"{spec.name}: no training image has a mask{reason}")
-    n_labeled = round(ratio * len(masked))
-    if not n_labeled:
-        found = f"of {len(masked)} training {label_unit}s leaves no labeled {label_unit}"
-        raise InputError(f"--ratio {ratio:g} {found}")
-    chosen = _first(masked, n_labeled, rng)
-    labeled = {s for s in train if s.mask is not None and unit(s) in chosen}
-    return Split(
-        tuple(s for s in train if s in labeled),
-        tuple(s for s in train if s not in labeled),
-        tuple(s for s in samples if s in val),
-    )
-
-
-def has_val(spec: DatasetSpec, samples: Sequence[Sample]) -> bool:
-    """Whether some of a folder's samples are from its val/."""
-    return spec.layout == "folder" and any(sample.part == "val" for sample in samples)
-
-
-def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
-    """The first n of the units in random order: with the same rng, fewer are part of more."""
-    ordered = sorted(units)
-    return {ordered[i] for i in rng.permutation(len(ordered))[:n]}
-
-
-def read_lists(path: Path) -> dict[str, list[str]]:
-    """Read a split.json: lists `labeled`, `unlabeled`, `val` and perhaps `test`.
-
-    They contain ids, volumes or whole groups. A run's own has a hash, which is not returned.
-    """
-    with files.naming(path):
-        lists = json.loads(utils.read_text(path))
-    lists = lists if isinstance(lists, dict) else {}
-    lists.pop("hash", None)
-    if unknown := lists.keys() - {*ROLES, "test"}:
-        expected = f"expected {', '.join(ROLES)} and test"
-        raise InputError(f"{path}: unknown key {sorted(unknown)[0]!r}; {expected}")
-    for role in *ROLES, *(["test"] if "test" in lists else []):
-        names = lists.get(role)
-        if not isinstance(names, list) or not all(type(name) is str for name in names):
-            raise InputError(f"{path}: expected a list of ids as {role!r}")
-        if not names and role != "unlabeled":
-            raise InputError(f"{path}: {role!r} is empty")
-    return lists
-
-
-def read_split(path: Path, samples: list[Sample]) -> Split:
-    """The split that a split.json lists.
-
-    A name is an id, otherwise a volume, otherwise a group. InputError names ids that are unknown,
-    have two roles, or are scored or labeled without a mask, and groups that are on two of the sides
-    training, validation and test.
-    """
-    lists = read_lists(path)
-    ids = {sample.id: [sample] for sample in samples}
-    volumes: dict[str, list[Sample]] = {}
-    groups: dict[str, list[Sample]] = {}
-    for sample in samples:
-        volumes.setdefault(sample.volume, []).append(sample)
-        groups.setdefault(sample.group, []).append(sample)
-    by_name = groups | volumes | ids
-    if unknown := [name for names in lists.values() for name in names if name not in by_name]:
-        raise InputError(f"{path}: not in the dataset: {first_ten(unknown)}")
-    chosen: dict[str, set[Sample]] = {}
-    for role, names in lists.items():
-        chosen[role] = {sample for name in names for sample in by_name[name]}
-    for one, other in itertools.combinations(chosen, 2):
-        if both := sorted(s.id for s in chosen[one] & chosen[other]):
-            raise InputError(f"{path}: both {one} and {other}: {first_ten(both)}")
-    sides = {
-        "training": chosen["labeled"] | chosen["unlabeled"],
-        "validation": chosen["val"],
-        "test": chosen.get("test", set()),
-    }
-    for one, other in itertools.combinations(sides, 2):
-        if both := sorted({s.group for s in sides[one]} & {s.group for s in sides[other]}):
-            raise InputError(f"{path}: in {one} and {other}: {first_ten(both)}")
-    for role, used in chosen.items():
-        unmasked = sorted(s.id for s in used if s.mask is None)
-        if unmasked and role != "unlabeled":
-            raise InputError(f"{path}: {role}, but without a mask: {first_ten(unmasked)}")
-    return Split(**{role: tuple(sorted(chosen[role], key=lambda s: s.id)) for role in chosen})
 
 
 # The cache
@@ -564,24 +413,20 @@ def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Dat
     InputError if files are missing, unusable or too few, or if the split does not have the expected
     hash (a checkpoint's).
     """
-    samples = index(spec, Path(args.data_root), args.split)
-    if args.split in SPLITS:
-        parts = split(samples, args.ratio, args.seed, spec, args.split, args.label_unit)
-        source = f"--ratio {args.ratio:g}"
-    else:
-        parts = read_split(split_file(args.split), samples)
-        source = f"--split {args.split}"
+    rule = args.rule
+    samples = index(spec, Path(args.data_root), rule.kind)
+    found = rule.apply(samples, spec, args.seed)
     control = args.method == "meanteacher" and args.cutmix_on == "labeled"
-    if args.method != "supervised" and not control and not parts.unlabeled:
-        raise InputError(f"{source} leaves no unlabeled image for --method {args.method}")
-    if expected_split not in (None, parts.hash()):
-        found = f"--data-root {args.data_root}: holds other images"
-        if args.split not in SPLITS:
-            found = f"{source}: lists other images"
-        found += " than the run started with, which its split.json names"
+    if args.method != "supervised" and not control and not found.unlabeled:
+        raise InputError(f"{rule.flag} leaves no unlabeled image for --method {args.method}")
+    if expected_split not in (None, found.hash()):
+        cause = f"--data-root {args.data_root}: holds other images"
+        if isinstance(rule, ByFile):
+            cause = f"{rule.flag}: lists other images"
+        cause += " than the run started with, which its split.json names"
         advice = "; give --name for another folder, or --overwrite to start over"
-        raise InputError(f"{found}{advice if args.training else ''}")
-    return open_data(args, spec, samples, parts)
+        raise InputError(f"{cause}{advice if args.training else ''}")
+    return open_data(args, spec, samples, found)
 
 
 def load_part(args, spec: DatasetSpec) -> Data:
@@ -590,33 +435,34 @@ def load_part(args, spec: DatasetSpec) -> Data:
     A split file's own test images take precedence over the layout's. InputError if the run's split
     uses the part or some of its images, or if it has no masks.
     """
-    lists = {} if args.split in SPLITS else read_lists(split_file(args.split))
-    if args.part in lists and args.part == "test":
-        samples = index(spec, Path(args.data_root), args.split)
-        test = read_split(split_file(args.split), samples).test
+    rule, root, part = args.rule, Path(args.data_root), args.part
+    lists = rule.lists()
+    if part == "test" and part in lists:
+        samples = index(spec, root, rule.kind)
+        test = rule.apply(samples, spec, args.seed).test
         return open_data(args, spec, samples, Split((), (), test))
-    if args.split in SPLITS and args.part in parts_of(spec, args.split):
+    if part in rule.seen_parts(spec):
         advice = "--testing alone scores the run's validation images"
-        raise InputError(f"--part {args.part}: the run's split uses this part; {advice}")
-    samples = [s for s in index(spec, Path(args.data_root), args.part) if s.mask is not None]
+        raise InputError(f"--part {part}: the run's split uses this part; {advice}")
+    samples = [s for s in index(spec, root, part) if s.mask is not None]
     listed = {*itertools.chain(*lists.values())}
     if seen := sorted(s.id for s in samples if {s.id, s.volume, s.group} & listed):
-        raise InputError(f"--part {args.part}: in the run's split: {first_ten(seen)}")
+        raise InputError(f"--part {part}: in the run's split: {first_ten(seen)}")
     if not samples:
-        raise InputError(f"--part {args.part}: no image has a mask")
+        raise InputError(f"--part {part}: no image has a mask")
     return open_data(args, spec, samples, Split((), (), tuple(samples)))
 
 
-def open_data(args, spec: DatasetSpec, samples: list[Sample], parts: Split) -> Data:
+def open_data(args, spec: DatasetSpec, samples: list[Sample], found: Split) -> Data:
     """Open the cache of a split's images."""
-    used = sorted(parts.labeled + parts.unlabeled + parts.val, key=lambda sample: sample.id)
+    used = sorted(found.labeled + found.unlabeled + found.val, key=lambda sample: sample.id)
     with utils.first_process_first():
         cache = open_cache(spec, used, tuple(args.size), Path(args.cache), args.workers)
     ignored_class = 0 if args.ignored == "background" else IGNORE
     return Data(
         len({sample.group for sample in samples if sample.mask is not None}),
-        parts,
-        Stored(cache, parts.labeled, ignored_class),
-        Stored(cache, parts.unlabeled),
-        Stored(cache, parts.val),
+        found,
+        Stored(cache, found.labeled, ignored_class),
+        Stored(cache, found.unlabeled),
+        Stored(cache, found.val),
     )

@@ -10,16 +10,8 @@ from pathlib import Path
 import nibabel
 
 from datasets.files import is_picture, is_volume, stem_of
-from datasets.spec import CONFIG, PARTS, DatasetSpec, Sample, Slice
+from datasets.spec import PARTS, DatasetSpec, Sample, Slice
 from utils import InputError, first_ten, read_lines
-
-SPLITS = ("paper", "standard", "image")  # --split; anything else is a file with lists of ids
-
-
-def split_file(name: str) -> Path:
-    """The file of --split: a path that ends in .json, or a name in config/splits/."""
-    is_path = name.lower().endswith(".json")
-    return Path(name) if is_path else CONFIG / "splits" / f"{name}.json"
 
 
 def voc_home(root: Path, folder: str) -> Path:
@@ -205,13 +197,13 @@ INDEX = {
 
 
 def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
-    """The parts of the layout that a kind of split uses; split files may use all of them.
+    """The parts of the layout that a kind of split uses; a "file" may use all of them.
 
-    A part is also a kind, which uses itself alone.
+    `kind` may be a part's name: then only that part.
     """
     if kind in PARTS:
         return (kind,)
-    if kind not in SPLITS:
+    if kind == "file":
         return PARTS
     if spec.layout == "folder":
         return "train", "val"
@@ -229,7 +221,7 @@ def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
     if spec.layout != "phantom" and not root.is_dir():
         raise InputError(f"--data-root {root}: no such folder; {page} describes the layout")
     parts = parts_of(spec, kind)
-    if spec.layout == "voc" and kind not in (*SPLITS, *PARTS):
+    if spec.layout == "voc" and kind == "file":
         samples = index_voc_images(root)
     else:
         samples = [s for s in INDEX[spec.layout](spec, root) if s.part in parts]

@@ -16,6 +16,7 @@ from datasets import files
 from datasets.spec import DatasetSpec
 from engine.pictures import picture_grid, save_overlay
 from engine.train import evaluate
+from engine.trained import Trained
 from utils import InputError, TrainingError
 
 
@@ -33,12 +34,12 @@ def mask_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return mask
 
 
-def test(trained, data: Data, batches: Callable) -> int:
+def test(trained: Trained, data: Data, batches: Callable) -> int:
     """--testing: write metrics.json, masks/ and panels/ of a checkpoint's validation images.
 
     Those of --part go to a folder of that name.
 
-    `trained` is main.Trained; `batches` turns a dataset into batches (x, y) on the device.
+    `batches` turns a dataset into batches (x, y) on the device.
     """
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
     folder = claim(args.results, trained.path) / (args.part or "")
@@ -117,7 +118,7 @@ def claim(results: str, checkpoint: Path) -> Path:
 
 
 @torch.inference_mode()
-def predict(trained) -> int:
+def predict(trained: Trained) -> int:
     """--predict: write the masks of pictures and NIfTI volumes at their own size.
 
     Files that are neither are listed and skipped; TrainingError, at the end, if any is unreadable.

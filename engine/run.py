@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import utils
 from data_utils import Data, normalize
-from datasets.layouts import SPLITS
 from datasets.spec import DatasetSpec, make_spec
+from datasets.splits import rule_of
 from engine.logs import Logs, write_manifest
 from engine.pictures import picture_grid
 from engine.signals import stop
@@ -39,8 +39,7 @@ class Run:
 
     def __init__(self, args, spec: DatasetSpec, device: torch.device):
         self.args, self.spec, self.device = args, spec, device
-        part = f"{args.ratio:g}" if args.split in SPLITS else Path(args.split).stem
-        name = args.name or f"{spec.name}_{args.method}_{part}_s{args.seed}"
+        name = args.name or f"{spec.name}_{args.method}_{args.rule.label}_s{args.seed}"
         if not utils.is_folder_name(name):
             expected = f"expected the name of a folder in {args.checkpoints}, not a path"
             raise InputError(f"--name {name}: {expected}")
@@ -111,7 +110,7 @@ class Run:
             self.logs.forget_after(self.evaluated)
             print(f"resuming at epoch {self.epoch + 1}, step {self.step}")
         if utils.rank() == 0 and not self.global_step:
-            about = {"dataset": self.spec.name, "labeled": len(data.labeled)}
+            about = {"dataset": self.spec.name, "labeled images": len(data.labeled)}
             about["run"] = self.folder.name
             self.logs.events.settings(about | args.settings, "val/miou")
         self.saved_at = time.monotonic()
@@ -296,8 +295,8 @@ class Run:
         spec = make_spec(state["dataset"], f"checkpoint {path}")  # adds keys it does not have
         for settings, described in (before, spec), (now, self.spec):
             settings |= {f"[dataset] {key}": value for key, value in asdict(described).items()}
-        if not {now["split"], before.get("split")} & {*SPLITS}:
-            del now["split"]  # two files: the split's hash decides
+        if self.args.rule.same_kind(rule_of(before)):
+            del now["split"]  # of two files, the split's hash decides
         keys = [key for key in now if str(before.get(key)) != str(now[key])]
         if keys:
             differ = utils.first_ten(f"{key} was {before.get(key)}, is {now[key]}" for key in keys)

@@ -7,6 +7,9 @@ import torch
 
 import main
 import utils
+from engine.flags import parse_args
+from engine.trained import Trained, load
+from model import METHODS
 
 TINY = "--dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 1 --workers 0 --device cpu"
 TINY = TINY.split()
@@ -22,6 +25,11 @@ def tiny_on(dataset: str | Path) -> list[str]:
 def run(*flags) -> int:
     """The exit code of a command line."""
     return main.main(list(map(str, flags)))
+
+
+def load_with(flags: list[str]) -> Trained:
+    """The checkpoint that a command line of --testing or --predict uses."""
+    return load(parse_args(flags))
 
 
 def error_line(capsys, *flags, code: int = 2) -> str:
@@ -61,11 +69,11 @@ def edit_checkpoint(path: Path, change) -> None:
 
 def record_steps(monkeypatch, method: str, observe) -> list:
     """A list of what `observe(model, x, y)` returns at the start of each later training step."""
-    seen, step = [], main.METHODS[method].step
+    seen, step = [], METHODS[method].step
 
     def recorded_step(self, x, y, *x_u):
         seen.append(observe(self, x, y))
         return step(self, x, y, *x_u)
 
-    monkeypatch.setattr(main.METHODS[method], "step", recorded_step)
+    monkeypatch.setattr(METHODS[method], "step", recorded_step)
     return seen

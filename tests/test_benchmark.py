@@ -1,5 +1,6 @@
 """tools/benchmark.py: its plain step is the same mathematics, and its numbers are what they say."""
 
+import argparse
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import main
+from engine import program
 from tools import benchmark
 
 SMALL = "--dataset acdc --size 16 16 --ngf 4 --ndf 4 --n-blocks 1 --disc-norm instance"
@@ -17,7 +19,7 @@ ROOT = Path(main.__file__).parent
 
 
 def run(*flags: str) -> int:
-    return main.main([*SMALL, *flags], benchmark.benchmark)
+    return program.run(benchmark.benchmark, [*SMALL, *flags])
 
 
 def test_the_plain_step_has_the_same_terms():
@@ -111,7 +113,7 @@ def test_steps_take_turns_and_ratios_are_of_medians():
             return self.times.pop(0)
 
     order, one, two = [], Fake(9, 1, 2, 4), Fake(9, 3, 2, 8)
-    ours = main.argparse.Namespace(warmup=1, rounds=3, steps=3)
+    ours = argparse.Namespace(warmup=1, rounds=3, steps=3)
     own, other = benchmark.take_turns(ours, one, two)
     assert order == [one, two] * 4
     assert own == {"ms": 2000, "ratio": 1, "low": 1, "high": 1}
@@ -216,7 +218,8 @@ def test_another_checkout_is_compared(monkeypatch, capsys):
 def test_wrong_flags_are_an_error_line(tmp_path, monkeypatch, capfd, flags, words):
     monkeypatch.chdir(tmp_path)
     Path("broken").mkdir()
-    Path("broken/main.py").write_text("raise SystemExit(1)")
+    Path("broken/main.py").touch()
+    Path("broken/model.py").write_text("raise SystemExit(1)")
     assert run(*flags.split()) != 0
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -1,4 +1,4 @@
-"""Splits (Section 4.1), the decoded cache, epochs, normalization, batches and load_data."""
+"""The decoded cache, epochs, normalization, batches and load_data."""
 
 import dataclasses
 import errno
@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pickle
-import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,34 +19,31 @@ from conftest import (
     add_acdc_testing,
     error_of,
     folder_spec,
+    made_up,
     make_acdc,
     make_folder,
     make_voc,
     picture_sample,
-    toy_spec,
     write_volume,
 )
 from PIL import Image
 
 import data_utils
 from data_utils import (
-    ROLES,
     Batches,
     Cache,
     Pairs,
-    Split,
     Stored,
     decode,
     load_data,
     normalize,
     open_cache,
-    read_split,
-    split,
 )
 from datasets import files
-from datasets.layouts import index, split_file
+from datasets.layouts import index
 from datasets.phantom import draw_phantom
 from datasets.spec import Sample, Slice, load_spec
+from datasets.splits import ByFile, rule_of, split
 from utils import IGNORE
 
 CPU = torch.device("cpu")
@@ -56,425 +52,6 @@ REAL = Path(os.environ.get("SEG_REAL_DATA", "/nonexistent"))
 needs_real_data = pytest.mark.skipif(
     "SEG_REAL_DATA" not in os.environ, reason="SEG_REAL_DATA names no folder"
 )
-
-
-# Splits
-
-
-def made_up(n: int, group_of=str, part: str = "train") -> list[Sample]:
-    return [Sample(f"{i:05d}", group_of(i), i, i, part) for i in range(n)]
-
-
-def ids(samples) -> list[str]:
-    return [s.id for s in samples]
-
-
-def groups(samples) -> set[str]:
-    return {s.group for s in samples}
-
-
-def sizes(parts) -> tuple[int, int]:
-    return len(parts.labeled) + len(parts.unlabeled), len(parts.val)
-
-
-@pytest.mark.parametrize(
-    ("name", "n", "expected"),
-    [
-        ("voc", 10582, (8994, 1588)),
-        ("cityscapes", 3475, (2953, 522)),
-        ("phantom", 200, (160, 40)),
-        ("voc", 160, (136, 24)),
-        ("cityscapes", 5, (4, 1)),
-        ("voc", 8, (7, 1)),  # 1.2 to validate
-        ("voc", 11, (9, 2)),  # 1.65 to validate
-        ("voc", 2, (1, 1)),
-    ],
-)
-def test_papers_counts_or_their_proportions(name, n, expected):
-    assert sizes(split(made_up(n), 1.0, 0, load_spec(name))) == expected
-
-
-def test_without_counts_15_percent_are_held_out():
-    assert sizes(split(made_up(200), 1.0, 0, toy_spec())) == (170, 30)
-
-
-def acdc_like(n_exams: int) -> list[Sample]:
-    """12 to 28 slices per exam, in two frames, as in ACDC."""
-    depths = np.random.default_rng(0).integers(6, 15, n_exams)
-    exams = [f"patient{e:03d}" for e, depth in enumerate(depths) for _ in range(2 * depth)]
-    return made_up(len(exams), exams.__getitem__)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_no_exam_is_on_both_sides(seed):
-    parts = split(acdc_like(100), 0.3, seed, load_spec("acdc"))
-    train, val = groups(parts.labeled + parts.unlabeled), groups(parts.val)
-    assert (len(train), len(val), train & val) == (75, 25, set())
-
-
-def test_ratio_of_acdc_counts_slices_of_the_training_exams():
-    parts = split(acdc_like(100), 0.1, 0, load_spec("acdc"))
-    assert len(parts.labeled) == round(0.1 * sizes(parts)[0])
-
-
-@pytest.mark.parametrize(
-    ("ratio", "n_labeled"), [(0.1, 899), (0.2, 1799), (0.3, 2698), (0.5, 4497), (1.0, 8994)]
-)
-def test_ratio_counts_training_images(ratio, n_labeled):
-    assert len(split(made_up(10582), ratio, 0, load_spec("voc")).labeled) == n_labeled
-
-
-def test_split_is_a_partition_sorted_by_id():
-    samples = acdc_like(20)
-    parts = split(samples, 0.3, 0, load_spec("acdc"))
-    everything = [*parts.labeled, *parts.unlabeled, *parts.val]
-    assert sorted(everything, key=lambda s: s.id) == samples
-    for role, names in parts.ids().items():
-        assert names == ids(getattr(parts, role)) == sorted(names)
-        assert names
-
-
-def test_fewer_labels_are_part_of_more_and_val_stays():
-    samples, spec = made_up(1000), load_spec("voc")
-    splits = [split(samples, ratio, 3, spec) for ratio in (0.1, 0.2, 0.3, 0.5, 1.0)]
-    for fewer, more in zip(splits, splits[1:], strict=False):
-        assert {*fewer.labeled} < {*more.labeled}
-        assert fewer.val == more.val
-    assert splits[-1].unlabeled == ()
-
-
-def test_split_depends_on_the_seed_and_not_on_the_order_of_the_samples():
-    samples, spec = made_up(300), load_spec("voc")
-    parts = split(samples, 0.2, 1, spec)
-    assert split(samples[::-1], 0.2, 1, spec) == parts
-    other = split(samples, 0.2, 2, spec)
-    assert other.val != parts.val
-    places = []
-    for each in parts, other:
-        train = sorted([*each.labeled, *each.unlabeled], key=lambda s: s.id)
-        places.append([train.index(s) for s in each.labeled])
-    assert places[0] != places[1]  # labels are drawn too, not only the validation set
-    assert list(range(len(places[0]))) not in places  # and not taken from the top of the list
-
-
-def test_split_leaves_the_global_generators_and_its_input_alone():
-    samples = made_up(50)[::-1]
-
-    def state() -> tuple:
-        generators = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        return random.getstate(), *generators, samples.copy()
-
-    before = state()
-    split(samples, 0.2, 1, toy_spec())
-    assert state() == before
-
-
-def test_samples_outside_the_pool_are_not_split():
-    samples = [*made_up(20), *(Sample(f"v{i}", f"v{i}", i, i, "val") for i in range(5))]
-    parts = split(samples, 1.0, 0, toy_spec())
-    assert {s.part for s in parts.labeled + parts.val} == {"train"}
-    assert sum(sizes(parts)) == 20
-
-
-def test_splits_are_those_of_the_kept_runs():
-    kept = (ROOT / "docs" / "results" / "study.jsonl").read_text().splitlines()
-    runs = [run for run in map(json.loads, kept) if run["dataset"]["name"] == "phantom"]
-    spec = load_spec("phantom")
-    samples = index(spec, Path())
-    for run in runs:
-        parts = split(list(samples), run["settings"]["ratio"], run["settings"]["seed"], spec)
-        assert parts.hash() == run["split"]["hash"]
-    assert len({run["split"]["hash"] for run in runs}) > 3
-
-
-def test_standard_split_takes_the_parts_that_other_papers_take(voc, cityscapes, acdc):
-    add_acdc_testing(acdc, 2)
-    cases = ("voc", voc, (4, 1)), ("cityscapes", cityscapes, (4, 2)), ("acdc", acdc, (12, 8))
-    for name, root, expected in cases:
-        spec = load_spec(name)
-        parts = split(index(spec, root, "standard"), 0.5, 0, spec, "standard")
-        assert {s.part for s in parts.labeled + parts.unlabeled} == {"train"}
-        assert {s.part for s in parts.val} == {spec.standard[1]}
-        assert (sizes(parts), len(parts.labeled)) == (expected, expected[0] / 2)
-
-
-def test_standard_split_validates_on_all_of_its_part_whatever_the_seed():
-    spec = load_spec("acdc")
-    samples = [*made_up(40), *(Sample(f"t{i}", "t", i, i, "test") for i in range(9))]
-    names = [f"t{i}" for i in range(9)]
-    for seed in 0, 1:
-        parts = split(samples, 0.25, seed, spec, "standard")
-        assert (len(parts.labeled), len(parts.unlabeled), ids(parts.val)) == (10, 30, names)
-    assert parts.labeled != split(samples, 0.25, 0, spec, "standard").labeled
-    samples[-1] = dataclasses.replace(samples[-1], mask=None)
-    assert ids(split(samples, 0.25, 0, spec, "standard").val) == names[:8]
-
-
-def test_standard_split_without_its_part_or_of_a_dataset_without_one_is_an_error():
-    samples = made_up(40)
-    message = error_of(split, samples, 0.5, 0, load_spec("acdc"), "standard")
-    assert "'test' is missing" in message
-    assert "phantom" in error_of(split, samples, 0.5, 0, load_spec("phantom"), "standard")
-
-
-def test_image_split_is_the_released_codes_85_to_15_over_slices():
-    spec, samples = load_spec("acdc"), acdc_like(100)
-    parts = split(samples, 0.2, 0, spec, "image")
-    assert len(parts.val) == round(0.15 * len(samples))
-    train, val = groups(parts.labeled + parts.unlabeled), groups(parts.val)
-    assert len(train & val) > 50  # exams on both sides
-    assert sorted([*parts.labeled, *parts.unlabeled, *parts.val], key=lambda s: s.id) == samples
-
-
-def test_a_folders_val_is_what_it_is_validated_on(tmp_path):
-    spec, root = folder_spec(), make_folder(tmp_path, 8, n_unlabeled=3, n_val=2)
-    for kind in "paper", "standard", "image":
-        samples = index(spec, root, kind)
-        parts = split(samples, 0.5, 0, spec, kind)
-        assert ids(parts.val) == ["picture 11", "picture 12"]
-        assert (len(parts.labeled), len(parts.unlabeled)) == (4, 4 + 3)
-    whole = split(samples, 1.0, 0, spec)
-    assert ids(whole.unlabeled) == ["picture 10", "picture 8", "picture 9"]
-
-
-@pytest.mark.parametrize("kind", ["paper", "standard", "image"])
-def test_labels_by_exam_never_divide_one_and_nest(kind):
-    spec = load_spec("acdc")
-    samples = [*acdc_like(40), *(Sample(f"t{i}", "t", i, i, "test") for i in range(9))]
-    before = set()
-    for ratio in 0.1, 0.2, 0.5:
-        parts = split(samples, ratio, 0, spec, kind, "exam")
-        labeled, unlabeled = groups(parts.labeled), groups(parts.unlabeled)
-        assert len(labeled) == round(ratio * len(labeled | unlabeled))
-        assert not labeled & unlabeled
-        assert before < labeled
-        before = labeled
-
-
-def test_missing_masks_are_named():
-    spec, samples = folder_spec(), made_up(1)
-    held_out = error_of(split, list(samples), 1, 0, spec)
-    assert (
-        held_out
-        == f"{spec.name}: no training image has a mask; all masks are held out for validation"
-    )
-    message = error_of(split, without_masks(samples, 1), 1, 0, spec)
-    assert message == f"{spec.name}: no training image has a mask; masks/ must contain their masks"
-
-
-def without_masks(samples: list[Sample], step: int) -> list[Sample]:
-    """The samples, every step-th without its mask."""
-    for i in range(0, len(samples), step):
-        samples[i] = dataclasses.replace(samples[i], mask=None)
-    return samples
-
-
-def test_an_exams_slice_without_a_mask_is_never_labeled():
-    samples = without_masks(acdc_like(40), 7)
-    parts = split(samples, 1.0, 0, load_spec("acdc"), "paper", "exam")
-    assert all(s.mask is not None for s in parts.labeled)
-    assert {s.mask for s in parts.unlabeled} == {None}
-
-
-def test_labels_by_exam_leave_the_validation_set_as_it_is():
-    spec = load_spec("acdc")
-    by_image, by_exam = (
-        split(acdc_like(40), 0.2, 0, spec, "paper", unit) for unit in ("image", "exam")
-    )
-    assert by_image.val == by_exam.val
-    assert by_image.labeled != by_exam.labeled
-
-
-def test_ratio_that_leaves_no_exam_labeled_is_an_error():
-    message = error_of(split, acdc_like(8), 0.05, 0, load_spec("acdc"), "paper", "exam")
-    assert "no labeled exam" in message
-
-
-@pytest.mark.parametrize("ratio", [0.004, 0.0])
-def test_ratio_that_leaves_nothing_labeled_is_an_error(ratio):
-    assert f"--ratio {ratio:g}" in error_of(split, made_up(118), ratio, 0, toy_spec())
-
-
-def test_image_without_a_mask_is_never_labeled():
-    samples = without_masks(made_up(200), 2)
-    parts = split(samples, 1.0, 0, toy_spec())
-    assert all(s.mask is not None for s in parts.labeled)
-    assert parts.unlabeled
-    assert all(s.mask is None for s in parts.unlabeled)
-    half = split(samples, 0.5, 0, toy_spec())
-    # the ratio counts images that have a mask
-    assert len(half.labeled) == round(0.5 * len(parts.labeled))
-
-
-def test_images_without_a_mask_are_never_validated_on():
-    samples = without_masks(made_up(100), 2)
-    parts = split(samples, 1.0, 0, load_spec("phantom"))
-    assert len(parts.val) == 10  # 40 of 200, of the 50 that have a mask
-    assert all(sample.mask is not None for sample in parts.val)
-
-
-def test_hash_follows_the_ids_and_their_roles_alone():
-    samples, spec = made_up(100), toy_spec()
-    parts = split(samples, 0.2, 0, spec)
-    elsewhere = {"image": Path("elsewhere"), "mask": Path("too"), "part": None}
-    moved = [dataclasses.replace(s, **elsewhere) for s in samples]
-    assert split(moved, 0.2, 0, spec).hash() == parts.hash()
-    renamed = [dataclasses.replace(s, id=s.id.replace("00099", "00100")) for s in samples]
-    others = [(renamed, 0.2, 0), (samples, 0.3, 0), (samples, 0.2, 1), (samples[1:], 0.2, 0)]
-    hashes = {split(*other, spec).hash() for other in others}
-    assert len(hashes | {parts.hash()}) == 5
-
-
-# Split files
-
-# three slices of each of five exams; the fifth has no masks
-SLICES = [
-    Sample(f"exam{e}_s{z}", f"exam{e}", 10 * e + z, None if e == 5 else 0, "train")
-    for e in (1, 2, 3, 4, 5)
-    for z in range(3)
-]
-LISTS = {"labeled": ["exam1"], "unlabeled": ["exam2"], "val": ["exam3"]}
-
-
-def slices_of(exam: int, *numbers: int) -> list[str]:
-    return [f"exam{exam}_s{z}" for z in numbers]
-
-
-def read_lists(path: Path, lists, samples: list[Sample] = SLICES) -> Split:
-    path.write_text(json.dumps(lists))
-    return read_split(path, samples)
-
-
-def test_split_file_takes_ids_and_whole_groups_and_nothing_else(tmp_path):
-    lists = {
-        "labeled": ["exam2_s2", "exam1", "exam2_s0", "exam2_s0"],  # in any order, also twice
-        "unlabeled": ["exam5", "exam2_s1"],
-        "val": ["exam3"],  # exam4 has no role
-    }
-    parts = read_lists(tmp_path / "split.json", lists)
-    assert parts.ids() == {
-        "labeled": slices_of(1, 0, 1, 2) + slices_of(2, 0, 2),
-        "unlabeled": slices_of(2, 1) + slices_of(5, 0, 1, 2),
-        "val": slices_of(3, 0, 1, 2),
-    }
-    assert read_lists(tmp_path / "split.json", {**LISTS, "unlabeled": []}).unlabeled == ()
-
-
-@pytest.mark.parametrize("kind", ["paper", "standard"])
-def test_a_runs_own_split_reads_back_as_the_same_split(tmp_path, kind):
-    samples = [*acdc_like(20), *(Sample(f"t{i}", "t", i, i, "test") for i in range(9))]
-    parts = split(samples, 0.3, 1, load_spec("acdc"), kind)
-    lists = {**parts.ids(), "hash": parts.hash()}  # as engine.run writes it
-    same = read_lists(tmp_path / "split.json", lists, samples)
-    assert same == parts
-    assert same.hash() == parts.hash()
-
-
-def test_test_images_are_kept_but_change_no_hash(tmp_path):
-    plain = read_lists(tmp_path / "split.json", LISTS)
-    parts = read_lists(tmp_path / "split.json", {**LISTS, "test": ["exam4"]})
-    assert [s.id for s in parts.test] == slices_of(4, 0, 1, 2)
-    assert parts.ids() == {**plain.ids(), "test": slices_of(4, 0, 1, 2)}
-    assert parts.hash() == plain.hash()
-    assert "test" not in plain.ids()
-
-
-def test_a_name_is_an_id_or_a_volume_or_a_group(tmp_path):
-    samples = [
-        *(Sample(f"P1_a_s0{z}", "P1", Slice(Path("a.nii"), z), 0) for z in range(2)),
-        *(Sample(f"P1_b_s0{z}", "P1", Slice(Path("b.nii"), z), 0) for z in range(2)),
-        *(Sample(name, "P2", 0, 0) for name in ("P2", "P2 more")),
-    ]
-    lists = {"labeled": ["P1_a"], "unlabeled": ["P1_b_s01"], "val": ["P2"]}
-    parts = read_lists(tmp_path / "split.json", lists, samples)
-    assert parts.ids() == {
-        "labeled": ["P1_a_s00", "P1_a_s01"],
-        "unlabeled": ["P1_b_s01"],
-        "val": ["P2"],  # an image of this id, not the whole group: a run's own lists have ids
-    }
-    parts = read_lists(
-        tmp_path / "split.json", {**lists, "labeled": ["P1"], "unlabeled": []}, samples
-    )
-    assert len(parts.labeled) == 4
-
-
-@pytest.mark.parametrize("n", [1, 3, 7, 14])
-def test_splits_of_the_literature_have_70_10_and_20_exams(n):
-    lists = json.loads(split_file(f"acdc_{n}of70").read_text())
-    assert [len(lists[role]) for role in (*ROLES, "test")] == [n, 70 - n, 10, 20]
-    exams = [exam for names in lists.values() for exam in names]
-    assert sorted(exams) == [f"patient{i:03d}" for i in range(1, 101)]
-    smaller = {1: 1, 3: 1, 7: 3, 14: 7}[n]
-    fewer = json.loads(split_file(f"acdc_{smaller}of70").read_text())
-    assert {*fewer["labeled"]} <= {*lists["labeled"]}
-    assert fewer["test"] == lists["test"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labeled": None}, "expected a list of ids as 'labeled'"),
-        ({"unlabeled": "exam2"}, "expected a list of ids as 'unlabeled'"),
-        ({"val": [3]}, "expected a list of ids as 'val'"),
-        ({"labeled": []}, "'labeled' is empty"),
-        ({"val": []}, "'val' is empty"),
-        ({"val": ["exam9", "exam3", "exam3_s3"]}, "not in the dataset: exam9; exam3_s3"),
-        ({"unlabeled": slices_of(1, 1)}, "both labeled and unlabeled: exam1_s1"),
-        ({"val": ["exam1"]}, "both labeled and val: exam1_s0; exam1_s1; exam1_s2"),
-        ({"val": slices_of(2, 2)}, "both unlabeled and val: exam2_s2"),
-        (
-            {"labeled": slices_of(1, 0), "val": slices_of(1, 1) + ["exam3"]},
-            "in training and validation: exam1",
-        ),
-        (
-            {"unlabeled": slices_of(3, 0), "val": slices_of(3, 1)},
-            "in training and validation: exam3",
-        ),
-        (
-            {"labeled": ["exam1", "exam5_s1"]},
-            "labeled, but without a mask: exam5_s1",
-        ),
-        (
-            {"val": ["exam5"]},
-            "val, but without a mask: exam5_s0; exam5_s1; exam5_s2",
-        ),
-        ({"test": ["exam5"]}, "test, but without a mask: exam5_s0; exam5_s1; exam5_s2"),
-        ({"test": []}, "'test' is empty"),
-        ({"test": "exam4"}, "expected a list of ids as 'test'"),
-        ({"test": ["exam9"]}, "not in the dataset: exam9"),
-        ({"test": slices_of(3, 1)}, "both val and test: exam3_s1"),
-        ({"val": slices_of(3, 0), "test": slices_of(3, 1)}, "in validation and test: exam3"),
-        ({"labeled": slices_of(1, 0), "test": slices_of(1, 1)}, "in training and test: exam1"),
-        (
-            {"labelled": ["exam1"]},
-            "unknown key 'labelled'; expected labeled, unlabeled, val and test",
-        ),
-    ],
-)
-def test_wrong_split_file_is_named_with_its_ids(tmp_path, changes, message):
-    path = tmp_path / "split.json"
-    assert error_of(read_lists, path, {**LISTS, **changes}) == f"{path}: {message}"
-
-
-def test_ten_unknown_ids_are_named_and_the_rest_counted(tmp_path):
-    lists = {**LISTS, "val": [f"exam{i}" for i in range(6, 18)]}
-    message = error_of(read_lists, tmp_path / "split.json", lists)
-    assert message.endswith("exam14; exam15; and 2 more")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"3", b"\xff", b"[" * 100000])
-def test_file_that_is_no_split_is_named(tmp_path, content):
-    path = tmp_path / "split.json"
-    if content is not None:
-        path.write_bytes(content)
-    assert error_of(read_split, path, SLICES).startswith(f"{path}: ")
-
-
-def test_the_released_codes_split_divides_exams_and_so_is_refused_as_a_file(tmp_path):
-    samples = acdc_like(20)
-    lists = split(samples, 0.3, 1, load_spec("acdc"), "image").ids()
-    message = error_of(read_lists, tmp_path / "split.json", lists, samples)
-    assert "in training and validation: patient0" in message
 
 
 # The cache
@@ -1021,10 +598,16 @@ def test_worker_processes_live_through_epochs_and_each_epoch_has_its_order(monke
 EIGHT = dataclasses.replace(PHANTOM, counts=(6, 2))
 
 
+class Settings(SimpleNamespace):
+    """Flags whose rule follows from their present values."""
+
+    rule = property(lambda self: rule_of(vars(self)))
+
+
 @pytest.fixture
-def flags(tmp_path) -> SimpleNamespace:
+def flags(tmp_path) -> Settings:
     """The flags that load_data reads."""
-    return SimpleNamespace(
+    return Settings(
         training=True,
         data_root=str(tmp_path / "none"),
         split="paper",
@@ -1061,7 +644,7 @@ def test_load_data_splits_as_the_flags_say_and_opens_the_cache(flags, phantoms):
     data = load_data(flags, EIGHT)
     assert data.n_groups == 8
     assert data.split == split(SAMPLES[:8], 0.5, 3, EIGHT)
-    assert sizes(data.split) == (6, 2)
+    assert len(data.val) == 2
     for role in "labeled", "unlabeled", "val":
         stored_role, samples = getattr(data, role), getattr(data.split, role)
         assert stored_role.samples == samples
@@ -1075,9 +658,9 @@ def test_load_data_takes_the_kind_of_split_and_the_label_unit(acdc, flags):
     spec = load_spec("acdc")
     flags.data_root, flags.split, flags.label_unit = str(acdc), "standard", "exam"
     data = load_data(flags, spec)
-    assert (groups(data.split.val), data.n_groups) == ({"patient003"}, 3)
+    assert ({s.group for s in data.split.val}, data.n_groups) == ({"patient003"}, 3)
     assert len(data.labeled) == len(data.unlabeled) == 6  # one exam each
-    assert len(groups(data.split.labeled)) == 1
+    assert len({s.group for s in data.split.labeled}) == 1
 
 
 def test_load_data_takes_a_split_file_whatever_the_ratio(flags, tmp_path):
@@ -1150,7 +733,8 @@ def test_real_acdc_has_100_exams_and_1902_slices():
     samples = index(spec, REAL / "acdc")
     assert (len(samples), len({s.group for s in samples})) == (1902, 100)
     parts = split(samples, 0.1, 0, spec)
-    train, val = groups(parts.labeled + parts.unlabeled), groups(parts.val)
+    train = {s.group for s in parts.labeled + parts.unlabeled}
+    val = {s.group for s in parts.val}
     assert (len(train), len(val), train & val) == (75, 25, set())
     seen = set()
     for sample in samples[4:1902:380]:
@@ -1166,8 +750,8 @@ def test_real_acdc_has_100_exams_and_1902_slices():
 
 @needs_real_data
 def test_real_acdc_in_the_literatures_split_has_136_labeled_slices():
-    spec, path = load_spec("acdc"), split_file("acdc_7of70")
-    parts = read_split(path, index(spec, REAL / "acdc", "acdc_7of70"))
+    rule = ByFile("acdc_7of70", "exam")
+    parts = rule.apply(index(load_spec("acdc"), REAL / "acdc", rule.kind), load_spec("acdc"), 0)
     assert len(parts.labeled) == 136  # as SSL4MIS counts them
     assert len(parts.labeled + parts.unlabeled) == 1312
     assert len({s.group for s in parts.test}) == 20

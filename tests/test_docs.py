@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import main
+from datasets.spec import load_spec
+from engine.flags import parse_args
 from tools import experiments
 
 ROOT = Path(main.__file__).parent
@@ -42,7 +44,7 @@ def test_every_command_is_understood(line, examples):
     script = next(word for word in words if word.endswith(".py"))
     flags = words[words.index(script) + 1 :]
     if script == "main.py":
-        main.parse_args(flags)
+        parse_args(flags)
         return
     assert script == "tools/experiments.py"
     args = experiments.build_parser().parse_args(flags)
@@ -50,8 +52,8 @@ def test_every_command_is_understood(line, examples):
 
 
 def test_toml_examples_describe_what_main_accepts(examples):
-    assert main.load_spec("camvid.toml").ignore == 11
-    args = main.parse_args("--training --dataset acdc --config small.toml".split())
+    assert load_spec("camvid.toml").ignore == 11
+    args = parse_args("--training --dataset acdc --config small.toml".split())
     assert args.size == [64, 64]
 
 

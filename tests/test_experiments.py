@@ -18,6 +18,8 @@ import pytest
 from conftest import make_tiny
 
 import main
+from engine import program
+from engine.flags import build_parser, parse_args
 from tools import experiments, report
 
 TINY = "--size 16 16 --ngf 2 --ndf 2 --n-blocks 1 --epochs 2 --workers 0 --device cpu".split()
@@ -34,14 +36,14 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def run(line: str, *extra: str) -> int:
-    return main.main([*line.split(), *(["--", *extra] if extra else [])], experiments.experiments)
+    return program.run(experiments.experiments, [*line.split(), *(["--", *extra] if extra else [])])
 
 
 def commands(capsys, line: str, *extra: str) -> dict[str, list[str]]:
     """main.py's flags by the name of the run, from `run --dry-run`."""
     assert run(f"run --dry-run {line}", *extra) == 0
     lines = map(shlex.split, capsys.readouterr().out.splitlines())
-    return {main.parse_args(words[2:]).name: words[2:] for words in lines}
+    return {parse_args(words[2:]).name: words[2:] for words in lines}
 
 
 # Selection and commands
@@ -52,7 +54,7 @@ def commands(capsys, line: str, *extra: str) -> dict[str, list[str]]:
 def test_every_listed_command_is_understood(capsys, scale, dataset):
     names = list(experiments.EXPERIMENTS)
     for flag in "--augment", "--reduction":  # until main.py has them
-        if flag not in main.build_parser()._option_string_actions:
+        if flag not in build_parser()._option_string_actions:
             names = [name for name in names if flag not in experiments.EXPERIMENTS[name]["flags"]]
     assert (
         run(f"list --scale {scale} --dataset {dataset} --ratios 0.2 --names {' '.join(names)}") == 0
@@ -62,7 +64,7 @@ def test_every_listed_command_is_understood(capsys, scale, dataset):
         short, name, labeled = line.split()[:3]
         program, script, *flags = shlex.split(line[line.index("python") :])
         assert (program, Path(script).resolve()) == ("python", Path(main.__file__))
-        args = main.parse_args(flags)
+        args = parse_args(flags)
         assert args.checkpoints == f"checkpoints/{scale}"
         assert args.name == f"{short}_{name}_{args.ratio:g}_s0"
         assert labeled == report.percent(args.ratio) == ("100%" if name == "full" else "20%")
@@ -84,7 +86,7 @@ def test_every_listed_command_is_understood(capsys, scale, dataset):
 )  # fmt: skip
 def test_a_scale_is_the_papers_method_at_a_size(capsys, line, expected):
     for name, flags in commands(capsys, f"{line} --dataset acdc --names ours partial").items():
-        args = main.parse_args(flags)
+        args = parse_args(flags)
         assert {key: getattr(args, key) for key in expected} == expected
         weights = [getattr(args, f"lambda{k}") for k in range(1, 6)]
         assert (weights, args.betas, args.batch_size) == ([1, 0.05, 1, 1, 1], [0.5, 0.999], 5), name
@@ -94,7 +96,7 @@ def test_reduced_camvid_overrides_what_its_toml_sets(capsys):
     text = Path("tiny.toml").read_text()
     Path("camvid.toml").write_text(f"lr = 1e-3\nepochs = 12\n{text}")
     (flags,) = commands(capsys, "--scale reduced --dataset camvid.toml --names ours").values()
-    args = main.parse_args(flags)
+    args = parse_args(flags)
     assert (args.size, args.epochs, args.lr, args.eval_every) == ([72, 96], 150, 2e-4, 5)
 
 
@@ -103,7 +105,7 @@ def test_phantoms_have_the_papers_weights(capsys, scale):
     line = f"--scale {scale} --dataset phantom --ratios 0.1 --names ours ours_without_disc_S"
     weights = {}
     for name, flags in commands(capsys, line).items():
-        args = main.parse_args(flags)
+        args = parse_args(flags)
         weights[name] = [getattr(args, f"lambda{k}") for k in range(1, 6)]
     assert weights == {
         "phantom_ours_0.1_s0": [1, 0.05, 1, 1, 1],
@@ -133,7 +135,7 @@ def test_phantoms_have_the_papers_weights(capsys, scale):
 )
 def test_an_experiment_is_its_flags(capsys, name, expected):
     (flags,) = commands(capsys, f"--dataset acdc --ratios 0.1 --names {name}").values()
-    args = main.parse_args(flags)
+    args = parse_args(flags)
     assert {key: getattr(args, key) for key in expected} == expected
     if name.startswith("ours_without"):
         assert [getattr(args, f"lambda{k}") for k in range(1, 6)].count(0) == 1
@@ -190,7 +192,7 @@ def test_runs_are_ordered_seed_by_seed(capsys):
             names += [f"voc_{name}_0.2_s{seed}", f"voc_{name}_0.1_s{seed}"]
     found = commands(capsys, line, "--lr", "0.5")
     assert list(found) == names
-    assert all(main.parse_args(flags).lr == 0.5 for flags in found.values())
+    assert all(parse_args(flags).lr == 0.5 for flags in found.values())
     assert not Path("checkpoints").exists()
 
 

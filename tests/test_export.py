@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_acdc, make_folder, make_tiny, write_volume
+from runs import load_with
 
 import main
 from data_utils import load_spec, normalize
+from engine import program
 from tools import export
 
 SMALL = "--size 20 16 --ngf 4 --ndf 2 --n-blocks 1 --epochs 1 --ratio 0.5"
@@ -47,12 +49,12 @@ def runs(tmp_path_factory):
 
 
 def run(*words: str) -> int:
-    return main.main(list(map(str, words)), export.export)
+    return program.run(export.export, list(map(str, words)))
 
 
 def segment(name: str, pixels: torch.Tensor) -> torch.Tensor:
     """The trained network's logits in float32."""
-    trained = main.load_trained(["--testing", f"--checkpoint=checkpoints/{name}", "--device=cpu"])
+    trained = load_with(["--testing", f"--checkpoint=checkpoints/{name}", "--device=cpu"])
     with torch.no_grad():
         network = trained.model.teacher if name == "average" else trained.model.G_IS
         return network(normalize(pixels, trained.args.normalization))
@@ -136,7 +138,7 @@ def written_as(monkeypatch):
     def stub(name: str, error: float) -> None:
         monkeypatch.setattr(export, "serialize", lambda *_: b"a program")
         monkeypatch.setattr(
-            export, "load", lambda path: lambda pixels: segment(name, pixels) + error
+            export, "load_exported", lambda path: lambda pixels: segment(name, pixels) + error
         )
 
     return stub

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import main
+from datasets.spec import read_toml
+from engine.flags import build_parser
 
 ROOT = Path(main.__file__).parent
 PAGE = (ROOT / "docs" / "fidelity.md").read_text(encoding="utf-8")
@@ -56,7 +58,7 @@ def resolve(name: str):
 @pytest.mark.parametrize("span", SPANS)
 def test_all_that_the_page_names_exists(span):
     if span.startswith("--"):
-        main.build_parser().parse_args(shlex.split(span))
+        build_parser().parse_args(shlex.split(span))
     elif "::" in span:
         path, name = span.split("::")
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
@@ -86,6 +88,6 @@ def test_the_page_covers_every_equation():
 
 @pytest.mark.parametrize("preset", ["official.toml", "official_partial.toml"])
 def test_the_page_covers_every_flag_of_the_released_code(preset):
-    keys = main.read_toml(ROOT / "config" / preset)
+    keys = read_toml(ROOT / "config" / preset)
     words = " ".join(span for span in SPANS if span.startswith("--")).split()
     assert {"--" + key.replace("_", "-") for key in keys} <= set(words)

@@ -14,6 +14,8 @@ from PIL import Image
 import data_utils
 import main
 from data_utils import load_spec
+from engine import program
+from model import METHODS
 
 pytest.importorskip("matplotlib")
 from tools import figures
@@ -62,7 +64,7 @@ def drawn(monkeypatch):
 
 
 def run(*words: str) -> int:
-    return main.main(list(words), figures.figures)
+    return program.run(figures.figures, list(words))
 
 
 def error_of(capsys, *words: str) -> str:
@@ -126,9 +128,9 @@ def test_rows_show_images_truths_and_the_masks_that_testing_writes(runs, drawn, 
 def test_by_default_images_of_many_classes_are_shown_and_nothing_else_is_predicted(
     runs, drawn, capsys, monkeypatch
 ):
-    segment, predicted = main.METHODS["supervised"].segment, []
+    segment, predicted = METHODS["supervised"].segment, []
     monkeypatch.setattr(
-        main.METHODS["supervised"],
+        METHODS["supervised"],
         "segment",
         lambda s, x: predicted.append(len(x)) or segment(s, x),
     )

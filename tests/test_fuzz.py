@@ -20,10 +20,11 @@ from runs import TINY
 import data_utils
 import main
 from datasets.spec import CONFIG, DatasetSpec, read_toml
+from engine.flags import build_parser, parse_args
 from engine.signals import stop
 from utils import InputError
 
-PARSER = main.build_parser()
+PARSER = build_parser()
 ACTIONS = [a for a in PARSER._actions if a.option_strings and a.dest not in ("help", "training")]
 IN_TOML = [a for a in ACTIONS if a.dest not in PARSER.keys["mode"]]
 SMALL = [*TINY, "--epochs", "1"]
@@ -143,14 +144,14 @@ def explore(strategy, message_of, named: str = "") -> None:
 
 
 def test_any_flags_are_accepted_or_refused():
-    explore(flags(), lambda found: refusal(main.parse_args, ["--training", *found]))
+    explore(flags(), lambda found: refusal(parse_args, ["--training", *found]))
 
 
 def test_any_toml_is_accepted_or_refused_by_its_name():
     def message_of(table):
         write_toml(table)
         flags = ["--training", "--dataset", "phantom", "--config", "any.toml"]
-        return refusal(main.parse_args, flags)
+        return refusal(parse_args, flags)
 
     explore(tables, message_of, "any.toml")
 

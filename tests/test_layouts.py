@@ -16,9 +16,9 @@ from conftest import (
     write_volume,
 )
 
-from data_utils import split
 from datasets.layouts import index
 from datasets.spec import Slice, load_spec
+from datasets.splits import split
 
 LISTS = "VOCdevkit/VOC2012/ImageSets/Segmentation"
 
@@ -67,7 +67,7 @@ def test_each_kind_of_split_takes_its_parts_and_a_split_file_all(voc, cityscapes
         for kind in "paper", "image":
             assert Counter(s.part for s in index(spec, root, kind)) == pool
         assert Counter(s.part for s in index(spec, root, "standard")) == everything
-        assert len(index(spec, root, "split.json")) == sum(everything.values())
+        assert len(index(spec, root, "file")) == sum(everything.values())
 
 
 def test_standard_split_of_a_dataset_without_one_is_an_error():
@@ -275,7 +275,7 @@ def test_a_split_file_may_name_any_image_of_voc(voc):
     for mask in masks[1:3]:
         mask.rename(home / "SegmentationClass" / mask.name)
     masks[3].unlink()
-    found = {s.id: s.mask and s.mask.parent.name for s in index(load_spec("voc"), voc, "a.json")}
+    found = {s.id: s.mask and s.mask.parent.name for s in index(load_spec("voc"), voc, "file")}
     folders = ["SegmentationClassAug", *["SegmentationClass"] * 2, None, "SegmentationClassAug"]
     assert found == {f"2007_{i:06d}": folder for i, folder in enumerate(folders)}
 
@@ -284,7 +284,7 @@ def test_voc_needs_no_lists_for_a_split_file(voc):
     home = voc / "VOCdevkit" / "VOC2012"
     shutil.rmtree(home / "ImageSets")
     (home / "SegmentationClassAug").rename(home / "SegmentationClass")
-    samples = index(load_spec("voc"), voc, "a.json")
+    samples = index(load_spec("voc"), voc, "file")
     assert len(samples) == 5
     assert all(s.mask.is_file() for s in samples)
     assert "ImageSets/Segmentation" in error_of(index, load_spec("voc"), voc)

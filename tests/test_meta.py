@@ -9,9 +9,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-import main
 import model
 from data_utils import load_spec
+from engine.flags import parse_args
 from model import METHODS
 
 
@@ -25,7 +25,7 @@ def descend(optimizer, loss, terms):
 def build(flags: str) -> model.Method:
     """A method on the meta device, training."""
     small = "--training --dataset acdc --device cpu --ngf 4 --ndf 4 --n-blocks 1".split()
-    args = main.parse_args([*small, *flags.split()])
+    args = parse_args([*small, *flags.split()])
     method = METHODS[args.method](load_spec("acdc"), args).to("meta")
     for side in method.optimizers:  # the fused one has no meta kernel
         method.optimizers[side] = torch.optim.Adam(method.sides[side].networks.parameters())

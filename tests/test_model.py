@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 import data_utils
-import main
 import model
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
+from engine.flags import parse_args
 from model import METHODS, ReplayPool, frozen
 from utils import IGNORE, NonFiniteLoss
 
@@ -31,7 +31,7 @@ def build(method, *flags):
     """Tiny networks in float64 from one seed; voc.toml keeps the parser's defaults, the paper's."""
     tiny = "--training --dataset voc --ngf 4 --ndf 4 --n-blocks 1 --method".split()
     torch.manual_seed(0)
-    return METHODS[method](SPEC, main.parse_args([*tiny, method, *flags])).double()
+    return METHODS[method](SPEC, parse_args([*tiny, method, *flags])).double()
 
 
 def batch(height=16, width=20):

@@ -10,16 +10,16 @@ import pytest
 import torch
 from conftest import make_acdc, make_tiny, write_volume
 from PIL import Image
-from runs import SIMPLE, TINY, error_line, run, split_ids, tiny_on
+from runs import SIMPLE, TINY, error_line, load_with, run, split_ids, tiny_on
 
 import data_utils
 import engine.predict
 import engine.run
-import main
 import utils
 from data_utils import load_spec
 from datasets.phantom import draw_phantom
 from engine.signals import stop
+from model import METHODS
 
 RESULTS = Path("results", SIMPLE.name)
 MASKS = RESULTS / "predict" / "masks"
@@ -44,7 +44,7 @@ def flat(palette) -> list[int]:
 # --testing
 
 
-@pytest.mark.parametrize("method", main.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     flags = [*TINY, "--method", method, "--epochs", "1"]
     assert run("--training", *flags) == 0
@@ -102,7 +102,7 @@ def test_native_size_scores_enlarged_logits_against_the_masks_as_they_are(capsys
     assert "native_size" not in small
     assert run("--testing", "--native-size") == 0
     metrics = metrics_of(SIMPLE.name)
-    model = main.load_trained(["--testing"]).model
+    model = load_with(["--testing"]).model
     counts = np.zeros((4, 4))
     for name in split_ids(SIMPLE.name)["val"]:
         image, mask = draw_phantom(int(name.removeprefix("phantom_")))
@@ -262,9 +262,9 @@ def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeyp
     state["settings"]["normalization"] = "half"
     pixels = np.random.default_rng(0).integers(50, 100, (20, 20)).astype(np.uint8)
     Image.fromarray(pixels).save("one.png")
-    seen, segment = [], main.METHODS["supervised"].segment
+    seen, segment = [], METHODS["supervised"].segment
     monkeypatch.setattr(
-        main.METHODS["supervised"], "segment", lambda self, x: seen.append(x) or segment(self, x)
+        METHODS["supervised"], "segment", lambda self, x: seen.append(x) or segment(self, x)
     )
     for dtype in "uint8", "float32":
         utils.save_checkpoint(trained, state | {"image_dtype": dtype})
@@ -296,7 +296,7 @@ def test_a_prediction_is_the_argmax_of_logits_enlarged_to_the_pictures_size(trai
     pixels = np.random.default_rng(0).integers(0, 256, (40, 24), np.uint8)
     Image.fromarray(pixels).save("one.png")
     assert run("--predict", "one.png") == 0
-    model = main.load_trained(["--predict", "one.png"]).model
+    model = load_with(["--predict", "one.png"]).model
     x = data_utils.resize(torch.from_numpy(pixels)[None], (16, 16))[None]
     with torch.inference_mode():
         logits = model.segment(data_utils.normalize(x))

@@ -19,8 +19,11 @@ from PIL import Image
 from scipy.io import savemat
 
 import data_utils
-import main
+from datasets.layouts import index
 from datasets.spec import CONFIG, load_spec
+from datasets.splits import read_split
+from engine import program
+from engine.flags import parse_args
 from tools import prepare as tool
 from tools.prepare import train_aug
 
@@ -33,7 +36,7 @@ def root(tmp_path) -> Path:
 
 
 def run(dataset: str, root: Path, *flags) -> int:
-    return main.main([dataset, "--root", str(root), *map(str, flags)], tool.prepare)
+    return program.run(tool.prepare, [dataset, "--root", str(root), *map(str, flags)])
 
 
 def files(folder: Path) -> set[str]:
@@ -636,7 +639,7 @@ def test_data_that_the_papers_split_cannot_train_on_is_an_error(root, acdc_files
 def test_wrong_flags_and_sources_are_one_error_line(tmp_path, monkeypatch, flags, words, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.zip").write_text("not a zip")
-    assert main.main(flags.split(), tool.prepare) == 2
+    assert program.run(tool.prepare, flags.split()) == 2
     line = error_line(capsys)
     assert all(word in line for word in words), line
 
@@ -659,7 +662,7 @@ def convert(tmp_path, lists: dict[str, str], *flags) -> tuple[int, Path]:
     for role, lines in lists.items():
         (tmp_path / f"{role}.txt").write_text(lines)
         argv += [f"--{role}", str(tmp_path / f"{role}.txt")]
-    return main.main(argv, tool.prepare), tmp_path / "out.json"
+    return program.run(tool.prepare, argv), tmp_path / "out.json"
 
 
 CITY = "leftImg8bit/train/jena/jena_00000{0}_000019_leftImg8bit.png"
@@ -706,8 +709,8 @@ def test_ssl4mis_counts_frames_by_exam_and_slices_from_1(tmp_path, capsys):
         "val": ["patient003", "patient005"],
         "test": [f"patient004_frame12_s0{z}" for z in range(3)],
     }
-    args = main.parse_args(["--training", "--dataset", "acdc", "--split", str(file)])
-    parts = data_utils.read_split(file, data_utils.index(load_spec("acdc"), root, args.split))
+    args = parse_args(["--training", "--dataset", "acdc", "--split", str(file)])
+    parts = read_split(file, index(load_spec("acdc"), root, args.rule.kind))
     assert [len(getattr(parts, role)) for role in ("labeled", "unlabeled", "val", "test")] == [
         2, 6, 12, 3,
     ]  # fmt: skip

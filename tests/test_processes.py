@@ -18,8 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_utils
 import main
 import utils
+from engine.flags import parse_args
 from engine.logs import Logs
 from engine.signals import stop
+from model import METHODS
 
 FLAGS = "--size 32 32 --ngf 4 --ndf 4 --n-blocks 1 --workers 0 --device cpu --batch-size 4"
 FLAGS = FLAGS.split()
@@ -136,7 +138,7 @@ def test_two_processes_train_as_one_does(method, more):
         assert left.pop("miou") == pytest.approx(right.pop("miou"), abs=2e-3)
         assert left == pytest.approx(right, abs=3e-5)
     assert curve("two") == pytest.approx(curve("one"), abs=1e-4)
-    start = main.METHODS[method](*spec_and_settings(method, *more)).state_dict()
+    start = METHODS[method](*spec_and_settings(method, *more)).state_dict()
     one, two = (torch.cat([w.flatten() for w in weights(name).values()]) for name in ("one", "two"))
     start = torch.cat([start[key].flatten() for key in weights("one")])
     # Adam enlarges the rounding errors of gradients near 0, so not weight by weight
@@ -210,7 +212,7 @@ def test_two_processes_have_the_values_and_batch_norm_of_one(script):
 
 def spec_and_settings(method: str, *more: str):
     flags = ["--training", *FLAGS, "--dataset", "uneven.toml", "--method", method, *more]
-    args = main.parse_args(flags)
+    args = parse_args(flags)
     utils.seed_everything(args.seed)
     return data_utils.load_spec("uneven.toml"), args
 

@@ -17,6 +17,8 @@ from PIL import Image
 import main
 from data_utils import load_spec
 from datasets.spec import CONFIG
+from engine import program
+from engine.flags import parse_args, setting_names
 from tools import experiments, report
 
 TABLE_1 = """
@@ -42,7 +44,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def run(line: str) -> int:
-    return main.main(line.split(), experiments.experiments)
+    return program.run(experiments.experiments, line.split())
 
 
 def toml(table: dict) -> str:
@@ -62,8 +64,8 @@ def make_run(name: str, seed: int, mious: list[float | None], **other) -> Path:
     n_epochs = other.pop("n_epochs", len(mious))
     experiment = name if name in report.EXPERIMENTS else "ours"
     flags = experiments.run_flags((dataset, experiment, ratio), scale, seed, [])
-    args = main.parse_args([*flags, "--epochs", str(n_epochs), "--decay-epoch", "1"])
-    settings = {key: getattr(args, key) for key in main.setting_names()} | other
+    args = parse_args([*flags, "--epochs", str(n_epochs), "--decay-epoch", "1"])
+    settings = {key: getattr(args, key) for key in setting_names()} | other
     machine = {"data_root": "/home/me/data", "workers": 3, "eval_every": args.eval_every}
     machine |= {"diagnose": False}  # of an earlier version
     spec = load_spec(dataset)

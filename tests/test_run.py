@@ -38,9 +38,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import engine.run
 import main
 import utils
+from engine.flags import build_parser, parse_args, setting_names
 from engine.logs import write_manifest
 from engine.run import keep_strides, locked
 from engine.signals import Stop, stop
+from model import METHODS
 from utils import InputError
 
 ROOT = Path(main.__file__).parent
@@ -71,7 +73,7 @@ FILES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", main.METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_trains_and_is_tested(capsys, method):
     flags = [*TINY, "--method", method, "--ratio", "0.5"]
     assert run("--training", *flags, "--epochs", "2", "--log-every", "1") == 0
@@ -87,7 +89,7 @@ def test_a_run_trains_and_is_tested(capsys, method):
     assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == [10, 10, 4]
     state = utils.load_checkpoint(folder / "best.pt")
     assert (state["format"], state["split"], state["data_root"]) == (2, ids["hash"], "data/tiny")
-    assert state["settings"] == main.parse_args(["--training", *flags, "--epochs", "2"]).settings
+    assert state["settings"] == parse_args(["--training", *flags, "--epochs", "2"]).settings
     assert "optimizers" not in state
 
     printed = capsys.readouterr().out
@@ -99,7 +101,7 @@ def test_a_run_trains_and_is_tested(capsys, method):
     commands = [words for words in printed.splitlines() if "python main.py" in words]
     assert len(commands) == 2
     for command in commands:
-        main.parse_args(command.split()[4:])
+        parse_args(command.split()[4:])
 
     assert run("--testing", *flags) == 0
     metrics = json.loads(Path("results", name, "metrics.json").read_text())
@@ -120,7 +122,7 @@ def test_tensorboard_holds_losses_metrics_and_settings():
     events = EventAccumulator("checkpoints/one").Reload()
     text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| lambda2 | 0.05 |" in text
-    assert "| labeled | 4 |" in text
+    assert "| labeled images | 4 |" in text
     assert "_hparams_/session_start_info" in events.summary_metadata
     assert [event.step for event in events.Scalars("loss/gen_S")] == [3, 6]
     miou = [event.value for event in events.Scalars("val/miou")]
@@ -140,7 +142,7 @@ def test_ones_own_images_need_a_few_lines_of_toml(capsys):
     flags = [*tiny_on("own.toml"), "--epochs", "1", "--data-root", root]
     assert run("--training", *flags) == 0
     printed = capsys.readouterr().out
-    assert "8 labeled, 4 unlabeled, 2 validation images" in printed
+    assert "8 of 12 images labeled, 4 unlabeled, 2 for validation" in printed
     assert "labeled mask" not in printed
     assert run("--testing") == 0
     results = Path("results/own_cyclegan_1_s0")
@@ -168,7 +170,7 @@ def test_masks_that_a_ratio_leaves_unused_are_counted(capsys):
     Path("own.toml").write_text('[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n')
     flags = [*tiny_on("own.toml"), "--ratio", "0.5", "--epochs", "1", "--data-root", root]
     assert run("--training", *flags) == 0
-    expected = "4 labeled, 8 unlabeled (4 have masks that are not used), 2 validation images"
+    expected = "4 of 12 images labeled, 8 unlabeled (4 have masks that are not used), 2 for"
     assert expected in capsys.readouterr().out
 
 
@@ -227,8 +229,8 @@ def test_a_split_file_decides_what_is_labeled_in_training_testing_and_resuming(c
     flags = ["--training", *SUPERVISED, "--split", "lists/mine.json"]
     assert run(*flags) == 0
     printed = capsys.readouterr().out
-    assert "supervised, lists/mine.json, seed 0" in printed
-    assert "2 labeled, 3 unlabeled (3 have masks that are not used), 2 validation" in printed
+    assert "supervised, --split lists/mine.json, seed 0" in printed
+    assert "2 of 5 images labeled, 3 unlabeled (3 have masks that are not used), 2 for" in printed
     name = "tiny_supervised_mine_s0"
     expected = {role: sorted(ids) for role, ids in LISTS.items()}
     ids = split_ids(name)
@@ -397,7 +399,8 @@ def test_a_finished_run_changes_nothing_and_overwrite_starts_anew(capsys, traine
 
 
 OTHER = {
-    "method": "advsemi", "ratio": "0.25", "seed": "1", "split": "image", "label_unit": "exam",
+    "method": "advsemi", "ratio": "0.25", "labeled": "3", "seed": "1", "split": "image",
+    "label_unit": "exam",
     "size": ["16", "32"], "normalization": "half", "ignored": "background",
     "augment": [], "reduction": "sum",
     "lambda1": "2", "lambda2": "2", "lambda3": "2", "lambda4": "2", "lambda5": "2",
@@ -413,8 +416,8 @@ FREE = {
 
 
 def test_every_flag_is_either_compared_or_free():
-    keys = main.build_parser().keys
-    assert {*OTHER} == {*main.setting_names()}
+    keys = build_parser().keys
+    assert {*OTHER} == {*setting_names()}
     assert {*FREE, "name", "checkpoints"} == {*keys["machine"], *keys["files"]}
 
 
@@ -425,8 +428,8 @@ def test_a_setting_that_differs_is_an_error_that_names_it(capsys, trained, key):
     flags = ["--training", *SUPERVISED, "--name", SIMPLE.name]
     before = trained.with_name("last.pt").read_bytes()
     error = error_line(capsys, *flags, flag, *value)
-    now = vars(main.parse_args([*flags, flag, *value]))[key]
-    assert f"{key} was {main.parse_args(flags).settings[key]}, is {now}" in error
+    now = vars(parse_args([*flags, flag, *value]))[key]
+    assert f"{key} was {parse_args(flags).settings[key]}, is {now}" in error
     assert "give --name for another folder, or --overwrite to start over" in error
     assert trained.with_name("last.pt").read_bytes() == before
 

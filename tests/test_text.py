@@ -8,9 +8,9 @@ import pytest
 from conftest import error_of, make_acdc
 
 import utils
-from data_utils import read_lists
 from datasets.layouts import index, read_ids
 from datasets.spec import load_spec, read_toml
+from datasets.splits import read_lists
 from engine.logs import Logs
 
 LISTS = {"labeled": ["ä 1"], "unlabeled": ["b"], "val": ["c"]}

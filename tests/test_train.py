@@ -12,11 +12,12 @@ from conftest import make_tiny, make_voc, same, write_indexed
 from PIL import Image
 from runs import TINY, error_line, evaluations, last_state, record_steps, run, tiny_on
 
-import main
 import model
 import utils
+from engine.flags import parse_args
 from engine.signals import stop
 from engine.train import evaluate, train_one_epoch
+from model import METHODS
 from utils import IGNORE, NonFiniteLoss, TrainingError
 
 
@@ -131,7 +132,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_evaluates_aga
     flags = ["--training", *TINY, "--epochs", "2", "--batch-size", "2"]
     assert run(*flags, "--name", "whole") == 0
     capsys.readouterr()
-    segment, calls = main.METHODS["cyclegan"].segment, []
+    segment, calls = METHODS["cyclegan"].segment, []
 
     def interrupted(self, x):
         if not self.training:
@@ -140,7 +141,7 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_evaluates_aga
                 stop.signum = signal.SIGUSR1
         return segment(self, x)
 
-    monkeypatch.setattr(main.METHODS["cyclegan"], "segment", interrupted)
+    monkeypatch.setattr(METHODS["cyclegan"], "segment", interrupted)
     assert run(*flags, "--name", "cut") == 128 + signal.SIGUSR1
     assert len(calls) == 1  # of two validation batches
     assert "epoch 1/2" not in capsys.readouterr().out
@@ -241,9 +242,9 @@ def test_a_loss_that_is_not_finite_at_once_leaves_no_checkpoint(capsys, monkeypa
 
 
 def test_a_term_that_is_not_finite_changes_no_weight():
-    args = main.parse_args(["--training", *TINY])
+    args = parse_args(["--training", *TINY])
     spec = SimpleNamespace(channels=1, classes="abcd")
-    cyclegan = main.METHODS["cyclegan"](spec, args)
+    cyclegan = METHODS["cyclegan"](spec, args)
     x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64)
     before = {key: value.clone() for key, value in cyclegan.state_dict().items()}
     with pytest.raises(NonFiniteLoss, match="gen_S nan"):

@@ -29,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import main
 import model
 import utils
-from data_utils import load_spec
+from datasets.spec import load_spec
+from engine import program
+from engine.flags import Parser, number, parse_args
 
 
 class PlainCycleGAN(model.CycleGAN):
@@ -80,7 +81,7 @@ class Step:
         if precision not in ("fp32", "tf32", "bf16") or switches not in ([], ["compile"]):
             raise utils.InputError(f"--options {option}: expected fp32, tf32 or bf16[+compile]")
         flags = [f"--precision={precision}", *(f"--{switch}" for switch in switches)]
-        self.args = args = main.parse_args(["--training", *argv, *flags])
+        self.args = args = parse_args(["--training", *argv, *flags])
         self.spec = spec = load_spec(args.dataset)
         self.device = utils.pick_device(args.device, args.precision)
         torch.manual_seed(args.seed)
@@ -214,7 +215,7 @@ def count_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
 
 def compare(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     """Each option in this checkout and in the other one, by two processes in turn."""
-    here = Path(main.__file__).parent
+    here = Path(__file__).resolve().parents[1]
     for option in args.options:
         with Remote(args.against, argv, option) as other, Remote(here, argv, option) as own:
             first, second = take_turns(args, own, other)
@@ -233,21 +234,21 @@ def text(value: str | float | dict | None) -> str:
 
 def benchmark(argv: list[str]) -> int:
     """Print a table, row by row, and write it to --json."""
-    parser = main.Parser("benchmark.py", description=__doc__)
-    flag, count = parser.add_argument, main.number(int, 0)
+    parser = Parser("benchmark.py", description=__doc__)
+    flag, count = parser.add_argument, number(int, 0)
     flag("--options", nargs="+", default=["fp32", "bf16"], help="fp32, tf32 or bf16[+compile]")
     flag("--count", action="store_true", help="count operations on the CPU instead of timing")
     flag("--against", type=Path, metavar="DIR", help="another checkout of this repository")
     flag("--rounds", type=count, default=10, metavar="N", help="timed rounds; 0: memory only")
     flag("--warmup", type=count, default=2, metavar="N", help="warm-up rounds")
-    flag("--steps", type=main.number(int, 1), default=1, metavar="N", help="steps per round")
+    flag("--steps", type=number(int, 1), default=1, metavar="N", help="steps per round")
     flag("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     args, argv = parser.parse_known_args(argv)
     if args.against and not ((args.against / "main.py").is_file() and args.rounds):
         raise utils.InputError(f"--against {args.against}: needs a checkout and --rounds over 0")
     if args.count and "+compile" in " ".join(args.options):
         raise utils.InputError("--count: operations of compiled networks cannot be counted")
-    run = main.parse_args(["--training", *argv])
+    run = parse_args(["--training", *argv])
     if args.json:
         utils.make_folder(args.json.parent, "--json")
     machine = f"{torch.get_num_threads()} CPU threads"
@@ -271,5 +272,5 @@ def benchmark(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        sys.exit(main.main(sys.argv[2:], work))
-    sys.exit(main.main(command=benchmark))
+        sys.exit(program.run(work, sys.argv[2:]))
+    sys.exit(program.run(benchmark))

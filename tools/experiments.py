@@ -24,16 +24,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import main
 import utils
-from data_utils import load_spec
+from datasets.spec import load_spec
+from engine import program
+from engine.flags import Parser, number, parse_args
 from engine.signals import SIGNALS
 from tools import report
 from tools.report import DATASETS, EXPERIMENTS, PLAN, SCALES
 from utils import InputError
 
 FIXED = {"dataset", "data_root", "method", "ratio", "seed", "checkpoints", "name"}  # not after --
-MAIN = Path(main.__file__)
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
 def dataset_name(dataset: str) -> str:
@@ -180,7 +181,7 @@ def show(args: argparse.Namespace, scale: str) -> int:
 
 def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     """run: train, seed by seed."""
-    if fixed := main.parse_args(["--training", *extra]).given.keys() & FIXED:
+    if fixed := parse_args(["--training", *extra]).given.keys() & FIXED:
         flag = min(fixed).replace("_", "-")
         raise InputError(f"--{flag} after --: give it before --, or run main.py directly")
     cells, commands = select(args, scale), {}
@@ -191,7 +192,7 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     for seed in args.seeds:
         for cell in cells:
             flags = run_flags(cell, scale, seed, extra)
-            commands[main.parse_args(flags).name] = flags
+            commands[parse_args(flags).name] = flags
     if args.dry_run:
         print(*map(command, commands.values()), sep="\n")
         return 0
@@ -201,7 +202,7 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = main.Parser("experiments.py", description=__doc__.splitlines()[0])
+    parser = Parser("experiments.py", description=__doc__.splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|keep")
     helps = {
         "list": "print the paper's number and the command of each experiment",
@@ -213,7 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
         flag = actions.add_parser(action, help=text, description=text).add_argument
         flag("--scale", choices=list(SCALES), help="default: paper, or the name of --from")
         if action in ("list", "run"):
-            share = main.number(float, 0, 1, above=True)
+            share = number(float, 0, 1, above=True)
             flag("--dataset", help="a name in config/ or a .toml file; default: the paper's three")
             flag("--names", nargs="+", metavar="NAME", help="experiments; default: all")
             flag("--ratios", nargs="+", type=share, metavar="R", help="shares of labeled images")
@@ -224,7 +225,7 @@ def build_parser() -> argparse.ArgumentParser:
             out = Path("docs/results")
             flag("--out", metavar="DIR", type=Path, default=out, help="output folder")
         if action == "run":
-            seed, count = main.number(int, 0, 2**32), main.number(int, 1, 1000)
+            seed, count = number(int, 0, 2**32), number(int, 1, 1000)
             flag("--seeds", nargs="+", type=seed, default=[0], metavar="S", help="random seeds")
             flag("--jobs", type=count, default=1, metavar="N", help="parallel runs")
             flag("--data-root", metavar="DIR", help="folder with the dataset's files")
@@ -251,4 +252,4 @@ def experiments(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main.main(command=experiments))
+    sys.exit(program.run(experiments))

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn import functional as F
 
-import main
 import utils
 from arch.generators import MIN_SIZE
 from data_utils import normalize
+from engine import program
+from engine.flags import Flags, Parser
+from engine.trained import load
 
 REQUIRED = {".pt2": [], ".onnx": ["onnx", "onnxscript", "onnxruntime"]}
 
@@ -63,7 +65,7 @@ def serialize(network: nn.Module, pixels: Tensor, suffix: str, metadata: dict[st
     return model.SerializeToString()
 
 
-def load(path: Path) -> Callable[[Tensor], Tensor]:
+def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
     """An exported file as a function from pixels to logits."""
     if path.suffix == ".pt2":
         return torch.export.load(path).module()
@@ -76,7 +78,7 @@ def load(path: Path) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def export(argv: list[str]) -> int:
     """Export, load the file, and compare it with the trained network on noise of two sizes."""
-    parser = main.Parser("export.py", description=__doc__.splitlines()[0])
+    parser = Parser("export.py", description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a run's folder (its best.pt)")
     flag("file", metavar="FILE", type=Path, help="the .pt2 or .onnx file to write")
@@ -87,8 +89,7 @@ def export(argv: list[str]) -> int:
         raise utils.InputError(f"{file}: the name must end in .pt2 or .onnx")
     if missing := ", ".join(name for name in REQUIRED[file.suffix] if not find_spec(name)):
         raise utils.InputError(f"{file} needs {missing}: pip install -r tools/requirements.txt")
-    flags = ["--testing", f"--checkpoint={args.checkpoint}", "--device=cpu"]
-    trained = main.load_trained(flags)
+    trained = load(Flags({"checkpoint": args.checkpoint, "device": "cpu"}))
     utils.make_folder(file.parent, "FILE")
     model, spec, normalization = trained.model, trained.spec, trained.args.normalization
     model.bf16 = False  # the exported network computes in float32
@@ -110,7 +111,7 @@ def export(argv: list[str]) -> int:
     deployed = Deployed(network.requires_grad_(False), normalization).eval()
     content = serialize(deployed, noise(2, spec.channels, 24, 28), file.suffix, metadata)
     utils.write_atomically(file, content)
-    exported = load(file)
+    exported = load_exported(file)
     for pixels in noise(1, spec.channels, *trained.args.size), noise(3, spec.channels, 37, 50):
         logits = model.segment(normalize(pixels, normalization))
         difference = ((exported(pixels) - logits).abs().max() / logits.abs().max()).item()
@@ -130,4 +131,4 @@ def export(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main.main(command=export))
+    sys.exit(program.run(export))

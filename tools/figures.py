@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 import data_utils
-import main
 import utils
 from data_utils import Stored
 from datasets.spec import DatasetSpec
+from engine import program
+from engine.flags import Flags, Parser, number
 from engine.pictures import colorize, shades
-from main import Trained
+from engine.trained import Trained, load
 from utils import IGNORE, InputError
 
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
@@ -135,9 +136,9 @@ def draw_rows(
 
 def rows(args: Namespace) -> Figure:
     """The figure of the command `rows`."""
-    machine = {"data-root": args.data_root, "cache": args.cache, "device": args.device}
-    flags = [f"--{key}={value}" for key, value in machine.items() if value]
-    runs = [main.load_trained(["--testing", f"--checkpoint={run}", *flags]) for run in args.runs]
+    machine = {key: getattr(args, key) for key in ("data_root", "cache", "device")}
+    given = {key: value for key, value in machine.items() if value}
+    runs = [load(Flags({"checkpoint": run, **given})) for run in args.runs]
     stored = shared_images(runs, args.ids, args.n)
     images, truths = zip(*stored, strict=True)
     masks = [torch.stack(truths), *(predictions(run, stored) for run in runs)]
@@ -149,7 +150,7 @@ def rows(args: Namespace) -> Figure:
 
 def figures(argv: list[str]) -> int:
     """The command line: draw, then write."""
-    parser = main.Parser("tools/figures.py", description=__doc__.splitlines()[0])
+    parser = Parser("tools/figures.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="rows")
     text = "draw images, true masks and the predictions of runs"
     flag = commands.add_parser("rows", help=text, description=text).add_argument
@@ -157,7 +158,7 @@ def figures(argv: list[str]) -> int:
     flag("--out", required=True, type=Path, metavar="FILE", help="a .png, .pdf or .svg to write")
     flag("--titles", nargs="+", metavar="TITLE", help="one title per run, in order")
     flag("--ids", nargs="+", metavar="ID", help="validation images to show")
-    flag("--n", type=main.number(int, 1, 100), default=4, help="images to show without --ids")
+    flag("--n", type=number(int, 1, 100), default=4, help="images to show without --ids")
     for name in "--data-root", "--cache", "--device":
         flag(name, help="as in main.py")
     args = parser.parse_args(argv)
@@ -175,4 +176,4 @@ def figures(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main.main(command=figures))
+    sys.exit(program.run(figures))

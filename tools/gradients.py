@@ -15,10 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-import main
 import utils
 from arch.norm import InstanceNorm2d
-from data_utils import Batches, load_data, load_spec
+from data_utils import Batches, load_data
+from datasets.spec import load_spec
+from engine import program
+from engine.flags import Parser, number, parse_args
+from model import METHODS
 
 
 class PyTorchsNorm(nn.Module):
@@ -38,17 +41,18 @@ def use_pytorchs_norm(network: nn.Module) -> None:
 
 def gradients(argv: list[str]) -> int:
     """Print one line per norm."""
-    parser = main.Parser("gradients.py", description=__doc__)
-    parser.add_argument("--steps", type=main.number(int, 1), default=60, help="training steps")
+    parser = Parser("gradients.py", description=__doc__)
+    parser.add_argument("--steps", type=number(int, 1), default=60, help="training steps")
     own, argv = parser.parse_known_args(argv)
-    args = main.parse_args(["--training", *argv])
+    args = parse_args(["--training", *argv])
     device = utils.pick_device(args.device, args.precision)
     spec = load_spec(args.dataset)
     data = load_data(args, spec)
     print("| norm | steps with a one-class mask | other steps | mean of sqrt(v) |")
     print("| --- | --- | --- | --- |")
     for norm in "PyTorch's", "ours":
-        model = main.build_model(args, spec, device).train()
+        utils.seed_everything(args.seed, args.deterministic)
+        model = METHODS[args.method](spec, args).to(device).train()
         if norm == "PyTorch's":
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
@@ -66,4 +70,4 @@ def gradients(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main.main(command=gradients))
+    sys.exit(program.run(gradients))

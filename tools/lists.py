@@ -12,10 +12,10 @@ from collections import defaultdict
 from itertools import chain, combinations
 from pathlib import Path
 
-import main
 import utils
-from data_utils import index, load_spec
-from datasets.spec import Sample
+from datasets.layouts import index
+from datasets.spec import Sample, load_spec
+from engine.flags import Parser
 from utils import InputError, first_ten
 
 ROLES = "labeled", "unlabeled", "val", "test"
@@ -74,7 +74,7 @@ def whole_exams(ids: list[str], samples: list[Sample]) -> list[str]:
 
 def make_split(argv: list[str]) -> int:
     """`prepare.py split`: write lists of labeled, unlabeled, validation and test images as one."""
-    parser = main.Parser("prepare.py split", description=__doc__)
+    parser = Parser("prepare.py split", description=__doc__)
     flag = parser.add_argument
     for role in ROLES:
         optional = "optional: " if role == "test" else ""
@@ -94,7 +94,7 @@ def make_split(argv: list[str]) -> int:
             raise InputError(f"--{role} {path}: lists no image")
     samples = []
     if any(ACDC.fullmatch(name) for names in lists.values() for name in names):
-        samples = index(load_spec("acdc"), args.root, args.out.name)
+        samples = index(load_spec("acdc"), args.root, "file")
         lists = acdc_ids(lists, samples)
     labeled = {*lists["labeled"]}
     unlabeled = [name for name in lists["unlabeled"] if name not in labeled]

@@ -30,11 +30,12 @@ from scipy.io import loadmat
 from torchvision.datasets import SBDataset, VOCSegmentation
 from tqdm import tqdm
 
-import main
 import utils
-from data_utils import Sample, index, load_spec
 from datasets.files import flat_palette, naming, read_sample
-from datasets.spec import DatasetSpec, voc_palette
+from datasets.layouts import index
+from datasets.spec import DatasetSpec, Sample, load_spec, voc_palette
+from engine import program
+from engine.flags import Parser, number
 from tools.lists import make_split
 from utils import InputError, TrainingError, first_ten
 
@@ -265,8 +266,8 @@ def prepare(argv: list[str]) -> int:
     """Prepare, unless --verify is given, and verify; or convert lists."""
     if argv[:1] == ["split"]:
         return make_split(argv[1:])
-    parser = main.Parser("prepare.py", description=__doc__)
-    flag, count = parser.add_argument, main.number(int, 0, 1000)
+    parser = Parser("prepare.py", description=__doc__)
+    flag, count = parser.add_argument, number(int, 0, 1000)
     flag("dataset", choices=list(ARCHIVES))
     flag("--root", "--data-root", type=Path, metavar="DIR", help="default: data/<dataset>")
     flag("--verify", action="store_true", help="only check existing files, write nothing")
@@ -295,4 +296,4 @@ def prepare(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main.main(command=prepare))
+    sys.exit(program.run(prepare))

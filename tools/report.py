@@ -17,10 +17,10 @@ from pathlib import Path
 
 from scipy.special import stdtrit
 
-import main
 import utils
-from data_utils import ROLES
 from datasets.spec import make_spec, read_toml
+from datasets.splits import ROLES
+from engine.flags import build_parser, setting_names
 from utils import InputError
 
 PLAN = read_toml(Path(__file__).with_name("experiments.toml"))
@@ -33,7 +33,7 @@ DATASETS = {
 }
 VERSIONS = "torch torchvision numpy python device gpu commit started finished".split()
 EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
-PARSER = main.build_parser()
+PARSER = build_parser()
 # Flags that change no result; main.py has dropped the last three since
 MACHINE = {*PARSER.keys["machine"], *PARSER.keys["files"]}
 MACHINE |= {"channels_last", "diagnose", "on_nonfinite"}
@@ -192,7 +192,7 @@ def read_runs(source: Path) -> tuple[list[Run], list[str]]:
 def defaults(method: str) -> dict:
     """The values of settings that a run does not record: [usual], else main.py's defaults."""
     parsed, usual = vars(PARSER.parse_args([])), PLAN["usual"]
-    settings = {key: parsed[key] for key in main.setting_names(PARSER)}
+    settings = {key: parsed[key] for key in setting_names()}
     settings |= {key: value for key, value in usual.items() if not isinstance(value, dict)}
     return settings | usual.get(method, {})
 

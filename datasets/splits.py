@@ -1,0 +1,319 @@
+"""Which images are labeled, unlabeled and for validation (Section 4.1).
+
+A rule says it, made once from --ratio, --labeled and --split; applied to a dataset's samples, it
+gives their Split.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from datasets.files import naming
+from datasets.layouts import parts_of
+from datasets.spec import CONFIG, DatasetSpec, Sample
+from utils import InputError, first_ten, read_text
+
+SPLITS = ("paper", "standard", "image")  # --split; anything else is a file with lists of ids
+ROLES = ("labeled", "unlabeled", "val")
+
+
+def split_file(name: str) -> Path:
+    """The file of --split: a path that ends in .json, or a name in config/splits/."""
+    is_path = name.lower().endswith(".json")
+    return Path(name) if is_path else CONFIG / "splits" / f"{name}.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labeled and unlabeled training samples, and validation samples; each sorted by id."""
+
+    labeled: tuple[Sample, ...]
+    unlabeled: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    test: tuple[Sample, ...] = ()  # of a split file that lists some; no run uses them
+
+    def ids(self) -> dict[str, list[str]]:
+        """The ids by role, without an empty test."""
+        roles = (*ROLES, "test") if self.test else ROLES
+        return {role: [s.id for s in getattr(self, role)] for role in roles}
+
+    def hash(self) -> str:
+        """A digest of the ids that a run uses, by role; equal for equal splits."""
+        used = {role: ids for role, ids in self.ids().items() if role in ROLES}
+        return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
+
+    def summary(self, unit: str) -> str:
+        """'8 of 75 exams labeled (152 slices), 67 unlabeled (1,282), 25 for validation (468)'."""
+        train = self.labeled + self.unlabeled
+        if unit == "exam":
+            sizes = len(self.labeled), len(self.unlabeled), len(self.val)
+            n_labeled, n_train, n_unlabeled, n_val = (
+                len({sample.group for sample in samples})
+                for samples in (self.labeled, train, self.unlabeled, self.val)
+            )
+            notes = [f" ({size:,})" for size in sizes]
+            notes[0] = notes[0].replace(")", " slices)")
+        else:
+            n_labeled, n_unlabeled, n_val = len(self.labeled), len(self.unlabeled), len(self.val)
+            n_train, unused = len(train), sum(s.mask is not None for s in self.unlabeled)
+            notes = ["", f" ({unused:,} have masks that are not used)" if unused else "", ""]
+        labeled = f"{n_labeled:,} of {n_train:,} {unit}s labeled{notes[0]}"
+        unlabeled = f"{n_unlabeled:,} unlabeled{notes[1]}"
+        return f"{labeled}, {unlabeled}, {n_val:,} for validation{notes[2]}"
+
+
+def split(
+    samples: list[Sample],
+    ratio: float | None,
+    seed: int,
+    spec: DatasetSpec,
+    kind: str = "paper",
+    label_unit: str = "image",
+    labeled: int | None = None,
+) -> Split:
+    """Divide samples into labeled, unlabeled and validation ones.
+
+    kind: "paper" (Section 4.1): spec.counts groups, or the same proportions of another number; no
+        group is on both sides. "image": 85% and 15% of single images, as released. "standard":
+        the parts that other papers train and validate on. A "folder" with val/ validates on it.
+    ratio, labeled: the share or the number of training units that are labeled; one of them is None.
+    label_unit: training samples that have a mask ("image") or whole groups ("exam").
+
+    The validation set and the order in which samples get labels depend on the seed alone, so that a
+    smaller labeled set is part of a larger one. Samples without a mask are always unlabeled.
+    """
+    parts = parts_of(spec, kind)
+    samples = [s for s in samples if s.part is None or s.part in parts]
+    samples.sort(key=lambda s: s.id)
+    rng = np.random.default_rng(seed)
+    if kind == "standard" or has_val(spec, samples):
+        val = {s for s in samples if s.part == parts[1] and s.mask is not None}
+        if not val:
+            missing = f"{spec.name}'s part {parts[1]!r} is missing"
+            raise InputError(f"--split standard: {missing}; see README.md")
+        train = [s for s in samples if s.part == parts[0]]
+    else:
+        n_train, n_val = spec.counts if spec.counts and kind == "paper" else (85, 15)
+        units = [s.group if kind == "paper" else s.id for s in samples]
+        masked = {unit for unit, s in zip(units, samples, strict=True) if s.mask is not None}
+        held_out = max(1, round(len(masked) * n_val / (n_train + n_val)))
+        val_units = _first(masked, held_out, rng)
+        val = {s for unit, s in zip(units, samples, strict=True) if unit in val_units}
+        train = [s for s in samples if s not in val]
+
+    def unit(sample: Sample) -> str:
+        return sample.group if label_unit == "exam" else sample.id
+
+    masked = {unit(s) for s in train if s.mask is not None}
+    if not masked:
+        expected = "; masks/ must contain their masks" if spec.layout == "folder" else ""
+        reason = "; all masks are held out for validation" if val else expected
+        raise InputError(f"{spec.name}: no training image has a mask{reason}")
+    n_labeled = round(ratio * len(masked)) if labeled is None else labeled
+    if not n_labeled:
+        found = f"of {len(masked)} training {label_unit}s leaves no labeled {label_unit}"
+        raise InputError(f"--ratio {ratio:g} {found}")
+    if n_labeled > len(masked):
+        found = f"{spec.name} has {len(masked)} training {label_unit}s with masks"
+        raise InputError(f"--labeled {labeled}: {found}")
+    chosen = _first(masked, n_labeled, rng)
+    with_labels = {s for s in train if s.mask is not None and unit(s) in chosen}
+    return Split(
+        tuple(s for s in train if s in with_labels),
+        tuple(s for s in train if s not in with_labels),
+        tuple(s for s in samples if s in val),
+    )
+
+
+def has_val(spec: DatasetSpec, samples: Sequence[Sample]) -> bool:
+    """Whether some of a folder's samples are from its val/."""
+    return spec.layout == "folder" and any(sample.part == "val" for sample in samples)
+
+
+def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
+    """The first n of the units in random order: with the same rng, fewer are part of more."""
+    ordered = sorted(units)
+    return {ordered[i] for i in rng.permutation(len(ordered))[:n]}
+
+
+# Split files
+
+
+def read_lists(path: Path) -> dict[str, list[str]]:
+    """Read a split.json: lists `labeled`, `unlabeled`, `val` and perhaps `test`.
+
+    They contain ids, volumes or whole groups. A run's own has a hash, which is not returned.
+    """
+    with naming(path):
+        lists = json.loads(read_text(path))
+    lists = lists if isinstance(lists, dict) else {}
+    lists.pop("hash", None)
+    if unknown := lists.keys() - {*ROLES, "test"}:
+        expected = f"expected {', '.join(ROLES)} and test"
+        raise InputError(f"{path}: unknown key {sorted(unknown)[0]!r}; {expected}")
+    for role in *ROLES, *(["test"] if "test" in lists else []):
+        names = lists.get(role)
+        if not isinstance(names, list) or not all(type(name) is str for name in names):
+            raise InputError(f"{path}: expected a list of ids as {role!r}")
+        if not names and role != "unlabeled":
+            raise InputError(f"{path}: {role!r} is empty")
+    return lists
+
+
+def read_split(path: Path, samples: list[Sample]) -> Split:
+    """The split that a split.json lists.
+
+    A name is an id, otherwise a volume, otherwise a group. InputError names ids that are unknown,
+    have two roles, or are scored or labeled without a mask, and groups that are on two of the sides
+    training, validation and test.
+    """
+    lists = read_lists(path)
+    ids = {sample.id: [sample] for sample in samples}
+    volumes: dict[str, list[Sample]] = {}
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        volumes.setdefault(sample.volume, []).append(sample)
+        groups.setdefault(sample.group, []).append(sample)
+    by_name = groups | volumes | ids
+    if unknown := [name for names in lists.values() for name in names if name not in by_name]:
+        raise InputError(f"{path}: not in the dataset: {first_ten(unknown)}")
+    chosen: dict[str, set[Sample]] = {}
+    for role, names in lists.items():
+        chosen[role] = {sample for name in names for sample in by_name[name]}
+    for one, other in itertools.combinations(chosen, 2):
+        if both := sorted(s.id for s in chosen[one] & chosen[other]):
+            raise InputError(f"{path}: both {one} and {other}: {first_ten(both)}")
+    sides = {
+        "training": chosen["labeled"] | chosen["unlabeled"],
+        "validation": chosen["val"],
+        "test": chosen.get("test", set()),
+    }
+    for one, other in itertools.combinations(sides, 2):
+        if both := sorted({s.group for s in sides[one]} & {s.group for s in sides[other]}):
+            raise InputError(f"{path}: in {one} and {other}: {first_ten(both)}")
+    for role, used in chosen.items():
+        unmasked = sorted(s.id for s in used if s.mask is None)
+        if unmasked and role != "unlabeled":
+            raise InputError(f"{path}: {role}, but without a mask: {first_ten(unmasked)}")
+    return Split(**{role: tuple(sorted(chosen[role], key=lambda s: s.id)) for role in chosen})
+
+
+# Rules
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A rule that draws the labeled units at random: single images or whole exams."""
+
+    kind: str  # of split()
+    unit: str
+
+    def same_kind(self, other: "Rule") -> bool:
+        """Whether both rules divide the same parts of a dataset in the same way."""
+        return isinstance(other, Drawn) and self.kind == other.kind
+
+    def n_expected(self, spec: DatasetSpec, samples: Sequence[Sample]) -> int | None:
+        """The number of groups with masks that the dataset should have, where that is known."""
+        counts = spec.standard_counts if self.kind == "standard" else spec.counts
+        return sum(counts) if counts and not has_val(spec, samples) else None
+
+    def seen_parts(self, spec: DatasetSpec) -> tuple[str, ...]:
+        """The parts of the dataset that are divided."""
+        return parts_of(spec, self.kind)
+
+    def lists(self) -> dict[str, list[str]]:
+        """The ids, volumes and groups that a file lists by role."""
+        return {}
+
+
+@dataclass(frozen=True)
+class ByRatio(Drawn):
+    """--ratio: a share of the training units is labeled."""
+
+    ratio: float
+
+    @property
+    def label(self) -> str:
+        """The rule in the name of a run's folder."""
+        return f"{self.ratio:g}"
+
+    @property
+    def flag(self) -> str:
+        """The rule on the command line."""
+        return f"--ratio {self.ratio:g}"
+
+    def apply(self, samples: list[Sample], spec: DatasetSpec, seed: int) -> Split:
+        """The split of a dataset's samples; InputError if there are too few."""
+        return split(samples, self.ratio, seed, spec, self.kind, self.unit)
+
+
+@dataclass(frozen=True)
+class ByCount(Drawn):
+    """--labeled: a number of the training units is labeled."""
+
+    n: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.n}{self.unit}{'s' if self.n > 1 else ''}"
+
+    @property
+    def flag(self) -> str:
+        return f"--labeled {self.n}"
+
+    def apply(self, samples: list[Sample], spec: DatasetSpec, seed: int) -> Split:
+        return split(samples, None, seed, spec, self.kind, self.unit, self.n)
+
+
+@dataclass(frozen=True)
+class ByFile:
+    """--split FILE: lists of ids or groups decide."""
+
+    name: str  # of split_file()
+    unit: str
+    kind = "file"
+
+    @property
+    def path(self) -> Path:
+        return split_file(self.name)
+
+    @property
+    def label(self) -> str:
+        return self.path.stem
+
+    @property
+    def flag(self) -> str:
+        return f"--split {self.name}"
+
+    def apply(self, samples: list[Sample], spec: DatasetSpec, seed: int) -> Split:
+        return read_split(self.path, samples)
+
+    def same_kind(self, other: "Rule") -> bool:
+        return isinstance(other, ByFile)
+
+    def n_expected(self, spec: DatasetSpec, samples: Sequence[Sample]) -> None:
+        return None
+
+    def seen_parts(self, spec: DatasetSpec) -> tuple[str, ...]:
+        return ()
+
+    def lists(self) -> dict[str, list[str]]:
+        return read_lists(self.path)
+
+
+Rule = ByRatio | ByCount | ByFile
+
+
+def rule_of(settings: Mapping) -> Rule:
+    """The rule that --split, --ratio, --labeled and --label-unit state together."""
+    kind, unit = settings.get("split"), settings.get("label_unit")
+    if kind not in SPLITS:
+        return ByFile(str(kind), unit)
+    if settings.get("labeled") is not None:
+        return ByCount(kind, unit, settings["labeled"])
+    return ByRatio(kind, unit, settings.get("ratio"))

@@ -1,0 +1,39 @@
+"""A command as a program: errors as one line, exit codes."""
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+import utils
+from utils import InputError, TrainingError
+
+
+def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+    """Run a command with `argv`, by default the program's, and print errors as one line.
+
+    Exit code: 0 done, 1 failed while running, 2 invalid flags, configuration or data, 128 + n
+    after signal n.
+    """
+    if utils.rank():  # of several processes, the first one prints
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # any file name can be printed
+    try:
+        return command(sys.argv[1:] if argv is None else argv)
+    except (InputError, TrainingError) as error:
+        message, code = str(error), 2 if isinstance(error, InputError) else 1
+    except OSError as error:
+        other = "standard output" if isinstance(error, BrokenPipeError) else "a file"
+        message, code = f"{error.filename or other}: {error.strerror or error}", 1
+    except KeyboardInterrupt:  # a tool's: main.py handles signals itself
+        message, code = "interrupted", 130
+    except Exception as error:
+        message, code = utils.failure(error), 1
+        if message is None:  # a bug; raised, it would keep the loaders' processes alive
+            traceback.print_exc()
+            return code
+    if utils.local_rank() == 0 or message.startswith("out of memory"):
+        print(f"error: {message}", file=sys.stderr)
+    return code

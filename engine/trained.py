@@ -1,0 +1,97 @@
+"""A trained run: find its checkpoint and load its networks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import utils
+from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
+from datasets.splits import ByFile
+from engine.flags import Flags, setting_names
+from model import METHODS, Method
+from utils import InputError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint's networks and settings, under the flags of the command line."""
+
+    path: Path
+    state: dict
+    args: Flags
+    spec: DatasetSpec
+    device: torch.device
+    model: Method
+
+
+def load(args: Flags) -> Trained:
+    """Load the checkpoint that the flags name or find; InputError if flags contradict it."""
+    path = find_checkpoint(args)
+    state = utils.load_checkpoint(path)
+    spec = make_spec(state["dataset"], str(path))
+    layer = state["settings"] | {"data_root": state["data_root"]}
+    known = [*setting_names(), "data_root"]
+    before = Flags({}).over({path: layer}, known)
+    own = path.with_name("split.json")
+    if isinstance(before.rule, ByFile) and own.is_file():
+        layer["split"] = str(own)
+    args = args.over({path: layer}, known)
+    check_flags(args, before, spec, path)
+    device = utils.pick_device(args.device, args.precision)
+    model = METHODS[args.method](spec, args).to(device)
+    utils.load_weights(model, state["model"], path)
+    return Trained(path, state, args, spec, device, model.eval())
+
+
+def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> None:
+    """InputError if flags on the command line are others than the checkpoint's."""
+    fixed = {**before.settings, "dataset": spec.name}
+    asked = {key: args.given[key] for key in args.given if key in fixed and key != "batch_size"}
+    if "dataset" in asked:
+        asked["dataset"] = dataset_name(args.dataset)
+    if isinstance(args.rule, ByFile):
+        asked.pop("split", None)  # the split's hash decides
+    if differ := [key for key, value in asked.items() if value != fixed[key]]:
+        flags = [f"--{k.replace('_', '-')} is {fixed[k]}, not {asked[k]}" for k in differ]
+        raise InputError(f"{path}: {utils.first_ten(flags)}; the checkpoint sets these")
+
+
+def dataset_name(dataset: str) -> str:
+    """The name of --dataset: the one that its file gives, or the file's stem."""
+    return load_spec(dataset).name if Path(dataset).is_file() else Path(dataset).stem
+
+
+def find_checkpoint(args: Flags) -> Path:
+    """--checkpoint, or best.pt of the most recent run that matches the flags given.
+
+    These are --name, --dataset, --method, --ratio, --labeled and --seed; InputError if no run
+    matches.
+    """
+    if args.checkpoint:
+        return utils.checkpoint_file(args.checkpoint)
+    keys = "name", "method", "ratio", "labeled", "seed"
+    wanted = {key: args.given[key] for key in keys if key in args.given}
+    if "dataset" in args.given:
+        wanted["dataset"] = dataset_name(args.dataset)
+    finished, unfinished = {}, []
+    for config in Path(args.checkpoints).glob("*/config.toml"):
+        best, last = config.with_name("best.pt"), config.with_name("last.pt")
+        try:
+            table = read_toml(config)
+            found = table | {"dataset": table["dataset"]["name"], "name": config.parent.name}
+        except (InputError, LookupError, TypeError):  # not written by a run
+            continue
+        if all(found.get(key) == value for key, value in wanted.items()):
+            if best.is_file():
+                finished[best] = (last if last.is_file() else best).stat().st_mtime_ns
+            elif last.is_file():
+                unfinished.append(str(config.parent))
+    if not finished and unfinished:
+        advice = "resume it, or give its last.pt as --checkpoint"
+        raise InputError(f"{utils.first_ten(unfinished)}: not evaluated yet; {advice}")
+    if not finished:
+        flags = "".join(f" --{key} {args.given[key]}" for key in wanted)
+        advice = f"start one with python main.py --training{flags}"
+        raise InputError(f"{args.checkpoints} contains no trained run{flags}: {advice}")
+    return max(finished, key=finished.get)

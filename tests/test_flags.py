@@ -1,0 +1,272 @@
+"""The command line: flags, TOMLs, defaults, errors."""
+
+from pathlib import Path
+
+import pytest
+from conftest import make_tiny
+from runs import TINY, error_line
+
+import main
+from datasets.spec import CONFIG, load_spec, read_toml
+from engine.flags import build_parser, parse_args
+from engine.signals import stop
+from utils import InputError
+
+PARSER = build_parser()
+FLAGS = [flag for action in PARSER._actions for flag in action.option_strings]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    """A folder of its own, with tiny.toml: 24 phantoms, 4 of them validation images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stop, "signum", 0)
+    make_tiny(20, 4)
+
+
+# Flags
+
+
+DEFAULTS = {
+    "method": "cyclegan", "ratio": 0.2, "labeled": None, "seed": 0, "data_root": "data/voc",
+    "epochs": 400, "decay_epoch": 100, "batch_size": 5, "lr": 2e-4, "betas": [0.5, 0.999],
+    "augment": False, "reduction": "mean",
+    "lambda1": 1, "lambda2": 0.05, "lambda3": 1, "lambda4": 1, "lambda5": 1,
+    "ngf": 64, "ndf": 64, "n_blocks": 9, "dropout": 0, "pool_size": 0,
+    "disc_norm": "batch", "disc_input": "softmax", "disc_kernel": 1, "cutmix_on": "both",
+    "size": [200, 200], "precision": "fp32", "split": "paper", "label_unit": "image",
+    "normalization": "range", "ignored": "skip", "init": None,
+}  # fmt: skip
+
+
+def test_defaults_are_the_papers():
+    args = vars(parse_args(["--training", "--dataset", "voc"]))
+    assert {key: args[key] for key in DEFAULTS} == DEFAULTS
+    assert parse_args(["--training", "--dataset", "cityscapes"]).size == [128, 256]
+
+
+def test_learning_rate_falls_after_a_quarter_of_the_epochs_by_default():
+    flags = ["--training", "--dataset", "voc", "--epochs", "41"]
+    assert parse_args(flags).decay_epoch == 10
+    assert parse_args([*flags, "--decay-epoch", "0"]).decay_epoch == 0
+
+
+def test_settings_are_the_flags_of_the_groups_that_change_the_result():
+    groups = [PARSER.keys[title] for title in ("experiment", "optimization", "networks")]
+    expected = [key for keys in groups for key in keys if key != "dataset"]
+    args = parse_args(["--training", "--dataset", "voc", "--lambda4", "0.5"])
+    assert list(args.settings) == expected
+    assert args.settings["lambda4"] == 0.5
+    assert {*DEFAULTS} - {"data_root"} == {*expected}
+    every_group = [key for keys in PARSER.keys.values() for key in keys]
+    assert sorted(every_group) == sorted(a.dest for a in PARSER._actions if a.dest != "help")
+
+
+def test_given_are_the_flags_of_the_command_line_alone():
+    Path("config.toml").write_text("ngf = 4\n")
+    flags = ["--training", "--config", "config.toml", "--seed", "0", "--betas", "0", "0.9"]
+    expected = {"training": True, "config": "config.toml", "seed": 0, "betas": [0, 0.9]}
+    assert parse_args(flags).given == expected
+
+
+def test_help_explains_every_flag_and_shows_every_default_but_none(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main.main(["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(action.help for action in PARSER._actions)
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+    for action in PARSER._actions:
+        default = action.default
+        if not isinstance(default, bool | None) and action.dest != "help":
+            typed = " ".join(map(str, default)) if isinstance(default, list) else default
+            assert f"{action.help} (default: {typed})" in text
+
+
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.startswith("--")])
+def test_a_flag_has_no_abbreviation(flag):
+    mode = [] if flag in ("--training", "--testing") else ["--training"]
+    for end in range(3, len(flag)):
+        if flag[:end] not in FLAGS:
+            with pytest.raises(InputError, match="unrecognized arguments"):
+                parse_args([*mode, flag[:end]])
+
+
+def test_ratio_and_labeled_replace_each_other_and_the_higher_one_decides():
+    tiny = Path("tiny.toml").read_text()
+    Path("mine.toml").write_text(f"ratio = 0.5\n{tiny}")
+    Path("config.toml").write_text("labeled = 8\n")
+
+    def amounts(*flags: str) -> tuple:
+        args = parse_args(["--training", "--dataset", "mine.toml", *flags])
+        return args.ratio, args.labeled, args.rule.label
+
+    assert amounts() == (0.5, None, "0.5")
+    assert amounts("--config", "config.toml") == (None, 8, "8images")
+    assert amounts("--config", "config.toml", "--ratio", "0.3") == (0.3, None, "0.3")
+    assert amounts("--labeled", "1", "--label-unit", "exam") == (None, 1, "1exam")
+    assert amounts("--split", "lists/mine.json") == (None, None, "mine")
+
+
+# TOMLs
+
+
+def test_toml_precedence_is_default_dataset_config_command_line():
+    tiny = Path("tiny.toml").read_text()
+    Path("mine.toml").write_text(f"epochs = 7\nngf = 3\nseed = 5\n{tiny}")
+    Path("config.toml").write_text("ngf = 4\nseed = 6\nsize = [32, 48]\ncompile = true\n")
+    flags = ["--training", "--dataset", "mine.toml", "--config", "config.toml", "--seed", "8"]
+    args = parse_args(flags)
+    assert (args.lr, args.epochs, args.ngf, args.seed) == (2e-4, 7, 4, 8)
+    assert (args.size, args.compile, args.data_root) == ([32, 48], True, "data/mine")
+    assert parse_args([*flags, "--no-compile"]).compile is False
+
+
+def test_config_may_name_dataset_and_method():
+    Path("run.toml").write_text('dataset = "phantom"\nmethod = "supervised"\nlr = 0.5\n')
+    args = parse_args(["--training", "--config", "run.toml"])
+    assert (args.dataset, args.method, args.lr) == ("phantom", "supervised", 0.5)
+    assert (args.ngf, args.data_root) == (16, "data/phantom")  # from phantom.toml
+    assert parse_args(["--training", "--config", "run.toml", "--dataset", "voc"]).ngf == 64
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_committed_toml_goes_through_the_entry_point(path):
+    table = read_toml(path)
+    flags = ["--config", str(path)]
+    if "dataset" in table:
+        assert load_spec(path.stem).name == path.stem
+        flags = ["--dataset", path.stem]
+    args = vars(parse_args(["--training", *flags]))
+    for key in table.keys() - {"dataset"}:
+        assert args[key] == table[key]
+
+
+def test_official_presets_are_the_released_code():
+    def preset(name: str) -> dict:
+        flags = ["--training", "--dataset", "voc", "--config", str(CONFIG / name)]
+        return vars(parse_args(flags))
+
+    ours, partial = preset("official.toml"), preset("official_partial.toml")
+    both = {"epochs": 400, "lr": 2e-4, "batch_size": 5, "size": [200, 200], "dropout": 0.5}
+    both |= {"normalization": "half", "ignored": "background", "split": "image"}
+    own = {"method": "cyclegan", "disc_norm": "instance", "disc_input": "argmax"}
+    own |= {"pool_size": 50, "betas": [0.5, 0.999], "decay_epoch": 100}
+    own |= {"lambda1": 1, "lambda2": 0.05, "lambda3": 1, "lambda4": 0.5, "lambda5": 0.5}
+    theirs = {"method": "supervised", "betas": [0.9, 0.999], "decay_epoch": 400}
+    for args, expected in (ours, both | own), (partial, both | theirs):
+        assert {key: args[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("toml", "named"),
+    [
+        ("epocs = 3", "unknown key 'epocs'; did you mean 'epochs'?"),
+        ("[supervised]\nlr = 1", "unknown key 'supervised'"),
+        ("epochs = 'many'", "argument --epochs"),
+        ("epochs = '3 --seed 4'", "argument --epochs"),
+        ("size = [64]", "argument --size"),
+        ("method = 'cycle'", "argument --method"),
+        ("split = 'parts.txt'", "expected paper, standard, image, acdc_14of70, "),
+        ("disc_kernel = 2", "must be odd"),
+        ("epochs = ", "not TOML"),
+        ("ratio = 0.2\nlabeled = 8", "--ratio and --labeled: give one of them"),
+        ("overwrite = true", "unknown key 'overwrite'"),
+        ("testing = true", "unknown key 'testing'"),
+        ("[dataset]\nlayout = 'voc'", "give it as --dataset"),
+    ],
+)
+def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
+    Path("wrong.toml").write_text(toml)
+    flags = ["--training", "--dataset", "phantom", "--config", "wrong.toml"]
+    error = error_line(capsys, *flags)
+    assert "wrong.toml" in error
+    assert named in error
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("", "--training"),
+        ("--training --testing", "--training"),
+        ("--dataset phantom", "--training"),
+        ("--training --dataset nothere", "--dataset nothere"),
+        ("--training --dataset official", "has no [dataset] table"),
+        ("--training --dataset voc --data-root nowhere", "--data-root nowhere"),
+        ("--training --config none.toml", "none.toml"),
+        ("--testing", "python main.py --training"),
+        ("--testing --checkpoint none.pt", "none.pt"),
+        ("--testing --checkpoint junk.pt", "junk.pt"),
+        ("--predict none.png", "python main.py --training"),
+    ],
+)
+def test_a_wrong_command_is_one_error_line(capsys, flags, named):
+    Path("junk.pt").write_bytes(b"junk" * 100)
+    assert named in error_line(capsys, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--epoch 3", "--epoch"),
+        ("--tta", "--help lists the flags"),
+        ("--ratio 0", "--ratio"),
+        ("--ratio 1.5", "--ratio"),
+        ("--ratio nan", "--ratio"),
+        ("--ratio 0.001", "--ratio 0.001"),
+        ("--ratio 1", "--ratio 1 leaves no unlabeled image for --method cyclegan"),
+        ("--ratio 1 --method advsemi", "--ratio 1 leaves no unlabeled image for --method advsemi"),
+        ("--ratio 0.002 --label-unit exam", "no labeled exam"),
+        ("--size 15 64", "--size"),
+        ("--batch-size 0", "--batch-size"),
+        ("--batch-size 2.5", "invalid int value"),
+        ("--lr -1", "--lr"),
+        ("--lr 0", "greater than 0"),
+        ("--seed 4294967297", "at most"),
+        ("--disc-kernel 33", "from 1 to 31"),
+        ("--device tpu9", "--device tpu9"),
+        ("--name ../up", "--name ../up"),
+        ("--name .hidden", "--name .hidden"),
+        ("--checkpoints main.py/x", "--checkpoints"),
+        ("--cache main.py/x", "--cache"),
+        ("--init none.pt", "none.pt"),
+        ("--split standard", "--split standard"),
+        ("--split parts", "expected paper, standard, image, acdc_14of70, "),
+        ("--split none.json", "none.json"),
+        ("--split none.json --ratio 0.2", "--ratio: none.json says which images are labeled"),
+        ("--split none.json --labeled 2", "--labeled: none.json says which images are labeled"),
+        ("--ratio 0.2 --labeled 2", "--ratio and --labeled: give one of them"),
+        ("--labeled 21", "--labeled 21: tiny has 20 training images with masks"),
+        ("--labeled 20", "--labeled 20 leaves no unlabeled image for --method cyclegan"),
+    ],
+)
+def test_a_wrong_flag_of_a_training_is_one_error_line(capsys, flags, named):
+    Path("main.py").write_text("a file where a folder should be")
+    assert named in error_line(capsys, "--training", *TINY, *flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "needed"),
+    [
+        (["--training", "--checkpoint", "best.pt"], "--testing or --predict; --init sets"),
+        (["--training", "--overlay"], "--predict"),
+        (["--training", "--native-size"], "--testing"),
+        (["--testing", "--config", "a.toml"], "--training"),
+        (["--testing", "--overwrite"], "--training"),
+        (["--predict", "a.png", "--native-size"], "--testing"),
+        (["--training", "--part", "test"], "--testing"),
+    ],
+)
+def test_a_flag_of_another_mode_is_an_error(capsys, flags, needed):
+    error = error_line(capsys, *flags, "--dataset", "tiny.toml")
+    (other,) = [flag for flag in flags[1:] if flag.startswith("--")]
+    assert error.startswith(f"error: {other} needs {needed}")
+
+
+def test_a_path_that_no_toml_can_hold_is_refused(capsys):
+    error = error_line(capsys, "--training", "--dataset", "phantom", "--data-root", "a\udcff")
+    assert error == r"error: --data-root 'a\udcff': expected UTF-8"

@@ -1,0 +1,58 @@
+"""A command as a program: errors as one line, exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import main
+from engine import program
+from utils import TrainingError
+
+
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (MemoryError(), "out of memory; in training, half the --batch-size"),
+        (RuntimeError("CUDA error: out of memory"), "out of memory; in training, half"),
+        (PermissionError(13, "Permission denied", "a/b.png"), "a/b.png: Permission denied"),
+        (TrainingError("no more"), "no more"),
+        (BrokenPipeError(32, "Broken pipe"), "standard output: Broken pipe"),
+    ],
+)
+def test_a_failure_of_the_machine_is_one_error_line_and_exit_code_1(capsys, raised, message):
+    def failing(_argv):
+        raise raised
+
+    assert program.run(failing, []) == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_the_first_process_of_each_machine_prints_errors(capsys, monkeypatch):
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    for local_rank, n_lines in (0, 1), (1, 0):
+        monkeypatch.setenv("RANK", "2")
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert main.main(["--training", "--dataset", "gone.toml"]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == n_lines
+
+
+def test_a_defect_of_the_program_is_a_traceback(capsys):
+    def failing(_argv):
+        raise ValueError("shapes differ")
+
+    assert program.run(failing, []) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("Traceback")
+    assert error.endswith("ValueError: shapes differ\n")
+
+
+def test_any_file_name_can_be_printed():
+    code = "from engine import program; exit(program.run(lambda _: print('\\udcff'), []))"
+    command = [sys.executable, "-c", code]
+    folder = Path(main.__file__).parent
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    printed = subprocess.check_output(command, cwd=folder, env=environment, text=True)
+    assert printed == "\\udcff\n"
