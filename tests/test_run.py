@@ -318,7 +318,7 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(
     capsys, monkeypatch, device, method
 ):
     flags = [*TINY, "--epochs", "2", "--dropout", "0.5", "--pool-size", "3", "--lr", "0.01"]
-    flags += ["--method", method, "--device", device, "--deterministic"]
+    flags += ["--method", method, "--device", device, "--deterministic", "--augment"]
     assert run("--training", *flags, "--name", "whole") == 0
     steps = []
 
