@@ -89,6 +89,9 @@ class ConfusionMatrix:
         self.flat.scatter_add_(0, index, torch.ones_like(index))
 
 
+OTHER_MEANS = {"miou_all": "every class", "miou_official": "as released"}
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
@@ -109,8 +112,11 @@ def segmentation_metrics(counts: Tensor, spec) -> dict:
     miou_all: the mean over all K classes, void being one like any other.
     miou_official: the released code's. Rows and columns of unscored classes are cut out first, so
         confusions with them cost nothing.
+    miou_foreground, dice_foreground: the means over spec.structures(), if background is scored.
+    constant: the class that is predicted for every pixel, if it is one alone.
 
-    A class in neither truth nor prediction is None and enters no mean.
+    Pixels are pooled over all images, in Dice as well. A class in neither truth nor prediction is
+    None and enters no mean.
     """
     counts = counts.cpu()
     judged = counts.clone()
@@ -123,39 +129,56 @@ def segmentation_metrics(counts: Tensor, spec) -> dict:
         iou[spec.void] = dice[spec.void] = None
     total = judged.sum().item()
     keep = torch.tensor(spec.scored)
+    structures, foreground = spec.structures(), {}
+    if len(structures) < len(spec.scored):
+        foreground["miou_foreground"] = _mean(iou[k] for k in structures)
+        foreground["dice_foreground"] = _mean(dice[k] for k in structures)
+    predicted = counts.sum(0).nonzero().flatten().tolist()
     return {
         "miou": _mean(iou[k] for k in spec.scored),
         "miou_all": _mean(_iou(counts)),
         "miou_official": _mean(_iou(counts[keep][:, keep])),
+        **foreground,
         "pixel_accuracy": tp.sum().item() / total if total else None,
+        "constant": spec.classes[predicted[0]] if len(predicted) == 1 else None,
         "iou": dict(zip(spec.classes, iou, strict=True)),
         "dice": dict(zip(spec.classes, dice, strict=True)),
     }
 
 
 def format_means(metrics: dict) -> str:
-    """The three mean IoUs on one line."""
-    miou, every, released = (metrics[k] or 0 for k in ("miou", "miou_all", "miou_official"))
-    return f"mIoU {miou:.4f}, every class {every:.4f}, as released {released:.4f}"
+    """The mean IoU on one line, with the others where they differ, and a warning."""
+    line = f"mIoU {metrics['miou'] or 0:.4f}"
+    for key, title in OTHER_MEANS.items():
+        if metrics.get(key, metrics["miou"]) != metrics["miou"]:
+            line += f", {title} {metrics[key] or 0:.4f}"
+    if name := metrics.get("constant"):
+        line += f", predicts {name} alone"
+    return line
 
 
 def format_metrics(metrics: dict) -> str:
     """A table of IoU and Dice by class, then the means, in %; a dash for an absent class."""
 
-    def percent(value: float | None) -> str:
-        return "      -" if value is None else f"{100 * value:7.2f}"
+    def row(title: str, *values: float | None) -> str:
+        cells = ("-" if value is None else f"{100 * value:.2f}" for value in values)
+        return f"{title:{width}}" + "".join(map(str.rjust, cells, (7, 15)))
 
-    means = {
-        "mIoU": "miou",
-        "mIoU, every class": "miou_all",
-        "mIoU, as released": "miou_official",
-        "pixel accuracy": "pixel_accuracy",
+    others = {
+        f"mIoU, {title}": metrics.get(key, metrics["miou"]) for key, title in OTHER_MEANS.items()
     }
-    width = max(map(len, [*metrics["iou"], *means]))
-    lines = [f"{'class':{width}}    IoU   Dice"]
-    for name, iou in metrics["iou"].items():
-        lines.append(f"{name:{width}}{percent(iou)}{percent(metrics['dice'][name])}")
-    lines += [f"{title:{width}}{percent(metrics[key])}" for title, key in means.items()]
+    width = max(map(len, [*metrics["iou"], *others]))
+    lines = [f"{'class':{width}}    IoU  Dice (pooled)"]
+    lines += [row(name, iou, metrics["dice"][name]) for name, iou in metrics["iou"].items()]
+    lines.append(row("mIoU", metrics["miou"]))
+    if "dice_foreground" in metrics:
+        means = metrics["miou_foreground"], metrics["dice_foreground"]
+        lines.append(row("without background", *means))
+    lines += [row(title, value) for title, value in others.items() if value != metrics["miou"]]
+    lines.append(row("pixel accuracy", metrics["pixel_accuracy"]))
+    if name := metrics.get("constant"):
+        miou = metrics["miou"] or 0
+        lines.append(f"predicts {name} alone: mIoU {miou:.3f} is what that scores")
     return "\n".join(lines)
 
 

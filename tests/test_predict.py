@@ -61,7 +61,8 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     printed = capsys.readouterr().out
     metrics = metrics_of(name)
     assert metrics.keys() == {
-        "miou", "miou_all", "miou_official", "pixel_accuracy", "iou", "dice", "n_images", "split",
+        "miou", "miou_all", "miou_official", "miou_foreground", "dice_foreground", "constant",
+        "pixel_accuracy", "iou", "dice", "n_images", "split",
         "epoch", "checkpoint", "dataset", "method", "ratio", "seed",
     }  # fmt: skip
     spec = load_spec("tiny.toml")

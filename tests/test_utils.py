@@ -3,11 +3,10 @@
 import os
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import error_of
+from conftest import error_of, toy_spec
 from torch import nn
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -16,6 +15,7 @@ from torchmetrics.functional.classification import (
 )
 
 import utils
+from datasets.spec import DatasetSpec
 from utils import (
     IGNORE,
     ConfusionMatrix,
@@ -35,11 +35,10 @@ PARTS = {
 }
 
 
-def metric_spec(n_classes: int, scored=None, void: int | None = None) -> SimpleNamespace:
-    """The fields of a DatasetSpec that the metrics read; the classes are a, b, c, ..."""
-    return SimpleNamespace(
-        classes=tuple("abcdefgh"[:n_classes]), scored=tuple(scored or range(n_classes)), void=void
-    )
+def metric_spec(n_classes: int, scored=None, **changes) -> DatasetSpec:
+    """A dataset of classes a, b, c, ..."""
+    table = {"classes": [*"abcdefgh"[:n_classes]], "palette": [[0, 0, 0]] * n_classes, **changes}
+    return toy_spec(scored=[*(scored or range(n_classes))], **table)
 
 
 # Metrics
@@ -149,9 +148,39 @@ def test_nothing_counted_gives_none_everywhere():
 
 
 def test_means_are_one_line_and_0_where_nothing_was_counted():
-    metrics = {"miou": 0.12345, "miou_all": None, "miou_official": 1}
+    metrics = {"miou": 0.12345, "miou_all": None, "miou_official": 1, "constant": None}
     expected = "mIoU 0.1235, every class 0.0000, as released 1.0000"
     assert utils.format_means(metrics) == expected
+
+
+def test_means_equal_to_the_first_are_not_repeated():
+    metrics = {"miou": 0.25, "miou_all": 0.25, "miou_official": 0.5, "constant": None}
+    assert utils.format_means(metrics) == "mIoU 0.2500, as released 0.5000"
+    assert utils.format_means({**metrics, "miou_official": 0.25}) == "mIoU 0.2500"
+
+
+def test_foreground_means_leave_out_a_scored_background_alone():
+    classes = {"classes": ["background", "b", "c"]}
+    counts = counted(3, truth=[0, 0, 1, 1, 2, 2], prediction=[0, 0, 1, 0, 2, 2])
+    found = segmentation_metrics(counts, metric_spec(3, **classes))
+    assert found["miou_foreground"] == (1 / 2 + 1) / 2
+    assert found["dice_foreground"] == pytest.approx((2 / 3 + 1) / 2)
+    assert ["without", "background", "75.00", "83.33"] in [
+        line.split() for line in utils.format_metrics(found).splitlines()
+    ]
+    for spec in metric_spec(3), metric_spec(3, scored=[1, 2], **classes):
+        assert "miou_foreground" not in segmentation_metrics(counts, spec)
+
+
+def test_a_single_predicted_class_is_said_to_be_what_that_scores():
+    counts = counted(3, truth=[0, 0, 1, 2], prediction=[0, 0, 0, 0])
+    found = segmentation_metrics(counts, metric_spec(3))
+    assert found["constant"] == "a"
+    expected = "predicts a alone: mIoU 0.167 is what that scores"
+    assert utils.format_metrics(found).splitlines()[-1] == expected
+    assert utils.format_means(found) == "mIoU 0.1667, predicts a alone"
+    counts = counted(3, truth=[0, 0, 1, 2], prediction=[0, 0, 0, 1])
+    assert segmentation_metrics(counts, metric_spec(3))["constant"] is None
 
 
 def test_printed_table_is_in_percent_with_a_dash_for_none():
@@ -162,7 +191,8 @@ def test_printed_table_is_in_percent_with_a_dash_for_none():
     rows = [line.rsplit(None, 2) for line in table.splitlines()]
     assert ["b", "50.00", "66.67"] in rows
     assert ["d", "-", "-"] in rows
-    assert table.count("50.00") == 4  # b and the three means
+    assert table.count("50.00") == 2  # b and the mean, which the other two equal
+    assert "Dice (pooled)" in table.splitlines()[0]
     assert rows[-1][-1] == "75.00"  # pixel accuracy
 
 
