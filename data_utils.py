@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +32,7 @@ from datasets.layouts import index
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice, load_spec
 from datasets.splits import ByFile, Split
+from datasets.workers import loaded, start_worker
 from utils import IGNORE, InputError, first_ten
 
 __all__ = ["Sample", "index", "load_spec"]  # re-exported from datasets/
@@ -61,19 +61,36 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
 
 
 class Decoder(Dataset):
-    """Item i is (image, mask, None) of sample i, or (None, None, its error message)."""
+    """Item i writes sample i into the files of a cache; it is the error, or None.
 
-    def __init__(self, samples: list[Sample], spec: DatasetSpec, size: tuple[int, int]):
+    Worker processes thus send back no pixels, however many slices a volume has.
+    """
+
+    def __init__(
+        self, samples: list[Sample], spec: DatasetSpec, size: tuple[int, int], home: Path, dtype
+    ):
         self.samples, self.spec, self.size = samples, spec, size
+        self.files: list[tuple[Path, int, np.dtype]] = []  # each with the place of its row 0
+        arrays = ("images", dtype, (spec.channels, *size)), ("masks", np.uint8, size)
+        for name, kind, shape in arrays:
+            header = {"descr": np.dtype(kind).str, "fortran_order": False}
+            header["shape"] = (len(samples), *shape)
+            with open(home / f"{name}.npy", "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                self.files.append((home / f"{name}.npy", file.tell(), np.dtype(kind)))
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, i: int) -> tuple[Tensor | None, Tensor | None, str | None]:
+    def __getitem__(self, i: int) -> InputError | OSError | None:
         try:
-            return *decode(self.samples[i], self.spec, self.size), None
-        except InputError as error:
-            return None, None, str(error)
+            arrays = decode(self.samples[i], self.spec, self.size)
+            for (path, start, dtype), pixels in zip(self.files, arrays, strict=True):
+                row = pixels.numpy().astype(dtype).tobytes()
+                # not through a memory map: there a full disk is a crash, not an error
+                with open(path, "r+b") as file:
+                    file.seek(start + i * len(row))
+                    file.write(row)
+        except (InputError, OSError) as error:
+            return error
+        return None
 
 
 @dataclass(frozen=True)
@@ -191,35 +208,28 @@ def _fill_cache(
     dtype = np.float32 if any(_needs_float(s.image, spec) for s in samples) else np.uint8
     volumes = [s.image.path if isinstance(s.image, Slice) else s.id for s in samples]
     rows = itertools.groupby(range(len(samples)), key=volumes.__getitem__)
-    decoded = DataLoader(
-        Decoder(samples, spec, size),
-        batch_sampler=[list(group) for _, group in rows],  # a worker reads a whole volume
-        collate_fn=list,
-        num_workers=workers,
-        worker_init_fn=_ignore_signals,
-    )
     files.read_volume.cache_clear()  # the files may have changed
     problems = []
-    # in pieces, not through a memory map: there a full disk is a crash, not an error
     try:
-        with open(home / "images.npy", "wb") as images, open(home / "masks.npy", "wb") as masks:
-            arrays = (images, dtype, (spec.channels, *size)), (masks, np.uint8, size)
-            for file, kind, shape in arrays:
-                header = {"descr": np.dtype(kind).str, "fortran_order": False}
-                header["shape"] = (len(samples), *shape)
-                np.lib.format.write_array_header_1_0(file, header)
-            items = itertools.chain.from_iterable(decoded)
-            text = {"desc": f"decoding {spec.name}", "unit": " images"}
-            bar = tqdm(items, total=len(samples), disable=None, **text)
-            for image, mask, problem in bar:
-                if problem:
-                    problems.append(problem)
-                elif not problems:
-                    images.write(image.numpy().astype(dtype).tobytes())
-                    masks.write(mask.numpy().tobytes())
+        decoded = DataLoader(
+            Decoder(samples, spec, size, home, dtype),
+            batch_sampler=[list(group) for _, group in rows],  # a worker reads a whole volume
+            collate_fn=list,
+            num_workers=workers,
+            worker_init_fn=start_worker,
+        )
+        items = itertools.chain.from_iterable(loaded(decoded))
+        text = {"desc": f"decoding {spec.name}", "unit": " images"}
+        for problem in tqdm(items, total=len(samples), disable=None, **text):
+            if isinstance(problem, InputError):
+                problems.append(str(problem))
+            elif problem:
+                raise problem
     except OSError as error:
         per_pixel = spec.channels * np.dtype(dtype).itemsize + 1
         raise utils.unwritten(home, len(samples) * size[0] * size[1] * per_pixel, error) from error
+    finally:
+        files.read_volume.cache_clear()
     if problems:
         unique = list(dict.fromkeys(problems))
         count = f"{len(unique)} bad {'file' if len(unique) == 1 else 'files'}"
@@ -337,10 +347,12 @@ def augment(x: Tensor, orientation: str, y: Tensor | None = None) -> tuple[Tenso
     return x.clamp(-1, 1), None if y is None else turned(y)
 
 
-def _ignore_signals(_worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent decides
-    for signum in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
-        signal.signal(signum, signal.SIG_IGN)
+def _stacked(items: list[tuple[Tensor, ...]]) -> list[np.ndarray]:
+    """A batch as arrays, which reach the main process through a pipe.
+
+    Tensors would need shared memory and a file descriptor each.
+    """
+    return [torch.stack(column).numpy() for column in zip(*items, strict=True)]
 
 
 class Batches:
@@ -370,8 +382,8 @@ class Batches:
             sampler=self.items,
             num_workers=workers,
             persistent_workers=workers > 0,
-            worker_init_fn=_ignore_signals,
-            pin_memory=device.type == "cuda",
+            collate_fn=_stacked,
+            worker_init_fn=start_worker,
             generator=torch.Generator(),  # reading must not advance training's random numbers
         )
 
@@ -381,14 +393,20 @@ class Batches:
     def of(self, items: Sequence) -> Iterator[list[Tensor]]:
         """The batches of some items of the data, in the order given."""
         self.items[:] = items[utils.rank() :: utils.world_size()]
-        for x, y, *x_u in self.loader:
-            images = [image.to(self.device, non_blocking=True) for image in (x, *x_u)]
-            x, *x_u = (normalize(image, self.normalization) for image in images)
-            y = y.to(self.device, non_blocking=True).long()
+        for arrays in loaded(self.loader):
+            x, y, *x_u = map(self._on_device, arrays)
+            x, *x_u = (normalize(image, self.normalization) for image in (x, *x_u))
+            y = y.long()
             if self.orientation:
                 x, y = augment(x, self.orientation, y)
                 x_u = [augment(image, self.orientation)[0] for image in x_u]
             yield [x, y, *x_u]
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # from pinned memory, the copy does not block
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -315,6 +315,11 @@ def failure(error: Exception) -> str | None:
             "out of memory; in training, half the --batch-size or half the area of --size needs "
             "half of it, --ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
         )
+    if str(error).startswith("DataLoader worker (pid"):
+        advice = "if it ran out of memory, give fewer --workers; checkpoints are intact"
+        return f"a process that loads images ended: {str(error).partition('. ')[0]}; {advice}"
+    if "InvalidCxxCompiler" in str(error) or "Failed to find C compiler" in str(error):
+        return "--compile: found no C++ compiler; install g++, or train without --compile"
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"the connection between the processes failed ({reason}); checkpoints are intact"
@@ -324,12 +329,17 @@ def failure(error: Exception) -> str | None:
 # Files
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in one line; the last one of an error from a worker process."""
+    return getattr(error, "strerror", None) or str(error).strip().rpartition("\n")[2]
+
+
 def unwritten(path: Path, size: int, error: OSError) -> TrainingError:
     """The error for a file of `size` bytes that could not be written."""
     free = shutil.disk_usage(path.parent).free / 2**20
     need = f"{size / 2**20:.1f} MiB are needed, {free:.1f} MiB are free"
-    reason = f"cannot be written ({error.strerror}): {need}"
-    return TrainingError(f"{path}: {reason}; files already on disk are intact")
+    found = f"cannot be written ({reason(error)}): {need}"
+    return TrainingError(f"{path}: {found}; files already on disk are intact")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -30,10 +30,10 @@ EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn any exception inside into an InputError that names the file."""
+    """Turn any exception inside but MemoryError into an InputError that names the file."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -186,7 +186,7 @@ def read_mask(path: Path, labels: tuple[int, ...] = ()) -> np.ndarray:
         return np.array(image)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)  # an image and its mask
 def read_volume(path: Path) -> np.ndarray:
     """Read a NIfTI volume (X, Y, Z); cached, as neighboring samples are slices of one volume."""
     if path.suffix.lower() == ".gz":

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 import utils
+from datasets.workers import workers_ended
 from utils import InputError, TrainingError
 
 
@@ -21,17 +22,18 @@ def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> i
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # any file name can be printed
     try:
-        return command(sys.argv[1:] if argv is None else argv)
+        with workers_ended():
+            return command(sys.argv[1:] if argv is None else argv)
     except (InputError, TrainingError) as error:
         message, code = str(error), 2 if isinstance(error, InputError) else 1
     except OSError as error:
         other = "standard output" if isinstance(error, BrokenPipeError) else "a file"
-        message, code = f"{error.filename or other}: {error.strerror or error}", 1
+        message, code = f"{error.filename or other}: {utils.reason(error)}", 1
     except KeyboardInterrupt:  # a tool's: main.py handles signals itself
         message, code = "interrupted", 130
     except Exception as error:
         message, code = utils.failure(error), 1
-        if message is None:  # a bug; raised, it would keep the loaders' processes alive
+        if message is None:  # a bug
             traceback.print_exc()
             return code
     if utils.local_rank() == 0 or message.startswith("out of memory"):

@@ -1,0 +1,80 @@
+"""Processes that decode and load images: started, watched and ended so that nothing waits forever.
+
+They hear no signal but SIGKILL: Ctrl-C reaches the whole process group, but the main process alone
+decides. They hold nothing that would have to be saved.
+"""
+
+import multiprocessing.queues
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.utils.data import DataLoader
+
+from utils import TrainingError, reason
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+
+
+def loaded(loader: DataLoader) -> Iterator:
+    """The batches of a DataLoader; TrainingError if its processes cannot be started."""
+    try:
+        with signals_held():
+            batches = iter(loader)
+    except (OSError, RuntimeError) as error:  # too many files or processes, a full /dev/shm
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        traceback.clear_frames(error.__traceback__)  # the destructor of half an iterator fails
+        sys.unraisablehook = hook
+        found = f"cannot start processes that load images ({reason(error)})"
+        raise TrainingError(f"--workers {loader.num_workers}: {found}; try --workers 0") from error
+    yield from batches
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Handle signals after the body only; processes that it starts have them blocked for good."""
+    heard: list[int] = []
+    handlers = {n: signal.signal(n, lambda n, _: heard.append(n)) for n in SIGNALS}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        for signum in heard:
+            signal.raise_signal(signum)
+
+
+def start_worker(_number: int) -> None:
+    """A DataLoader's worker_init_fn: end when the main process ends, or a batch cannot be sent.
+
+    By default such a batch is dropped, and the main process waits for it.
+    """
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextmanager
+def workers_ended() -> Iterator[None]:
+    """Kill the worker processes that the body has started; its exceptions keep loaders alive."""
+    others = multiprocessing.active_children()
+    try:
+        yield
+    finally:
+        if workers := [w for w in multiprocessing.active_children() if w not in others]:
+            handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's would raise
+            for worker in workers:
+                worker.kill()
+            for worker in workers:
+                worker.join()
+            signal.signal(signal.SIGCHLD, handler)

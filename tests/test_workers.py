@@ -1,0 +1,179 @@
+"""Processes that decode and load images: nothing waits forever, whatever fails; none is left."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from contextlib import chdir
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_tiny, write_volume
+from runs import SUPERVISED, TINY
+
+import main
+
+ROOT = Path(main.__file__).parent
+FLAGS = ["--training", *SUPERVISED, "--workers", "2"]
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+LIMIT = 120  # seconds, on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def in_tmp(tmp_path, monkeypatch):
+    """A folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+def start(*command, **about) -> subprocess.Popen:
+    """A program in its own session."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENV}
+    return subprocess.Popen(command, start_new_session=True, **streams, **about)
+
+
+def processes(session: int) -> list[str]:
+    """The processes of a session that are not zombies."""
+    listed = subprocess.run(["ps", "-eo", "sess=,stat=,args="], capture_output=True, text=True)
+    rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
+    return [args for sess, stat, args in rows if sess == str(session) and stat[0] != "Z"]
+
+
+def wait_for(condition, limit: float = LIMIT) -> None:
+    """Wait until condition() is true; an error after the limit."""
+    until = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def make_volumes(depth: int) -> None:
+    """deep.toml and two volumes of many small slices."""
+    for number in range(2):
+        mask = np.zeros((12, 10, depth), np.uint8)
+        mask[3 + number : 8, 2:6] = 1
+        write_volume(Path(f"deep/images/{number}.nii.gz"), mask * np.float32(90))
+        write_volume(Path(f"deep/masks/{number}.nii.gz"), mask)
+    table = '[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\nchannels = 1\n'
+    Path("deep.toml").write_text(table)
+
+
+def test_no_descriptor_is_needed_per_slice():
+    make_volumes(300)
+    flags = [*FLAGS, "--dataset", "deep.toml", "--data-root", "deep", "--batch-size", "60"]
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
+    program = start(sys.executable, ROOT / "main.py", *flags, preexec_fn=few)
+    out, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 0, err
+    assert "after the last epoch" in out
+
+
+@pytest.mark.parametrize(("size", "code"), [("256k", 0), ("4k", 1)])
+def test_batches_need_no_shared_memory(size, code):
+    """Of /dev/shm only the semaphores of the queues."""
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("needs the right to mount /dev/shm")
+    make_tiny(20, 4)
+    command = [sys.executable, ROOT / "main.py", *FLAGS, "--size", "256", "256"]
+    script = f'{mount}; exec "$@"'
+    program = start("unshare", "-m", "sh", "-c", script, "sh", *command)
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == code, err
+    assert not processes(program.pid)
+    if code:
+        expected = "--workers 2: cannot start processes that load images (No space left on device)"
+        assert err == f"error: {expected}; try --workers 0\n"
+
+
+# Each case in a fork of one process, to import torch once. {case: (class, method, what it does)}
+CASES = {
+    "defect in training": ("Pairs", "__getitem__", "{}['a bug']"),
+    "defect in evaluation": ("Stored", "__getitem__", "{}['a bug']"),
+    "defect in decoding": ("Decoder", "__getitem__", "{}['a bug']"),
+    "defect in the program": ("Batches", "_on_device", "{}['a bug']"),
+    "memory in training": ("Pairs", "__getitem__", "raise_(MemoryError())"),
+    "memory in decoding": ("Decoder", "__getitem__", "raise_(MemoryError())"),
+    "disk in training": ("Pairs", "__getitem__", "raise_(OSError(5, 'Input/output error'))"),
+    "kill in training": ("Pairs", "__getitem__", "os.kill(os.getpid(), 9)"),
+    "kill in evaluation": ("Stored", "__getitem__", "os.kill(os.getpid(), 9)"),
+    "kill in decoding": ("Decoder", "__getitem__", "os.kill(os.getpid(), 9)"),
+    "cannot be sent": ("Pairs", "__getitem__", "setattr(Reduce, 'dumps', None)"),
+}
+SCRIPT = """
+import json, os, subprocess, sys, time
+import main, data_utils
+from multiprocessing.reduction import ForkingPickler as Reduce
+
+def raise_(error):
+    raise error
+
+def run(case, owner, name, action):
+    os.setsid()
+    os.mkdir(case)
+    for stream, number in ("out", 1), ("err", 2):
+        os.dup2(os.open(os.path.join(case, stream), os.O_WRONLY | os.O_CREAT), number)
+    owner = getattr(data_utils, owner)
+    method = getattr(owner, name)
+    setattr(owner, name, lambda *args: (eval(action), method(*args))[1])
+    sys.exit(main.main([*sys.argv[2:], "--checkpoints", case, "--cache", f"{case}/cache"]))
+
+children = {}
+for case, about in json.loads(sys.argv[1]).items():
+    if (pid := os.fork()) == 0:
+        run(case, *about)
+    children[pid] = case
+started = time.monotonic()
+while children and time.monotonic() < started + 100:
+    pid, status = os.waitpid(-1, os.WNOHANG)
+    if pid:
+        print(json.dumps([children.pop(pid), pid, os.waitstatus_to_exitcode(status)]), flush=True)
+    time.sleep(0.05)
+for pid in children:
+    os.killpg(pid, 9)
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """The exit code of each case and what it wrote to stderr."""
+    home = tmp_path_factory.mktemp("cases")
+    with chdir(home):
+        make_tiny(20, 4)
+    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES), *FLAGS]
+    done = subprocess.run(command, cwd=home, env=ENV, capture_output=True, text=True)
+    results = {}
+    for case, pid, code in map(json.loads, done.stdout.splitlines()):
+        assert not processes(pid), case
+        results[case] = code, (home / case / "err").read_text()
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_failure_in_a_worker_ends_the_program(ended, case):
+    assert case in ended, "it hangs"
+    code, err = ended[case]
+    assert code == 1
+    if "defect" in case:
+        assert err.strip().endswith("KeyError: 'a bug'")
+        return
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    kind = case.partition(" in ")[0]
+    reasons = {"memory": "out of memory", "disk": "Input/output error"}
+    assert reasons.get(kind, "a process that loads images ended") in err
+
+
+def test_workers_end_when_the_main_process_is_killed():
+    make_tiny(20, 4)
+    flags = ["--training", *TINY, "--workers", "2", "--epochs", "9999"]
+    program = start(sys.executable, ROOT / "main.py", *flags)
+    for line in program.stdout:
+        if line.startswith("epoch 1/"):
+            break
+    assert len(processes(program.pid)) == 5  # also the two of the evaluations
+    program.kill()
+    wait_for(lambda: not processes(program.pid), limit=4)
+    program.communicate()
