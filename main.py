@@ -79,6 +79,8 @@ def build_model(args: Flags, spec: DatasetSpec, device: torch.device) -> Method:
     """The method with initial weights that are the same in every process."""
     utils.seed_everything(args.seed, args.deterministic)
     model = METHODS[args.method](spec, args).to(device)
+    if device.type == "cpu":  # convolutions are faster so, most of all backward
+        model.to(memory_format=torch.channels_last)
     if utils.rank():  # dropout and pools differ between processes
         torch.manual_seed(args.seed + 2**33 * utils.rank())
     return model

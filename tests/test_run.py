@@ -498,15 +498,15 @@ def test_optimizer_state_with_other_strides_resumes_to_the_same_weights(monkeypa
     stop.signum = 0
     changed = []
 
-    def channels_last(state):
+    def contiguous(state):
         for optimizer in state["optimizers"].values():
             for moments in optimizer["state"].values():
                 for key, value in moments.items():
                     if value.dim() == 4:
-                        moments[key] = value.to(memory_format=torch.channels_last)
+                        moments[key] = value.contiguous()
                         changed.append(moments[key].stride() != value.stride())
 
-    edit_checkpoint(Path("checkpoints/cut/last.pt"), channels_last)
+    edit_checkpoint(Path("checkpoints/cut/last.pt"), contiguous)
     assert any(changed)
     assert run(*flags, "cut") == 0
     assert same(last_state("whole")["model"], last_state("cut")["model"])
