@@ -11,7 +11,7 @@ from engine.flags import parse_args
 from model import METHODS
 
 SPEC = load_spec("phantom")
-TINY = "--training --dataset voc --size 16 16 --ngf 4 --ndf 4 --n-blocks 1 --device cpu".split()
+TINY = "--training --dataset voc --size 16 16 --ngf 4 --ndf 4 --n-blocks 0 --device cpu".split()
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,7 +41,7 @@ def losses_and_weights(flags, compiled):
 @pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-4), ("bf16", 0.05)])
 @pytest.mark.parametrize(
     "method",
-    ["supervised", "cyclegan", "cyclegan --disc-norm instance", "advsemi", "meanteacher"],
+    ["supervised", "cyclegan --disc-norm instance", "advsemi", "meanteacher"],
 )
 def test_a_compiled_step_is_finite_and_equals_an_eager_one_to_rounding(method, precision, rounding):
     flags = ["--precision", precision, "--method", *method.split()]
