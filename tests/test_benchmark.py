@@ -3,19 +3,16 @@
 import argparse
 import json
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import main
 from engine import program
 from tools import benchmark
 
 SMALL = "--dataset acdc --size 16 16 --ngf 4 --ndf 4 --n-blocks 1 --disc-norm instance"
 SMALL = [*SMALL.split(), "--workers", "0", "--device", "cpu"]
-ROOT = Path(main.__file__).parent
 
 
 def run(*flags: str) -> int:
@@ -140,86 +137,17 @@ def test_without_rounds_only_the_memory_is_measured(capsys):
     assert "\n| option | peak GiB |\n" in capsys.readouterr().out
 
 
-@pytest.fixture
-def before(tmp_path) -> Path:
-    """Another checkout, whose generators have one more ReLU."""
-    for name in (
-        "main.py",
-        "model.py",
-        "utils.py",
-        "data_utils.py",
-        "arch",
-        "config",
-        "engine",
-        "datasets",
-    ):
-        if (ROOT / name).exists():
-            (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "arch").unlink()
-    (tmp_path / "arch").mkdir()
-    for file in (ROOT / "arch").glob("*.py"):
-        text = file.read_text().replace(
-            "nn.ReflectionPad2d(3),", "nn.ReflectionPad2d(3), nn.ReLU(),", 1
-        )
-        (tmp_path / "arch" / file.name).write_text(text)
-    return tmp_path
-
-
-def test_a_remote_step_is_that_of_the_other_checkout(before):
-    own = benchmark.Step(SMALL, "fp32").count()
-    with benchmark.Remote(before, SMALL, "fp32") as other:
-        assert 0 < other.seconds(2) < 60
-        count = other.count()
-    assert other.returncode == 0
-    assert count["TFLOP"] == own["TFLOP"]
-    # three generator calls forward, and two of them backward to their input
-    assert count["operations"] - own["operations"] == 5
-
-
-def test_another_checkout_is_compared(monkeypatch, capsys):
-    class Local(benchmark.Step):
-        """Stands for a process; the other checkout takes twice as long."""
-
-        def __init__(self, checkout: Path, argv: list[str], option: str):
-            super().__init__(argv, option)
-            self.time = 3.0 if checkout == ROOT else 6.0
-
-        def seconds(self, steps: int = 1) -> float:
-            super().seconds(steps)
-            return self.time
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(benchmark, "Remote", Local)
-    flags = "--against", str(ROOT / "tools" / ".."), "--options", "fp32"
-    assert run(*flags, "--rounds", "1") == 0
-    assert "\n| fp32 | 3000 | 6000 | 2.00 (2.00 to 2.00) |\n" in capsys.readouterr().out
-    assert run(*flags, "--count") == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[4:]]
-    assert [row[0] for row in rows] == ["| plain fp32", "| fp32", f"| fp32, {flags[1]}"]
-    assert rows[1][1:] == rows[2][1:] != rows[0][1:]
-
-
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ("--options fp16", "--options fp16: expected fp32, tf32 or bf16[+compile]"),
         ("--options bf16+faster", "--options bf16+faster"),
-        ("--against nowhere", "--against nowhere: needs a checkout"),
         ("--count --options bf16+compile", "--count"),
         ("--unknown", "--unknown"),
-        ("--against broken --rounds 1", "the process of broken has failed"),
     ],
 )
 def test_wrong_flags_are_an_error_line(tmp_path, monkeypatch, capfd, flags, words):
     monkeypatch.chdir(tmp_path)
-    Path("broken").mkdir()
-    Path("broken/main.py").touch()
-    Path("broken/model.py").write_text("raise SystemExit(1)")
     assert run(*flags.split()) != 0
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")

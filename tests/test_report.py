@@ -19,7 +19,7 @@ from data_utils import load_spec
 from datasets.spec import CONFIG
 from engine import program
 from engine.flags import parse_args, setting_names
-from tools import experiments, report
+from tools import experiments, figures, plan, report, runs
 
 TABLE_1 = """
 full    1   0.5543 0.5551 0.8982
@@ -53,33 +53,32 @@ def toml(table: dict) -> str:
 
 
 def make_run(name: str, seed: int, mious: list[float | None], **other) -> Path:
-    """A run's folder with one evaluation per epoch of 10 steps.
+    """A run's folder with its last evaluations, one per epoch of 10 steps.
 
-    `other`: dataset, ratio, scale, n_epochs, changes of the [dataset] table, hash of the split, and
+    `other`: dataset, ratio, scale, finished, changes of the [dataset] table, hash of the split, and
     settings to record, None to leave one out.
     """
     changes, digest = other.pop("changes", {}), other.pop("hash", str(seed))
     dataset, scale = other.pop("dataset", "acdc"), other.pop("scale", "reduced")
+    finished = other.pop("finished", True)
     ratio = 1.0 if name == "full" else other.pop("ratio", 0.1)
-    n_epochs = other.pop("n_epochs", len(mious))
-    experiment = name if name in report.EXPERIMENTS else "ours"
-    flags = experiments.run_flags((dataset, experiment, ratio), scale, seed, [])
-    args = parse_args([*flags, "--epochs", str(n_epochs), "--decay-epoch", "1"])
-    settings = {key: getattr(args, key) for key in setting_names()} | other
+    experiment = name if name in plan.EXPERIMENTS else "ours"
+    args = parse_args(plan.run_flags((dataset, experiment, ratio), scale, seed, []))
+    settings = args.settings | other
     machine = {"data_root": "/home/me/data", "workers": 3, "eval_every": args.eval_every}
-    machine |= {"diagnose": False}  # of an earlier version
     spec = load_spec(dataset)
     table = asdict(spec) | changes
     folder = Path(f"checkpoints/{scale}/{spec.name}_{name}_{ratio:g}_s{seed}")
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(f"{toml(settings | machine)}[dataset]\n{toml(table)}")
-    split = {"labeled": ["a"] * (3 + seed), "unlabeled": ["b"] * 7, "val": ["c"] * 2}
+    split = {"labeled": ["a"] * (3 + seed), "unlabeled": ["b"] * 5, "val": ["c"] * 2}
     split["hash"] = f"{ratio} {digest}"
     (folder / "split.json").write_text(json.dumps(split))
     manifest = {"command": "main.py --data-root /home/me/data", "platform": "mine", "torch": "2"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     lines = []
-    for epoch, miou in enumerate(mious, 1):
+    first = args.epochs - len(mious) + 1 if finished else 1
+    for epoch, miou in enumerate(mious, first):
         iou = {label: (miou or 0) + k / 1000 for k, label in enumerate(spec.classes)}
         line = {"epoch": epoch, "step": 10 * epoch, "miou": miou, "iou": iou, "answers": {}}
         lines.append(json.dumps(line) + "\n")
@@ -116,12 +115,12 @@ def test_scores_are_the_papers_tables_1_and_2():
     assert len(expected) == 30
     for term, number in TABLE_2.items():
         expected["voc", 0.2, f"ours_without_{term}"] = number
-    assert report.paper_scores() == expected
-    assert report.EXPERIMENTS["ours"]["table2"] == {"voc": {"0.2": 0.2981}}
+    assert plan.paper_scores() == expected
+    assert plan.EXPERIMENTS["ours"]["table2"] == {"voc": {"0.2": 0.2981}}
 
 
 def test_columns_of_tables_3_and_4_average_to_table_1_except_in_three_cells():
-    iou, scores = report.paper_iou(), report.paper_scores()
+    iou, scores = plan.paper_iou(), plan.paper_scores()
     sizes = {key: len(values) for key, values in iou.items()}
     assert set(sizes.items()) == {
         ((dataset, ratio, name), n)
@@ -165,27 +164,26 @@ def test_a_span_is_the_lowest_and_highest_value(values, text):
 def test_scores_are_over_seeds_beside_the_papers_number():
     for seed, mious in enumerate([[0.2, 0.6, 0.5], [0.7, 0.6, 0.6], [0.1, 0.2, 0.85]]):
         make_run("partial", seed, mious)
+    make_run("ours", 0, [0.1, 0.2])
+    make_run("partial", 0, [0.75], ratio=0.2)
     make_run("full", 0, [0.1, 0.2, 0.9])
-    rows = table_of(report_of(), "### 10% labeled")
-    assert list(rows) == ["full", "partial"]
-    images = "labeled / unlabeled / validation images"
+    rows = table_of(report_of(), "### mIoU")
+    assert list(rows) == ["full", "partial", "ours"]
     assert rows["full"] == {
-        "experiment": "full", "paper": "0.8982", "last epoch": "0.9000", "best epoch": "0.9000",
-        "n": "1", images: "3 / 7 / 2", "steps": "30", "flags": "`--method supervised`",
-    }  # fmt: skip
-    assert rows["partial"] == {
-        "experiment": "partial", "paper": "0.8418", "last epoch": "0.6500 ± 0.1803",
-        "best epoch": "0.7167 ± 0.1258", "n": "3", images: "3 to 5 / 7 / 2", "steps": "30",
+        "experiment": "full", "10%": "-", "20%": "-", "100%": "0.9000 (n = 1); paper 0.8982",
         "flags": "`--method supervised`",
     }  # fmt: skip
+    assert rows["partial"] == {
+        "experiment": "partial", "10%": "0.6500 ± 0.1803 (n = 3); paper 0.8418",
+        "20%": "0.7500 (n = 1); paper 0.8642", "100%": "-", "flags": "`--method supervised`",
+    }  # fmt: skip
     row = rows_of_csv("reduced.csv")[0]
-    assert float(row["last_sd"]) == pytest.approx(0.0325**0.5, abs=1e-6)
-    assert [row[key] for key in ("name", "last", "n", "paper")] == [
-        "partial",
-        "0.65",
-        "3",
-        "0.8418",
-    ]
+    expected = {
+        "labels": "10%", "name": "partial", "paper": "0.8418", "n": "3", "last": "0.65",
+        "last_sd": f"{0.0325**0.5:.6f}", "best": "0.716667", "labeled": "3 to 5",
+        "unlabeled": "5", "val": "2", "steps": "500",
+    }  # fmt: skip
+    assert {key: row[key] for key in expected} == expected
 
 
 def test_differences_are_paired_by_seed():
@@ -195,88 +193,61 @@ def test_differences_are_paired_by_seed():
         make_run("ours", seed, [0.5, miou], ratio=0.2)
     make_run("partial", 0, [0.4, 0.5], ratio=0.5)
     make_run("ours_kernel3", 0, [0.4, 0.47], ratio=0.5)
-    page = report_of()
+    rows = table_of(report_of(), "### Difference to partial")
     low, high = scipy.stats.t.interval(0.95, 1, loc=0.07, scale=0.02)  # of 0.05 and 0.09
-    ours = table_of(page, "### 20% labeled")["ours"]
-    expected = f"+0.0700 [{low:+.4f}, {high:+.4f}] (n = 2); paper +0.0046"
-    assert ours["minus partial"] == expected
-    assert ours["minus partial, best epoch"] == "-0.4000 [-0.4000, -0.4000] (n = 2)"
-    rows = table_of(page, "### 50% labeled")
-    assert rows["ours_kernel3"]["minus partial"] == "-0.0300"
-    assert rows["partial"]["minus partial"] == "-"
-    pairs = [row for row in rows_of_csv("reduced_differences.csv") if row["ratio"] == "0.2"]
-    assert [(row["name"], row["minus"], row["n"], row["last"]) for row in pairs] == [
-        ("ours", "partial", "2", "0.07")
-    ]
+    overlap = (2 + 2) / (4 + 5 + 5 + 5)  # validation images to training images, two seeds
+    reach = (high - 0.07) * (1 + 2 * overlap) ** 0.5
+    expected = f"+0.0700 [{low:+.4f}, {high:+.4f}], corrected "
+    expected += f"[{0.07 - reach:+.4f}, {0.07 + reach:+.4f}] (n = 2); paper +0.0046"
+    assert rows["ours minus partial"]["20%"] == expected
+    assert rows["ours minus partial"]["50%"] == "-"
+    assert rows["ours_kernel3 minus partial"]["50%"] == "-0.0300 (n = 1)"
+    assert len(rows) == 2
+    (row,) = [row for row in rows_of_csv("reduced_differences.csv") if row["ratio"] == "0.2"]
+    assert [row[key] for key in ("name", "minus", "n", "last", "best")] == [
+        "ours", "partial", "2", "0.07", "-0.4",
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("scale", "name", "expected"),
-    [
-        ("reduced", "ours", ["partial"]),
-        ("reduced", "labels_cycle", ["partial"]),
-        ("reduced", "partial", []),
-        ("reduced", "meanteacher", ["partial", "meanteacher_labeled"]),
-        ("reduced", "meanteacher_labeled", ["partial"]),
-        ("study", "ours", ["partial", "meanteacher_labeled"]),
-        ("study", "partial", ["meanteacher_labeled"]),
-        ("exams", "meanteacher_labeled", ["partial"]),
-        ("small", "ours", ["partial"]),
-    ],
-)
-def test_experiments_are_compared_with_those_of_the_plan(scale, name, expected):
-    assert report.references(name, scale) == expected
+def test_the_interval_of_overlapping_splits_is_nadeau_and_bengios():
+    values = [0.031, 0.052, 0.011, 0.044]
+    low, high = report.interval(values, overlap=25 / 75)
+    sd, t = statistics.stdev(values), scipy.stats.t.ppf(0.975, 3)
+    assert high - low == pytest.approx(2 * t * sd * (1 / 4 + 1 / 3) ** 0.5)
 
 
-def test_columns_of_differences_follow_the_references():
-    for name, miou in {"partial": 0.5, "meanteacher_labeled": 0.6, "meanteacher": 0.65}.items():
-        make_run(name, 0, [miou])
-    rows = table_of(report_of(), "### 10% labeled")
-    found = {}
-    for name, row in rows.items():
-        found[name] = row["minus partial"], row["minus meanteacher_labeled"]
-    assert found == {
-        "partial": ("-", "-"),
-        "meanteacher_labeled": ("+0.1000", "-"),
-        "meanteacher": ("+0.1500", "+0.0500"),
-    }
+def test_experiments_are_compared_with_those_of_the_plan():
+    control, itself = "meanteacher_labeled", "the same without --augment"
+    for scale, name, expected in [
+        ("reduced", "ours", {"partial": "partial"}),
+        ("reduced", "partial", {}),
+        ("reduced", "meanteacher", {"partial": "partial", control: control}),
+        ("reduced", control, {"partial": "partial"}),
+        ("exams", "ours_sum", {"partial": "partial", control: control}),
+        ("exams", "partial", {control: control}),
+        ("exams", "partial_augment", {control: f"{control}_augment", itself: "partial"}),
+        ("exams", "ours_augment", {"partial": "partial_augment", control: f"{control}_augment",
+                                   itself: "ours"}),
+    ]:  # fmt: skip
+        assert plan.references(name, scale) == expected, (scale, name)
 
 
-def test_cells_without_runs_are_named_in_one_line_and_nowhere_else():
-    make_run("ours", 0, [0.3], dataset="voc", ratio=0.2)
-    make_run("ours_without_cycle_I", 0, [0.25], dataset="voc", ratio=0.2)
-    page = report_of()
-    (line,) = [line for line in page.splitlines() if "without a finished run: " in line]
-    names = "full 100%, hung 20%, partial 50%, partial 30%, partial 20%, partial 10%, ours 50%, "
-    names += "ours 30%, ours 10%, ours_without_cycle_S 20%, ours_without_disc_S 20%, "
-    names += "ours_without_disc_I 20%"
-    expected = f"PASCAL VOC 2012: {names}; Cityscapes: all; ACDC: all."
-    assert line.partition("without a finished run: ")[2] == expected
-    assert re.findall("^##+ .*", page, re.MULTILINE)[:2] == [
-        "## PASCAL VOC 2012",
-        "### 20% labeled",
-    ]
-    assert "missing" not in page
-    rows = table_of(page, "### 20% labeled")
-    assert {name: (row["paper"], row["last epoch"]) for name, row in rows.items()} == {
-        "ours": ("0.2981", "0.3000"),
-        "ours_without_cycle_I": ("0.2733", "0.2500"),
-    }
-
-
-def test_iou_of_a_class_is_the_mean_over_seeds_beside_tables_3_and_4():
+def test_every_method_has_its_classes_beside_tables_3_and_4():
     for seed, miou in enumerate([0.3, 0.4]):
         make_run("ours", seed, [0.9, miou], dataset="cityscapes")
+    make_run("meanteacher", 0, [0.5], dataset="cityscapes")
     make_run("partial", 0, [0.4, 0.5], dataset="voc", ratio=0.3)
     page = report_of()
-    rows = table_of(page, "### IoU of each class after the last epoch (Table 4)")
-    assert list(rows) == [*load_spec("cityscapes").classes[:19], "n"]
-    assert [rows[name]["ours 10%"] for name in ("road", "bicycle", "n")] == [
-        "0.3500 (0.9369)", "0.3680 (0.2611)", "2"
-    ]  # fmt: skip
-    rows = table_of(page, "### IoU of each class after the last epoch (Table 3)")
-    assert list(rows)[0] == "aeroplane"  # Table 3 has no background
-    assert rows["aeroplane"]["partial 30%"] == "0.5010 (0.5798)"
+    rows = table_of(page, "### IoU of each class (Table 4)")
+    assert list(rows) == ["ours, 10%", "meanteacher, 10%"]
+    assert list(rows["ours, 10%"])[1:] == list(load_spec("cityscapes").classes[:19])
+    assert (rows["ours, 10%"]["road"], rows["ours, 10%"]["bicycle"]) == (
+        "0.3500 (0.9369)", "0.3680 (0.2611)",
+    )  # fmt: skip
+    assert rows["meanteacher, 10%"]["bicycle"] == "0.5180"
+    rows = table_of(page, "### IoU of each class (Table 3)")
+    assert list(rows["partial, 30%"])[1] == "aeroplane"  # Table 3 has no background
+    assert rows["partial, 30%"]["aeroplane"] == "0.5010 (0.5798)"
 
 
 def test_a_class_that_does_not_occur_is_left_out_of_its_mean():
@@ -285,114 +256,140 @@ def test_a_class_that_does_not_occur_is_left_out_of_its_mean():
         line = json.loads(path.read_text())
         line["iou"] |= {"myocardium": None, "left ventricle": None if seed else 0.25}
         path.write_text(json.dumps(line))
-    rows = table_of(report_of(), "### IoU of each class after the last epoch")
-    assert rows["myocardium"]["partial 10%"] == "-"
-    assert rows["left ventricle"]["partial 10%"] == "0.2500 (n = 1)"
-    assert rows["n"]["partial 10%"] == "2"
+    row = table_of(report_of(), "### IoU of each class")["partial, 10%"]
+    assert row["myocardium"] == "-"
+    assert row["left ventricle"] == "0.2500 (n = 1)"
     classes = {row["class"]: row["n"] for row in rows_of_csv("reduced_classes.csv")}
     assert [classes[name] for name in ("background", "myocardium", "left ventricle")] == [*"201"]
 
 
 def test_an_evaluation_without_a_scored_class_counts_as_0():
     make_run("partial", 0, [0.4, None])
-    row = table_of(report_of(), "### 10% labeled")["partial"]
-    assert (row["last epoch"], row["best epoch"]) == ("0.0000", "0.4000")
+    report_of()
+    (row,) = rows_of_csv("reduced.csv")
+    assert (row["last"], row["best"]) == ("0.0", "0.4")
 
 
 def test_unfinished_runs_are_named_and_in_no_mean():
     make_run("partial", 0, [0.5, 0.6, 0.7, 0.8])
-    make_run("partial", 1, [0.1, 0.2], n_epochs=4)
-    make_run("ours", 0, [0.3], n_epochs=4)
-    make_run("hung", 0, [], n_epochs=4)
+    make_run("partial", 1, [0.1, 0.2], finished=False)
+    make_run("ours", 0, [0.3], finished=False)
+    make_run("hung", 0, [], finished=False)
     page = report_of()
-    names = "acdc_hung_0.1_s0 (epoch 0 of 4), acdc_partial_0.1_s1 (epoch 2 of 4), "
-    assert f"\nUnfinished, and in no mean: {names}acdc_ours_0.1_s0 (epoch 1 of 4)\n" in page
-    rows = table_of(page, "### 10% labeled")
-    assert list(rows) == ["partial"]
-    assert (rows["partial"]["last epoch"], rows["partial"]["n"]) == ("0.8000", "1")
+    names = "acdc_hung_0.1_s0 (epoch 0 of 50), acdc_partial_0.1_s1 (epoch 2 of 50), "
+    assert f"\nUnfinished, and in no mean: {names}acdc_ours_0.1_s0 (epoch 1 of 50)\n" in page
+    rows = table_of(page, "### mIoU")
+    assert {name: row["10%"] for name, row in rows.items()} == {
+        "partial": "0.8000 (n = 1); paper 0.8418"
+    }
 
 
 # Settings
 
 
-def test_flags_are_the_shared_ones_once_and_then_those_that_differ():
+def test_flags_are_the_shared_ones_once_and_then_those_of_each_experiment():
     make_run("partial", 0, [0.5])
     make_run("ours_kernel3", 0, [0.5])
-    make_run("meanteacher", 0, [0.5], ramp_up=None)
-    make_run("mine", 0, [0.5], lambda4=0.25, tried="new")
     page = report_of()
-    flags = (
-        "--size 64 64 --split paper --label-unit image --epochs 1 --decay-epoch 1 --batch-size 5 "
-    )
-    flags += "--lr 0.0002 --betas 0.5 0.999 --precision fp32 --ngf 16 --ndf 16 --n-blocks 9"
-    assert f"\nAll runs: `{flags}`\n" in page
-    rows = table_of(page, "### 10% labeled")
+    assert "\nAll runs: `--size 64 64 --epochs 50 --decay-epoch 12 --ngf 16 --ndf 16`\n" in page
+    rows = table_of(page, "### mIoU")
     assert {name: row["flags"] for name, row in rows.items()} == {
         "partial": "`--method supervised`",
         "ours_kernel3": "`--method cyclegan --disc-kernel 3`",
-        "meanteacher": "`--method meanteacher --cutmix-on both`",
-        "mine": "`--method cyclegan --lambda4 0.25 --tried new`",
     }
 
 
-@pytest.mark.parametrize("recorded", [{"lambda6": 1.0, "ema": 0.99, "ramp_up": 0.25}, {}])
-def test_dropped_flags_with_their_usual_value_change_nothing(recorded):
-    dropped = dict.fromkeys(("lambda6", "ema", "ramp_up", "confidence", "momentum", "disc_lr"))
-    make_run("meanteacher", 0, [0.5], **(dropped | recorded))
-    make_run("meanteacher", 1, [0.5], **(dropped | {"disc_lr": 2e-4, "optimizer": "adam"}))
-    make_run("ours", 0, [0.5], **(dropped | {"cutmix_on": "unlabeled"}))
-    make_run("ours", 1, [0.5], **(dropped | {"cutmix_on": "both"}))  # of no effect there
-    rows = table_of(report_of(), "### 10% labeled")
-    assert [row["flags"] for row in rows.values()] == [
-        "`--method cyclegan`",
-        "`--method meanteacher --cutmix-on both`",
-    ]
+@pytest.mark.parametrize("action", ["report", "keep"])
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("ours", {"epochs": 3}, "--epochs is 3, expected 50"),
+        ("partial", {"batch_size": 10}, "--batch-size is 10, expected 5"),
+        ("ours", {"lr": 0.5}, "--lr is 0.5, expected 0.0002"),
+        ("ours", {"size": [32, 32]}, "--size is [32, 32], expected [64, 64]"),
+        ("ours", {"lambda4": 0.0}, "--lambda4 is 0.0, expected 1.0"),
+        ("ours_kernel3", {"disc_kernel": 1}, "--disc-kernel is 1, expected 3"),
+        ("partial", {"label_unit": "exam"}, "--label-unit is exam, expected image"),
+    ],
+)
+def test_runs_that_are_not_the_scales_are_refused(capsys, action, name, settings, words):
+    make_run("full", 0, [0.5])
+    make_run(name, 1, [0.5], **settings)
+    assert run(f"{action} --scale reduced --out out") == 2
+    expected = f"not runs of scale reduced: acdc_{name}_0.1_s1: {words}\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert not Path("out").exists()
+
+
+def test_a_committed_report_is_not_overwritten_by_other_runs():
+    make_run("ours", 0, [0.5], scale="smoke")
+    assert run("report --from checkpoints/smoke --scale exams") == 2
+    folder = {path.name for path in Path("checkpoints/smoke").iterdir()}
+    assert run("report --scale smoke") == run("keep --scale smoke") == 0
+    written = {path.name for path in Path("checkpoints/smoke").iterdir()} - folder
+    assert {"smoke.md", "smoke.csv", "smoke.jsonl"} < written
+    Path("kept").mkdir()
+    Path("checkpoints/smoke/smoke.jsonl").rename("kept/smoke.jsonl")
+    assert run("report --from kept/smoke.jsonl") == 0
+    assert {path.name for path in Path("kept").iterdir()} == written
+
+
+def test_runs_of_another_dataset_share_what_neither_scale_nor_experiment_sets(capsys):
+    text = Path("tiny.toml").read_text()
+    for name, seed, text_of_seed in (
+        ("partial", 0, text),
+        ("ours", 0, text),
+        ("ours", 1, "lr = 0.5\n" + text),
+    ):
+        Path("tiny.toml").write_text(text_of_seed)
+        make_run(name, seed, [0.5], dataset="tiny.toml")
+    assert run("report --scale reduced --out out") == 2
+    words = "tiny_partial_0.1_s0 and tiny_ours_0.1_s1 differ in lr (0.0002, 0.5)"
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("first", "second", "key"),
     [
-        (("ours", 0, {}), ("ours", 1, {"lambda4": 0.5}), "lambda4"),
-        (("partial", 0, {}), ("ours", 1, {"lr": 0.5}), "lr"),
-        (("partial", 0, {}), ("ours", 1, {"size": [32, 32]}), "size"),
-        (("ours", 0, {}), ("ours", 1, {"ema": 0.5}), "ema"),
-        (("meanteacher", 0, {}), ("meanteacher", 1, {"cutmix_on": "labeled"}), "cutmix_on"),
-        (
-            ("partial", 0, {}),
-            ("ours", 1, {"changes": {"void": 3, "scored": [0, 1, 2]}}),
-            "[dataset] scored",
-        ),
-        (("partial", 0, {}), ("ours", 1, {"changes": {"ignore": 9}}), "[dataset] ignore"),
-        (
-            ("meanteacher", 0, {}),
-            ("meanteacher", 1, {"changes": {"orientation": "fixed"}}),
-            "[dataset] orientation",
-        ),
-        (("partial", 1, {}), ("ours", 1, {"hash": "other"}), "split.json's hash"),
+        ({}, {"changes": {"void": 3, "scored": [0, 1, 2]}}, "[dataset] scored"),
+        ({}, {"changes": {"ignore": 9}}, "[dataset] ignore"),
+        ({}, {"changes": {"orientation": "fixed"}}, "[dataset] orientation"),
+        ({}, {"hash": "other"}, "split.json's hash"),
     ],
 )
-def test_runs_of_different_settings_are_not_in_one_table(capsys, first, second, key):
-    for name, seed, settings in first, second:
-        make_run(name, seed, [0.5], **settings)
-    expected = f"acdc_{first[0]}_0.1_s{first[1]} and acdc_{second[0]}_0.1_s1 differ in {key} ("
+def test_runs_of_other_labels_are_not_in_one_table(capsys, first, second, key):
+    make_run("partial", 1, [0.5], **first)
+    make_run("ours", 1, [0.5], **second)
+    expected = f"acdc_partial_0.1_s1 and acdc_ours_0.1_s1 differ in {key} ("
     assert run("report --scale reduced --out out") == 2
     assert expected in capsys.readouterr().err
-    assert not Path("out/reduced.md").exists()
+    assert not Path("out").exists()
 
 
-def test_orientation_counts_where_it_has_an_effect():
+def test_a_run_with_flags_that_no_longer_exist_names_its_commit(capsys):
+    folder = make_run("ours", 0, [0.5], ema=0.5, cycle_input="softmax")
+    (folder / "manifest.json").write_text(json.dumps({"commit": "abc123"}))
+    assert run("report --scale reduced") == 2
+    words = "acdc_ours_0.1_s0: --cycle-input --ema no longer exist; read it with commit abc123\n"
+    assert capsys.readouterr().err.endswith(words)
+
+
+def test_a_flag_that_a_run_is_older_than_has_its_default():
+    make_run("ours", 0, [0.5], pool_size=None)
+    make_run("ours", 1, [0.5])
+    assert runs.read_folder(Path("checkpoints/reduced/acdc_ours_0.1_s0")).settings["pool_size"] == 0
+    report_of()
+
+
+def test_labels_by_exam_are_numbers_of_exams_and_not_beside_the_papers_numbers():
     for name in "partial", "ours":
-        make_run(name, 0, [0.5])
-        make_run(name, 1, [0.5], changes={"orientation": "fixed"})
-    assert "orientation" not in report_of()
-
-
-def test_labels_by_exam_are_not_beside_the_papers_numbers():
-    for name in "partial", "ours":
-        make_run(name, 0, [0.5], scale="exams")
-    rows = table_of(report_of("exams"), "### 10% labeled")
-    assert [row["paper"] for row in rows.values()] == ["-", "-"]
-    assert "paper" not in rows["ours"]["minus partial"]
+        for ratio in 0.1, 0.04:
+            make_run(name, 0, [0.5], scale="exams", ratio=ratio)
+    make_run("full", 0, [0.5], scale="exams")
+    page = report_of("exams")
+    rows = table_of(page, "### mIoU")
+    assert list(rows["ours"]) == ["experiment", "3 exams", "8 exams", "100%", "flags"]
+    assert "paper 0" not in page
 
 
 def test_the_commits_of_each_experiment_are_listed():
@@ -410,12 +407,12 @@ def test_folders_without_an_experiments_name_are_listed_and_left_out(capsys):
     folder = make_run("ours", 1, [0.5])
     config = folder / "config.toml"
     config.write_text(config.read_text().replace("ratio = 0.1\n", ""))  # of a split file
+    make_run("mine", 0, [0.5], ema=0.5)
     make_run("partial", 0, [0.5])
-    assert list(table_of(report_of(), "### 10% labeled")) == ["partial"]
-    assert (
-        "left out, not named as runs of experiments: acdc_ours_0.1_s1; acdc_ours_0.3_s0\n"
-        in capsys.readouterr().out
-    )
+    assert list(table_of(report_of(), "### mIoU")) == ["partial"]
+    names = "acdc_mine_0.1_s0; acdc_ours_0.1_s1; acdc_ours_0.3_s0"
+    expected = f"left out, not named as runs of experiments: {names}\n"
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "split.json", "manifest.json", "config.toml"])
@@ -433,7 +430,8 @@ def test_a_damaged_file_is_named(capsys, file):
         ("report", "checkpoints/paper: no run"),
         ("keep --scale smoke", "checkpoints/smoke: no run"),
         ("report --from none.jsonl", "none.jsonl: no run"),
-        ("report --from torn.jsonl", "torn.jsonl: line 2"),
+        ("report --from torn.jsonl --scale reduced", "torn.jsonl: line 2"),
+        ("report --from other.jsonl", "'other' is no scale; give --scale"),
         ("report --from twice.jsonl", "twice.jsonl: line 2 repeats acdc_ours_0.1_s0"),
         ("report --from picture.png", "error: picture.png: "),
         ("report --scale reduced --out tiny.toml", "--out tiny.toml"),
@@ -442,24 +440,65 @@ def test_a_damaged_file_is_named(capsys, file):
 def test_a_wrong_command_is_one_error_line(capsys, line, named):
     make_run("ours", 0, [0.5])
     assert run("keep --scale reduced --out .") == 0
-    Path("torn.jsonl").write_text(Path("reduced.jsonl").read_text() + '{"name": "ours"}\n')
-    Path("twice.jsonl").write_text(2 * Path("reduced.jsonl").read_text())
+    text = Path("reduced.jsonl").read_text()
+    Path("other.jsonl").write_text(text)
+    Path("torn.jsonl").write_text(text + '{"name": "ours"}\n')
+    Path("twice.jsonl").write_text(2 * text)
     Image.new("L", (2, 2)).save("picture.png")
     capsys.readouterr()
     assert run(line) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
     assert named in err
+    assert not list(Path("checkpoints").glob("[ps]*"))
 
 
 # Figures
 
 
-def test_the_learning_rate_is_that_of_section_3_3():
-    folder = make_run("ours", 0, [0.5] * 4, lr=0.3)
-    steps, rates = report.learning_rate(report.read_folder(folder))
-    assert steps == [0, 10, 20, 30, 40]
-    assert rates == pytest.approx([0.3, 0.3, 0.2, 0.1, 0])  # falls from epoch 1 to epoch 4
+def test_lines_of_a_figure_are_the_runs(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, *_: drawn.append(figure))
+    make_run("full", 0, [0.6, 0.7])
+    for seed in range(2):
+        make_run("partial", seed, [0.1, 0.3])
+        make_run("ours", seed, [0.1, 0.2][: 2 - seed], finished=seed == 0)
+        make_run("ours", seed, [0.1, 0.2], ratio=0.2)
+    found, _ = runs.read_runs(Path("checkpoints/reduced"), "reduced")
+    assert figures.draw_curves(found, Path()).endswith("shows Partial, the experiment, Full.")
+    panels = {axes.get_title(): axes.lines for axes in drawn[0].axes if axes.lines}
+    panel = {"0.6": 1, "tab:blue": 2, "tab:red": 2}
+    assert {title: Counter(map(Line2D.get_color, lines)) for title, lines in panels.items()} == {
+        "ours, 10%": panel,
+        "ours, 20%": {"0.6": 1, "tab:red": 2},
+    }
+    styles = [line.get_linestyle() for line in panels["ours, 10%"]]
+    assert Counter(styles) == {"-": 4, "--": 1}
+
+
+def test_the_chart_is_the_mean_score_of_each_method_by_labeled_exams(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda *parts: drawn.append(parts))
+    for seed in range(2):
+        for ratio in 0.1, 0.04:
+            for name in "partial", "ours":
+                make_run(name, seed, [ratio + seed / 10], scale="exams", ratio=ratio)
+    make_run("full", 0, [0.75], scale="exams")
+    make_run("partial", 2, [0.9], scale="exams", finished=False)
+    found, _ = runs.read_runs(Path("checkpoints/exams"), "exams")
+    assert figures.draw_labels(found, Path())
+    figure, handles, _ = drawn[0]
+    (axes,) = figure.axes
+    lines = [container.lines[0] for container in axes.containers]
+    for line in lines:
+        assert line.get_xdata() == pytest.approx([3, 8], abs=0.1)
+        assert line.get_ydata() == pytest.approx([0.09, 0.15])
+    (bars,) = axes.containers[0].lines[2]
+    ends = [segment[:, 1] for segment in bars.get_segments()]
+    assert ends[1] == pytest.approx([0.15 - 0.005**0.5, 0.15 + 0.005**0.5])
+    assert axes.lines[-1].get_ydata() == [0.75, 0.75]
+    assert [handle.get_label() for handle in handles] == ["Partial", "Ours", "Full"]
+    assert figures.draw_labels([run for run in found if run.n_exams == 8], Path()) == ""
 
 
 def named_like(dataset: str, name: str) -> str:
@@ -468,49 +507,17 @@ def named_like(dataset: str, name: str) -> str:
     return f"{name}.toml"
 
 
-def test_lines_of_a_figure_are_the_runs(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(report, "save", lambda figure, *_: drawn.append(figure))
-    make_run("full", 0, [0.6, 0.7])
-    for seed in range(2):
-        make_run("partial", seed, [0.1, 0.3])
-        make_run("ours", seed, [0.1, 0.2][: 2 - seed], n_epochs=2)
-        make_run("ours", seed, [0.1, 0.2], ratio=0.2)
-    runs, _ = report.read_runs(Path("checkpoints/reduced"))
-    report.draw_curves(runs, Path("curves.png"))
-    report.draw_schedule(runs, Path("schedule.png"))
-    curves, schedule = ([axes for axes in figure.axes if axes.lines] for figure in drawn)
-    panel = {"0.6": 1, "tab:blue": 2, "tab:red": 2}
-    expected = {"ours, 10%": panel, "ours, 20%": {"0.6": 1, "tab:red": 2}}
-    assert {axes.get_title(): Counter(map(Line2D.get_color, axes.lines)) for axes in curves} == (
-        expected
-    )
-    upper, lower = schedule  # 20% has no Partial
-    assert Counter(map(Line2D.get_color, upper.lines)) == {"C0": 2, "C1": 2}
-    styles = [line.get_linestyle() for line in upper.lines]
-    assert Counter(styles) == {"-": 3, "--": 1}
-    assert lower.lines[0].get_drawstyle() == "steps-post"
-
-
-def test_curves_name_only_what_they_show():
-    make_run("ours", 0, [0.1, 0.2])
-    assert "each panel shows one experiment.\n" in report_of()
-    make_run("partial", 0, [0.1, 0.2])
-    assert "each panel shows one experiment, partial.\n" in report_of()
-
-
-def test_a_dataset_has_its_curves_and_ours_its_schedule():
+def test_a_dataset_has_its_figures():
     for seed in range(2):
         for name in "partial", "ours", "ours_kernel3":
             make_run(name, seed, [0.1, 0.2 + seed / 10])
-    make_run("ours", 2, [0.1], n_epochs=2)
+    make_run("ours", 2, [0.1], finished=False)
     make_run("partial", 0, [0.1, 0.3], dataset="phantom")
     make_run("partial", 0, [0.1, 0.3], dataset=named_like("phantom", "phantom_2"))
     page = report_of()
     names = re.findall(r"!\[.*?\]\((.*?)\)", page)
     assert names == [
-        "reduced_acdc_curves.png", "reduced_acdc_schedule.png", "reduced_phantom_curves.png",
-        "reduced_phantom_2_curves.png",
+        "reduced_acdc_curves.png", "reduced_phantom_curves.png", "reduced_phantom_2_curves.png",
     ]  # fmt: skip
     before = {name: Path("out", name).read_bytes() for name in names}
     for name in names:
@@ -539,17 +546,20 @@ def test_a_report_from_a_kept_log_is_the_same_bytes():
 
 
 def test_a_kept_line_has_what_a_report_needs_and_no_path():
-    make_run("ours", 0, [0.5], init="/home/me/checkpoints/first/best.pt")
+    make_run("ours", 0, [0.5])
+    results = Path("results/reduced/acdc_ours_0.1_s0")
+    results.mkdir(parents=True)
+    (results / "metrics.json").write_text('{"miou": 0.5, "volumes": {"dice": 0.6}}')
     assert run("keep --scale reduced --out kept") == 0
     text = Path("kept/reduced.jsonl").read_text()
     assert "/home" not in text
     line = json.loads(text)
-    assert list(line) == "name run settings dataset evaluations versions split".split()
+    assert list(line) == "name run settings dataset evaluations versions split volumes".split()
     assert (line["name"], line["run"]) == ("ours", "acdc_ours_0.1_s0")
-    assert line["settings"]["init"] == "first/best.pt"
-    assert not {"data_root", "workers", "eval_every", "diagnose"} & line["settings"].keys()
-    assert line["split"] == {"labeled": 3, "unlabeled": 7, "val": 2, "hash": "0.1 0"}
+    assert line["settings"].keys() == set(setting_names())
+    assert line["split"] == {"labeled": 3, "unlabeled": 5, "val": 2, "hash": "0.1 0"}
     assert line["versions"] == {"torch": "2"}
+    assert line["volumes"] == {"dice": 0.6}
     assert list(line["evaluations"][0]) == ["epoch", "step", "miou", "iou"]
 
 
@@ -559,16 +569,16 @@ def test_keep_adds_finished_runs_and_replaces_those_that_it_has(capsys):
     Path("checkpoints").rename("first")
     make_run("ours", 0, [0.75])
     make_run("partial", 0, [0.5])
-    make_run("partial", 1, [], n_epochs=1)  # not finished
+    make_run("partial", 1, [], finished=False)
     assert run("keep --scale reduced --out kept") == 0
     lines = [json.loads(line) for line in Path("kept/reduced.jsonl").read_text().splitlines()]
     found = [(line["run"], line["evaluations"][0]["miou"]) for line in lines]
     assert found == [("acdc_partial_0.1_s0", 0.5), ("acdc_ours_0.1_s0", 0.75)]
     Path("checkpoints").rename("second")
-    make_run("ours", 1, [0.5], lambda2=0.5)
+    make_run("partial", 0, [0.5], hash="other")
     before = Path("kept/reduced.jsonl").read_bytes()
     assert run("keep --scale reduced --out kept") == 2
-    assert "differ in lambda2" in capsys.readouterr().err
+    assert "differ in split.json's hash" in capsys.readouterr().err
     assert Path("kept/reduced.jsonl").read_bytes() == before
 
 

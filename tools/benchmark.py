@@ -1,10 +1,9 @@
-"""Time training steps against plain ones, count their operations, or compare two checkouts.
+"""Time training steps against plain ones, or count their operations.
 
     python tools/benchmark.py --dataset acdc --size 64 64 --ngf 16             two CPU cores
     python tools/benchmark.py --dataset voc --options fp32 tf32 bf16+compile   a GPU, full size
     python tools/benchmark.py --dataset voc --options bf16 --rounds 0          memory only
     python tools/benchmark.py --dataset voc --count                            without a GPU
-    python tools/benchmark.py --dataset acdc --ngf 16 --against ../before      two checkouts
 
 All other flags are main.py's. A plain step is what the released code runs: an eager fp32 step with
 one generator call per set of images; PyTorch's default on GPUs lets its convolutions round to TF32.
@@ -13,15 +12,13 @@ Steps take turns. Ratios are between medians, with extremes over rounds in paren
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, os.environ.get("BENCHMARK_CORE", str(Path(__file__).resolve().parents[1])))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -133,43 +130,7 @@ class Step:
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-class Remote(subprocess.Popen):
-    """A Step in a process of its own, with the core of a checkout."""
-
-    def __init__(self, checkout: Path, argv: list[str], option: str):
-        command = [sys.executable, __file__, "--worker", option, *argv]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = os.environ | {"BENCHMARK_CORE": str(checkout.resolve())}
-        super().__init__(command, env=environment, **pipes)
-        self.checkout = checkout
-        self.answer()
-
-    def answer(self):
-        line = self.stdout.readline()
-        if not line:
-            raise utils.TrainingError(f"--against: the process of {self.checkout} has failed")
-        return json.loads(line)
-
-    def seconds(self, steps: int = 1) -> float:
-        print(json.dumps(["seconds", steps]), file=self.stdin, flush=True)
-        return self.answer()
-
-    def count(self) -> dict[str, float]:
-        print(json.dumps(["count"]), file=self.stdin, flush=True)
-        return self.answer()
-
-
-def work(argv: list[str]) -> int:
-    """The process of a Remote: call methods of Step as it asks."""
-    step = Step(argv[1:], argv[0])
-    print('"ready"', flush=True)
-    for line in sys.stdin:
-        name, *values = json.loads(line)
-        print(json.dumps(getattr(step, name)(*values)), flush=True)
-    return 0
-
-
-def take_turns(args: argparse.Namespace, *steps: Step | Remote) -> list[dict]:
+def take_turns(args: argparse.Namespace, *steps: Step) -> list[dict]:
     """Time steps in turn: median ms, its ratio to the first step's, and extremes over rounds."""
     times = []
     for _ in range(args.warmup + args.rounds):
@@ -203,24 +164,11 @@ def time_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
 
 
 def count_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
-    """Operations of a plain step, of each option, and of each in the other checkout."""
+    """Operations of a plain step and of each option."""
     argv = [*argv, "--device=cpu"]
     yield {"step": "plain fp32", **Step(argv, "fp32", plain=True).count()}
     for option in args.options:
         yield {"step": option, **Step(argv, option).count()}
-        if args.against:
-            with Remote(args.against, argv, option) as other:
-                yield {"step": f"{option}, {args.against}", **other.count()}
-
-
-def compare(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
-    """Each option in this checkout and in the other one, by two processes in turn."""
-    here = Path(__file__).resolve().parents[1]
-    for option in args.options:
-        with Remote(args.against, argv, option) as other, Remote(here, argv, option) as own:
-            first, second = take_turns(args, own, other)
-        row = {"option": option, "ms": first["ms"], "ms there": second["ms"]}
-        yield {**row, "there / here": second}
 
 
 def text(value: str | float | dict | None) -> str:
@@ -238,14 +186,11 @@ def benchmark(argv: list[str]) -> int:
     flag, count = parser.add_argument, number(int, 0)
     flag("--options", nargs="+", default=["fp32", "bf16"], help="fp32, tf32 or bf16[+compile]")
     flag("--count", action="store_true", help="count operations on the CPU instead of timing")
-    flag("--against", type=Path, metavar="DIR", help="another checkout of this repository")
     flag("--rounds", type=count, default=10, metavar="N", help="timed rounds; 0: memory only")
     flag("--warmup", type=count, default=2, metavar="N", help="warm-up rounds")
     flag("--steps", type=number(int, 1), default=1, metavar="N", help="steps per round")
     flag("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     args, argv = parser.parse_known_args(argv)
-    if args.against and not ((args.against / "main.py").is_file() and args.rounds):
-        raise utils.InputError(f"--against {args.against}: needs a checkout and --rounds over 0")
     if args.count and "+compile" in " ".join(args.options):
         raise utils.InputError("--count: operations of compiled networks cannot be counted")
     run = parse_args(["--training", *argv])
@@ -258,7 +203,7 @@ def benchmark(argv: list[str]) -> int:
     title = f"{run.method}, {run.dataset} {size}; {machine}, torch {torch.__version__}"
     print(title)
     rows = []
-    table = count_options if args.count else compare if args.against else time_options
+    table = count_options if args.count else time_options
     for row in table(args, argv):
         if not rows:
             print(f"\n| {' | '.join(row)} |\n|{' --- |' * len(row)}")
@@ -271,6 +216,4 @@ def benchmark(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        sys.exit(program.run(work, sys.argv[2:]))
     sys.exit(program.run(benchmark))

@@ -3,13 +3,14 @@
     python tools/experiments.py list --table 1 --dataset acdc
     python tools/experiments.py run --scale reduced --dataset acdc --names partial ours --jobs 2
     python tools/experiments.py report --scale reduced
-    python tools/experiments.py keep --scale reduced
+    python tools/experiments.py keep --scale reduced --out docs/results
     python tools/experiments.py report --from docs/results/reduced.jsonl
 
 tools/experiments.toml lists scales and experiments. Flags of main.py after -- are added to every
 run. The same command again resumes interrupted runs. A run's folder is
 checkpoints/<scale>/<dataset>_<name>_<ratio>_s<seed>; its output is in the .log file beside it.
-`keep` adds finished runs to docs/results/<scale>.jsonl, one line per run.
+`keep` adds finished runs to <scale>.jsonl, one line per run. `report` and `keep` write to the
+folder of the runs, or of the kept log, unless --out is given.
 """
 
 import argparse
@@ -25,34 +26,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils
-from datasets.spec import load_spec
 from engine import program
 from engine.flags import Parser, number, parse_args
 from engine.signals import SIGNALS
-from tools import report
-from tools.report import DATASETS, EXPERIMENTS, PLAN, SCALES
+from tools import report, runs
+from tools.plan import EXPERIMENTS, SCALES, dataset_name, paper_cells, paper_scores, run_flags
 from utils import InputError
 
 FIXED = {"dataset", "data_root", "method", "ratio", "seed", "checkpoints", "name"}  # not after --
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-
-
-def dataset_name(dataset: str) -> str:
-    """The name of what --dataset takes."""
-    return dataset if dataset in DATASETS else load_spec(dataset).name
-
-
-def paper_cells(table: int | None) -> list[tuple[str, float, str]]:
-    """(dataset, ratio, experiment) in a table of the paper, or in Tables 1 and 2."""
-    if table in (3, 4):
-        return [key for key in report.paper_iou() if key[0] == PLAN[f"table{table}"]["dataset"]]
-    keys = [f"table{table}"] if table else ["table1", "table2"]
-    cells = []
-    for name, experiment in EXPERIMENTS.items():
-        for key in keys:
-            for dataset, numbers in experiment.get(key, {}).items():
-                cells += [(dataset, float(ratio), name) for ratio in numbers]
-    return list(dict.fromkeys(cells))
 
 
 def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]:
@@ -81,16 +63,6 @@ def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]
     if not selected:
         raise InputError("the paper has no experiment with these flags; give --names and --ratios")
     return selected
-
-
-def run_flags(cell: tuple[str, str, float], scale: str, seed: int, extra: list[str]) -> list[str]:
-    """main.py's flags for a run; `extra` are the user's."""
-    dataset, name, ratio = cell
-    short, table = dataset_name(dataset), SCALES[scale].get("flags", {})
-    flags = ["--training", "--dataset", dataset, "--ratio", f"{ratio:g}", "--seed", str(seed)]
-    flags += [*table.get("*", "").split(), *table.get(short, "").split(), *extra]
-    flags += [*EXPERIMENTS[name]["flags"].split(), "--checkpoints", f"checkpoints/{scale}"]
-    return [*flags, "--name", f"{short}_{name}_{ratio:g}_s{seed}"]
 
 
 def command(flags: list[str]) -> str:
@@ -141,7 +113,7 @@ def run_all(commands: dict[str, list[str]], folder: Path, n_jobs: int) -> int:
                 name, before, started = running.pop(child)
                 duration = timedelta(seconds=round(time.monotonic() - started))
                 if child.returncode == 0:
-                    run = report.read_folder(folder / name)
+                    run = runs.read_folder(folder / name)
                     trained = evaluated(folder / name) != before
                     result = f"finished in {duration}" if trained else "was finished"
                     result += f", mIoU {run.last:.4f}, best {run.best:.4f}" if run.epoch else ""
@@ -172,8 +144,8 @@ def show(args: argparse.Namespace, scale: str) -> int:
     lines = ["dataset     experiment             labeled   paper  command"]
     for cell in select(args, scale):
         short, name, ratio = dataset_name(cell[0]), *cell[1:]
-        paper = report.number(report.paper_scores().get((short, ratio, name)))
-        row = f"{short:11} {name:22} {report.percent(ratio):>7}  {paper:>6}"
+        paper = report.number(paper_scores().get((short, ratio, name)))
+        row = f"{short:11} {name:22} {f'{100 * ratio:g}%':>7}  {paper:>6}"
         lines.append(f"{row}  {command(run_flags(cell, scale, 0, []))}")
     print(*lines, sep="\n")
     return 0
@@ -220,10 +192,9 @@ def build_parser() -> argparse.ArgumentParser:
             flag("--ratios", nargs="+", type=share, metavar="R", help="shares of labeled images")
             flag("--table", type=int, choices=[1, 2, 3, 4], help="table of the paper")
         else:
-            runs = "a folder of runs or a kept .jsonl; default: checkpoints/SCALE"
-            flag("--from", dest="source", metavar="PATH", type=Path, help=runs)
-            out = Path("docs/results")
-            flag("--out", metavar="DIR", type=Path, default=out, help="output folder")
+            source = "a folder of runs or a kept .jsonl; default: checkpoints/SCALE"
+            flag("--from", dest="source", metavar="PATH", type=Path, help=source)
+            flag("--out", metavar="DIR", type=Path, help="output folder; default: that of the runs")
         if action == "run":
             seed, count = number(int, 0, 2**32), number(int, 1, 1000)
             flag("--seeds", nargs="+", type=seed, default=[0], metavar="S", help="random seeds")
@@ -243,9 +214,9 @@ def experiments(argv: list[str]) -> int:
         return run(args, args.scale or "paper", argv[split + 1 :])
     scale = args.scale or (args.source.resolve().stem if args.source else "paper")
     source = args.source or Path("checkpoints") / scale
-    utils.make_folder(args.out, "--out")
+    out = args.out or (source.parent if source.is_file() else source)
     try:
-        (report.write if args.action == "report" else report.keep)(source, scale, args.out)
+        (report.write if args.action == "report" else runs.keep)(source, scale, out)
     except ImportError as error:
         raise InputError(f"{error}: pip install -r tools/requirements.txt") from error
     return 0

@@ -1,4 +1,4 @@
-"""Rows of images with their predictions, as in the paper's Figures 3 to 7.
+"""Rows of images with their predictions, as in the paper's Figures 3 to 7; figures of reports.
 
     python tools/figures.py rows checkpoints/partial checkpoints/ours --out rows.png --n 4
 
@@ -8,6 +8,7 @@ The pictures have the networks' input size; the legend has the classes that they
 
 import io
 import math
+import statistics
 import sys
 import textwrap
 from argparse import Namespace
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 except ImportError:
     print("error: figures need matplotlib: pip install -r tools/requirements.txt", file=sys.stderr)
@@ -33,6 +35,8 @@ from engine import program
 from engine.flags import Flags, Parser, number
 from engine.pictures import colorize, shades
 from engine.trained import Trained, load
+from tools.plan import AUGMENT, EXPERIMENTS
+from tools.runs import Run
 from utils import IGNORE, InputError
 
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
@@ -132,6 +136,93 @@ def draw_rows(
         handles=patches, loc="lower center", ncols=columns, fontsize=9, frameon=False, **spacing
     )
     return figure
+
+
+# Figures of reports
+
+
+def save(figure: Figure, handles: list[Line2D], path: Path) -> None:
+    """Write a figure with a legend above its panels; the same bytes for the same figure."""
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / 2.7)))
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+    figure.savefig(path, dpi=100, metadata={"Software": None})
+
+
+def draw_curves(runs: list[Run], path: Path) -> str:
+    """mIoU by step: one panel per experiment and share of labels of a dataset; the caption.
+
+    Each has Full and Partial too, with augmentation where the experiment has it.
+    """
+    cells = dict.fromkeys((run.labels, run.name) for run in runs)
+    others = [cell for cell in cells if cell[1] not in ("full", "partial")]
+    cells = others or [*cells]
+    n_columns = min(4, len(cells))
+    n_rows = math.ceil(len(cells) / n_columns)
+    figure = Figure((max(4, 3.25 * n_columns), 2.6 * n_rows + 0.8), layout="constrained")
+    panels = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).ravel()
+    for axes in panels[len(cells) :]:
+        axes.set_axis_off()
+    legend = {}
+    for axes, (labels, name) in zip(panels, cells, strict=False):
+        partial = f"partial{AUGMENT}" if name.endswith(AUGMENT) else "partial"
+        for run in runs:
+            if run.name == "full":
+                color = legend["Full"] = "0.6"
+            elif (run.labels, run.name) == (labels, name):
+                color = legend["the experiment"] = "tab:red"
+            elif (run.labels, run.name) == (labels, partial):
+                color = legend["Partial"] = "tab:blue"
+            else:
+                continue
+            steps = [line["step"] for line in run.evaluations]
+            scores = [line["miou"] or 0.0 for line in run.evaluations]
+            axes.plot(steps, scores, "-" if run.finished else "--", color=color, linewidth=1)
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.set_title(f"{name}, {labels}", fontsize="medium")
+        axes.grid(alpha=0.3)
+    figure.supxlabel("steps", fontsize="medium")
+    figure.supylabel("mIoU", fontsize="medium")
+    lines = [Line2D([], [], color=color, label=name) for name, color in legend.items()]
+    save(figure, lines, path)
+    return f"mIoU by step, one line per run; each panel shows {', '.join(legend)}."
+
+
+def draw_labels(runs: list[Run], path: Path) -> str:
+    """mIoU against the number of labeled exams, one line per experiment; the caption.
+
+    "" if the runs of a dataset have fewer than two numbers of labeled exams.
+    """
+    scores: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        if run.finished and run.n_exams:
+            scores.setdefault(run.name, {}).setdefault(run.n_exams, []).append(run.last)
+    full = [score for values in scores.pop("full", {}).values() for score in values]
+    numbers = sorted({number for values in scores.values() for number in values})
+    if len(numbers) < 2:
+        return ""
+    figure = Figure((8, 5.5), layout="constrained")
+    axes, handles = figure.subplots(), []
+    kinds = list(dict.fromkeys(name.removesuffix(AUGMENT) for name in scores))
+    for i, (name, values) in enumerate(scores.items()):
+        offset = 0.006 * (numbers[-1] - numbers[0]) * (i - (len(scores) - 1) / 2)
+        means = [statistics.mean(values[number]) for number in values]
+        spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values.values()]
+        kind = name.removesuffix(AUGMENT)
+        style = {"color": f"C{kinds.index(kind)}", "marker": "o", "markersize": 4}
+        style |= {"linestyle": "--" if f"{name}{AUGMENT}" in scores else "-"}
+        title = EXPERIMENTS[kind].get("title", kind) + ", augmented" * name.endswith(AUGMENT)
+        axes.errorbar([number + offset for number in values], means, spread, capsize=2, **style)
+        handles.append(Line2D([], [], label=title, **style))
+    if full:
+        axes.axhline(statistics.mean(full), color="0.6")
+        handles.append(Line2D([], [], color="0.6", label=EXPERIMENTS["full"]["title"]))
+    axes.set(xticks=numbers, xlabel="labeled exams", ylabel="mIoU")
+    axes.grid(alpha=0.3)
+    save(figure, handles, path)
+    return "mIoU after the last epoch by labeled exams: mean and standard deviation over seeds."
+
+
+# The command
 
 
 def rows(args: Namespace) -> Figure:

@@ -1,0 +1,208 @@
+"""Runs of experiments: read from folders or a kept log, checked, and added to a kept log."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import utils
+from datasets.spec import read_toml
+from datasets.splits import ROLES
+from engine.flags import build_parser, setting_names
+from tools.plan import DATASETS, EXPERIMENTS, SCALES, planned
+from utils import InputError
+
+VERSIONS = "torch torchvision numpy python device gpu commit started finished".split()
+EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
+PARSER = build_parser()
+NO_SETTING = {*PARSER.keys["machine"], *PARSER.keys["files"]}  # flags that change no result
+PAPER = {key: getattr(PARSER.parse_args([]), key) for key in setting_names()}
+# Keys of [dataset] that change a result
+DATA = "classes scored channels ignore void label_ids void_ids orientation".split()
+
+
+def as_flags(settings: dict) -> str:
+    words = []
+    for key, value in settings.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{key.replace('_', '-')}", *values]
+    return " ".join(map(str, words))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as one line of a kept log."""
+
+    name: str  # of the experiment
+    run: str  # of the folder
+    settings: dict  # flags that change the result
+    dataset: dict  # the [dataset] table
+    evaluations: list[dict]
+    versions: dict
+    split: dict  # number of images that are labeled, unlabeled, val; hash
+    volumes: dict = field(default_factory=dict)  # scores of whole volumes by --testing
+
+    @property
+    def cell(self) -> tuple[str, float, str]:
+        """Dataset, share of labeled images, experiment: what runs of different seeds share."""
+        return self.dataset["name"], self.settings["ratio"], self.name
+
+    @property
+    def place(self) -> tuple:
+        """Sort key: the paper's order of datasets, fewer labels first, then experiments.toml's."""
+        dataset, ratio, name = self.cell
+        position = [*DATASETS, dataset].index(dataset), dataset, ratio
+        return *position, [*EXPERIMENTS].index(name), self.settings["seed"]
+
+    @property
+    def epoch(self) -> int:
+        """The last evaluated epoch."""
+        return self.evaluations[-1]["epoch"] if self.evaluations else 0
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch == self.settings["epochs"]
+
+    @property
+    def last(self) -> float:
+        return self.evaluations[-1]["miou"] or 0.0  # null where no scored class occurs
+
+    @property
+    def best(self) -> float:
+        return max(line["miou"] or 0.0 for line in self.evaluations)
+
+    @property
+    def n_exams(self) -> int | None:
+        """The number of labeled exams; None where single images are labeled."""
+        counts = self.dataset.get("counts")
+        by_exam = self.settings["label_unit"] == "exam" and counts
+        return round(self.settings["ratio"] * counts[0]) if by_exam else None
+
+    @property
+    def labels(self) -> str:
+        """What is labeled: '10%', or '8 exams'."""
+        ratio = self.settings["ratio"]
+        return f"{self.n_exams} exams" if self.n_exams and ratio < 1 else f"{100 * ratio:g}%"
+
+
+def read_folder(folder: Path) -> Run:
+    """A run from its folder, or InputError that names the file with an error.
+
+    Its `name` is "" if the folder is not named <dataset>_<experiment>_<ratio>_s<seed>.
+    """
+    path = folder / "config.toml"
+    try:
+        config = read_toml(path)
+        dataset = config.pop("dataset")
+        settings = {key: value for key, value in config.items() if key not in NO_SETTING}
+        ratio = f"{settings['ratio']:g}" if "ratio" in settings else ""  # none with a split file
+        name = rf"{re.escape(dataset['name'])}_(.+)_{ratio}_s{settings['seed']}"
+        match = re.fullmatch(name, folder.name) if ratio else None
+        path = folder / "metrics.jsonl"
+        lines = []
+        for text in utils.read_lines(path) if path.is_file() else []:
+            line = json.loads(text)
+            lines.append({key: line[key] for key in EVALUATION if key in line})
+        path = folder / "split.json"
+        ids = json.loads(utils.read_text(path))
+        split = {role: len(ids[role]) for role in ROLES} | {"hash": ids["hash"]}
+        path = folder / "manifest.json"
+        manifest = json.loads(utils.read_text(path)) if path.is_file() else {}
+        versions = {key: manifest[key] for key in VERSIONS if key in manifest}
+        path = results_of(folder) / "metrics.json"
+        tested = json.loads(utils.read_text(path)) if path.is_file() else {}
+        path, name = folder, match[1] if match and match[1] in EXPERIMENTS else ""
+        volumes = tested.get("volumes", {})
+        run = Run(name, folder.name, settings, dataset, lines, versions, split, volumes)
+        return checked(run) if name else run
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not as main.py writes it ({error!r})") from error
+
+
+def results_of(folder: Path) -> Path:
+    """Where `experiments.py run` has a run tested: results/<scale> beside checkpoints/<scale>."""
+    scale = folder.resolve().parent
+    return scale.parent.parent / "results" / scale.name / folder.name
+
+
+def checked(run: Run) -> Run:
+    """The run with all of its settings, after access to every field that a report needs.
+
+    A flag that the run is older than has its default. InputError if it has other flags.
+    """
+    if dropped := sorted(run.settings.keys() - PAPER.keys()):
+        flags, commit = as_flags(dict.fromkeys(dropped, [])), run.versions.get("commit", "its own")
+        raise InputError(f"{run.run}: {flags} no longer exist; read it with commit {commit}")
+    run = Run(**{**asdict(run), "settings": PAPER | run.settings})
+    _ = run.place, run.finished, run.labels, [run.split[role] for role in ROLES]
+    _ = [(line["step"], line["miou"], line["iou"]) for line in run.evaluations]
+    _ = [run.dataset["classes"][k] for k in run.dataset["scored"]]
+    return run
+
+
+def read_lines(path: Path) -> list[Run]:
+    """The runs of a kept log, or InputError with the number of the line with an error."""
+    runs: dict[tuple, Run] = {}
+    for number, line in enumerate(utils.read_lines(path), 1):
+        try:
+            run = checked(Run(**json.loads(line)))
+        except InputError as error:
+            raise InputError(f"{path}: line {number}: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: line {number} is not a kept run ({error!r})") from error
+        if run.place in runs:
+            raise InputError(f"{path}: line {number} repeats {run.run}")
+        runs[run.place] = run
+    return [*runs.values()]
+
+
+def read_runs(source: Path, scale: str) -> tuple[list[Run], list[str]]:
+    """The sorted runs of a folder or kept log, and the folders without an experiment's name."""
+    found = read_lines(source) if source.is_file() else []
+    found += [read_folder(path.parent) for path in sorted(source.glob("*/config.toml"))]
+    runs = sorted((run for run in found if run.name), key=lambda run: run.place)
+    if not runs:
+        raise InputError(f"{source}: no run of an experiment; `experiments.py run` makes them")
+    check_settings(runs, scale, source)
+    return runs, [run.run for run in found if not run.name]
+
+
+def check_settings(runs: list[Run], scale: str, source: Path) -> None:
+    """InputError if runs are not those of their scale, or differ in what they must share."""
+    if scale not in SCALES:
+        raise InputError(f"{source}: {scale!r} is no scale; give --scale ({', '.join(SCALES)})")
+    wrong, differ = [], []
+    first: dict[tuple, tuple] = {}
+    for run in runs:
+        dataset, ratio, name = run.cell
+        settings = planned(dataset, name, scale)
+        for key, expected in settings.items():
+            if run.settings[key] != expected:
+                flag, found = f"--{key.replace('_', '-')}", run.settings[key]
+                wrong.append(f"{run.run}: {flag} is {found}, expected {expected}")
+        others = [key for key in PAPER if key not in {*settings, "seed", "ratio"}]
+        shared = {(key,): run.settings[key] for key in others}
+        shared |= {(f"[dataset] {key}",): run.dataset.get(key) for key in DATA}
+        shared["split.json's hash", ratio, run.settings["seed"]] = run.split["hash"]
+        for key, value in shared.items():
+            other, expected = first.setdefault((dataset, *key), (run.run, value))
+            if value != expected:
+                differ.append(f"{other} and {run.run} differ in {key[0]} ({expected}, {value})")
+    if wrong:
+        raise InputError(f"{source}: not runs of scale {scale}: {utils.first_ten(wrong)}")
+    if differ:
+        advice = "move one of them to another folder"
+        raise InputError(f"{source}: {utils.first_ten(differ)}; {advice}")
+
+
+def keep(source: Path, scale: str, out: Path) -> None:
+    """Add the finished runs of `source` to out/SCALE.jsonl, and replace those that it has."""
+    path, (found, _) = out / f"{scale}.jsonl", read_runs(source, scale)
+    utils.make_folder(out, "--out")
+    finished = {run.place: run for run in found if run.finished}
+    kept = {run.place: run for run in read_lines(path)} if path.is_file() else {}
+    kept |= finished
+    runs = [kept[place] for place in sorted(kept)]
+    check_settings(runs, scale, path)
+    utils.write_atomically(path, "".join(f"{json.dumps(asdict(run))}\n" for run in runs))
+    print(f"{len(finished)} finished runs of {source} are in {path}, which has {len(runs)}")
