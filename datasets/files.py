@@ -1,6 +1,8 @@
 """Pictures and NIfTI volumes: read, check, write masks."""
 
 import gzip
+import io
+import itertools
 import os
 import re
 from collections import Counter
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 
 import nibabel
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice
-from utils import IGNORE, InputError, first_ten
+from utils import IGNORE, InputError, first_ten, write_atomically
 
 IGNORE_COLOR = (224, 224, 192)  # as in VOC's own masks
 LOSSLESS = (  # formats of gray or indexed pictures whose values are those that were saved
@@ -186,21 +189,30 @@ def read_mask(path: Path, labels: tuple[int, ...] = ()) -> np.ndarray:
         return np.array(image)
 
 
-@lru_cache(maxsize=2)  # an image and its mask
-def read_volume(path: Path) -> np.ndarray:
-    """Read a NIfTI volume (X, Y, Z); cached, as neighboring samples are slices of one volume."""
+def read_frames(path: Path) -> np.ndarray:
+    """Read a NIfTI volume with or without time as (X, Y, Z, T)."""
     if path.suffix.lower() == ".gz":
         with gzip.open(path) as stream:
             while stream.read(2**20):  # to the end: nibabel does not reach the checksum
                 pass
     volume = np.asanyarray(nibabel.load(path).dataobj)
-    if volume.ndim > 3 and volume.shape[3:].count(1) == volume.ndim - 3:
-        volume = volume.reshape(volume.shape[:3])
-    if volume.ndim != 3 or volume.dtype.kind not in "uif":
+    n_frames = max(volume.shape[3:], default=1)
+    if volume.ndim < 3 or n_frames != prod(volume.shape[3:]) or volume.dtype.kind not in "uif":
+        found = f"shape {volume.shape} of {volume.dtype}"
+        expected = "a volume (X, Y, Z) or (X, Y, Z, T) of numbers"
+        raise InputError(f"{path}: {found}: expected {expected}")
+    return volume.reshape(*volume.shape[:3], n_frames)
+
+
+@lru_cache(maxsize=2)  # an image and its mask
+def read_volume(path: Path) -> np.ndarray:
+    """Read a NIfTI volume (X, Y, Z); cached, as neighboring samples are slices of one volume."""
+    volume = read_frames(path)
+    if volume.shape[3] != 1:
         found = f"shape {volume.shape} of {volume.dtype}"
         expected = "a volume (X, Y, Z) of numbers, without time"
         raise InputError(f"{path}: {found}: expected {expected}")
-    return volume
+    return volume[..., 0]
 
 
 @lru_cache(maxsize=4)
@@ -222,12 +234,16 @@ def read_slice(source: Slice) -> np.ndarray:
         volume = read_volume(path)
         if z >= volume.shape[2]:
             raise InputError(f"{path}: has {volume.shape[2]} slices; slice {z} is missing")
-        pixels = volume[:, :, z].T
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(pixels.astype(np.float32))
-        if not finite.all():
-            raise InputError(f"{path}: slice {z} holds values that are not finite as float32")
-        return pixels
+        return finite(volume[:, :, z].T, f"{path}: slice {z}")
+
+
+def finite(pixels: np.ndarray, name: str) -> np.ndarray:
+    """The pixels; InputError if some are not finite as float32."""
+    with np.errstate(over="ignore"):
+        is_finite = np.isfinite(pixels.astype(np.float32))
+    if not is_finite.all():
+        raise InputError(f"{name} holds values that are not finite as float32")
+    return pixels
 
 
 def as_pixels(image: np.ndarray, channels: int) -> Tensor:
@@ -288,6 +304,15 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
+def image_of_mask(file: Path) -> Path | None:
+    """The volume beside which NAME_gt.nii.gz lies, as in ACDC."""
+    if not (is_volume(file) and stem_of(file).endswith("_gt")):
+        return None
+    stem = stem_of(file).removesuffix("_gt")
+    images = (file.with_name(stem + ending) for ending in (".nii.gz", ".nii"))
+    return next(filter(Path.is_file, images), None)
+
+
 def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     """Find the pictures and NIfTI volumes among files and folders.
 
@@ -299,7 +324,9 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
         if not path.exists():
             raise InputError(f"--predict {path}: no such file or folder")
         for file in visible_files(path) if path.is_dir() else [path]:
-            if is_volume(file) or is_picture(file):
+            if image := image_of_mask(file):
+                other.append(f"{file}: the mask of {image.name}")
+            elif is_volume(file) or is_picture(file):
                 place = file.relative_to(path) if path.is_dir() else Path(file.name)
                 found.setdefault(file, place.with_name(stem_of(file)))
             else:
@@ -313,12 +340,20 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
 
 
 def read_planes(path: Path, channels: int) -> list[Tensor]:
-    """Read a picture of any mode, or all slices of a volume, as (C, H, W) uint8 or float32."""
+    """Read a picture of any mode, or all slices of a volume, as (C, H, W) uint8 or float32.
+
+    Of a volume with time, the slices of its first frame come first.
+    """
     if is_volume(path):
         with naming(path):
-            depth = read_volume(path).shape[2]
-        planes = [read_slice(Slice(path, z)).astype(np.float32) for z in range(depth)]
-        return [as_pixels(plane, channels) for plane in planes]
+            volume = read_frames(path)
+            depth, n_frames = volume.shape[2:]
+        planes = []
+        for t, z in itertools.product(range(n_frames), range(depth)):
+            name = f"frame {t}, slice {z}" if n_frames > 1 else f"slice {z}"
+            plane = finite(volume[:, :, z, t].T, f"{path}: {name}")
+            planes.append(as_pixels(plane.astype(np.float32), channels))
+        return planes
     with opened(path) as image:
         return [as_pixels(as_array(image, channels), channels)]
 
@@ -347,19 +382,32 @@ def save_mask(path: Path, mask: Tensor, spec: DatasetSpec) -> None:
     image = Image.fromarray(as_values(mask, spec))
     colors = dict(zip(spec.mask_values(), spec.palette, strict=True)) | {spec.ignore: IGNORE_COLOR}
     image.putpalette([c for value in range(256) for c in colors.get(value, (0, 0, 0))])
-    image.save(path)
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    write_atomically(path, content.getvalue())
+
+
+def depth_of(path: Path) -> int:
+    """The number of a volume's slices, in each frame; 1 for a picture."""
+    return nibabel.load(path).shape[2] if is_volume(path) else 1
 
 
 def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec) -> None:
-    """Write the masks (Z, H, W) of a volume as NIfTI with its header, of a picture as a PNG."""
+    """Write the masks of a volume as NIfTI with its header, of a picture as a PNG.
+
+    masks: (T * Z, H, W), in the order of read_planes.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     if not is_volume(source):
         save_mask(place.with_name(f"{place.name}.png"), masks[0], spec)
         return
     volume = nibabel.load(source)
     header = volume.header.copy()
-    values = as_values(masks, spec).transpose(2, 1, 0)  # (X, Y, Z)
+    frames = as_values(masks, spec).reshape(-1, depth_of(source), *masks.shape[1:])
+    values = frames.transpose(3, 2, 1, 0)  # (X, Y, Z, T)
+    values = values[..., 0] if len(frames) == 1 else values
     header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's display range
     labels = volume.__class__(values, volume.affine, header)
-    nibabel.save(labels, place.with_name(f"{place.name}.nii.gz"))
+    content = gzip.compress(labels.to_bytes(), compresslevel=1, mtime=0)
+    write_atomically(place.with_name(f"{place.name}.nii.gz"), content)

@@ -1,5 +1,6 @@
 """Masks and images as colors: grids for TensorBoard and panels, overlays for predictions."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
 from datasets.files import flat_palette
+from utils import write_atomically
 
 Palette = tuple[tuple[int, int, int], ...]
 
@@ -57,4 +59,12 @@ def save_overlay(path: Path, picture: Tensor, mask: Tensor, palette: Palette) ->
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     shown, mask = shades(picture.cpu()), mask.cpu()
-    save_image(torch.where(mask > 0, (shown + colorize(mask[None], palette)[0]) / 2, shown), path)
+    half = (shown + colorize(mask[None], palette)[0]) / 2
+    save_picture(path, torch.where(mask > 0, half, shown))
+
+
+def save_picture(path: Path, picture: Tensor) -> None:
+    """Write a picture (3, H, W) in [0, 1] as a PNG."""
+    content = io.BytesIO()
+    save_image(picture, content, format="png")
+    write_atomically(path, content.getvalue())

@@ -2,21 +2,22 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import utils
 from data_utils import Data, normalize, resize
 from datasets import files
-from datasets.spec import DatasetSpec
-from engine.pictures import picture_grid, save_overlay
+from datasets.spec import DatasetSpec, Slice
+from engine.pictures import picture_grid, save_overlay, save_picture
 from engine.train import evaluate
 from engine.trained import Trained
+from engine.volumes import Assembly, Contents, VolumeScores
 from utils import InputError, TrainingError
 
 
@@ -49,19 +50,24 @@ def test(trained: Trained, data: Data, batches: Callable) -> int:
             old.unlink()
     samples = data.split.val
     waiting, native = iter(samples), utils.ConfusionMatrix(len(spec.classes))
+    scores = VolumeScores(spec)
     bar = tqdm(total=len(samples), desc=f"testing {folder.name}", unit=" images", disable=None)
 
     def write(x: Tensor, y: Tensor, logits: Tensor) -> None:
         prediction = logits.argmax(1)
         columns = {"y": y, **model.pictures(x, y)}
         for i, sample in enumerate(itertools.islice(waiting, len(x))):
-            if args.native_size:
-                truth = torch.from_numpy(files.read_sample(sample, spec)[1])[None]
-                native.update(mask_at(logits[i], truth.shape[-2:]).cpu()[None], truth)
+            in_volume = isinstance(sample.image, Slice)
+            if args.native_size or in_volume:
+                truth = torch.from_numpy(files.read_sample(sample, spec)[1])
+                mask = mask_at(logits[i], truth.shape).cpu()
+                native.update(mask, truth)
+                if in_volume:
+                    scores.add(sample, truth, mask)
             files.save_mask(folder / "masks" / f"{sample.id}.png", prediction[i], spec)
             row = {title: column[i : i + 1] for title, column in columns.items()}
             panel = picture_grid(x[i : i + 1], row, spec.palette)
-            save_image(panel, folder / "panels" / f"{sample.id}.png")
+            save_picture(folder / "panels" / f"{sample.id}.png", panel)
         bar.update(len(x))
 
     counts = evaluate(model, batches(data.val), len(spec.classes), write)
@@ -75,19 +81,26 @@ def test(trained: Trained, data: Data, batches: Callable) -> int:
         "dataset": spec.name,
         "method": args.method,
         "ratio": args.ratio,
+        "labeled": args.labeled,
         "seed": args.seed,
     }
     if args.part:
         about["part"] = args.part
     if args.native_size:
         about["native_size"] = utils.segmentation_metrics(native.counts, spec)
+    if has_volumes := any(isinstance(sample.image, Slice) for sample in samples):
+        about["volumes"] = scores.summary()
+        utils.write_atomically(folder / "volumes.csv", scores.csv())
     utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))
     images = f"{len(samples)} {args.part or 'validation'} images of {spec.name}"
     print(f"{trained.path} after epoch {state['epoch']}, on {images}, in %:")
     print(utils.format_metrics(metrics))
     if args.native_size:
         print(f"at the masks' own size: {utils.format_means(about['native_size'])}")
-    print(f"metrics.json, masks/ and panels/ (image, truth, predictions) are in {folder}")
+    if has_volumes:
+        print(f"{scores.title()}:\n{scores.table()}")
+    written = "metrics.json, volumes.csv, masks/" if has_volumes else "metrics.json, masks/"
+    print(f"{written} and panels/ (image, truth, predictions) are in {folder}")
     print_values(spec)
     return 0
 
@@ -117,53 +130,74 @@ def claim(results: str, checkpoint: Path) -> Path:
     return folder
 
 
+def remove_overlays(folder: Path, places: Iterable[Path]) -> None:
+    """Remove the overlays of earlier masks of the files that are written to these places."""
+    names = {str(place) for place in places}
+    for old in folder.rglob("*.png"):
+        name = str(old.relative_to(folder).with_suffix(""))
+        if {name, re.sub(r"(_t\d+)?_s\d+$", "", name)} & names:
+            old.unlink()
+
+
+def plane_number(i: int, n_planes: int, depth: int) -> str:
+    """The ending of an overlay of plane i: slice, and frame if there is time."""
+    number = f"_s{i % depth:02d}" if n_planes > 1 else ""
+    return f"_t{i // depth:02d}{number}" if n_planes > depth else number
+
+
 @torch.inference_mode()
 def predict(trained: Trained) -> int:
     """--predict: write the masks of pictures and NIfTI volumes at their own size.
 
-    Files that are neither are listed and skipped; TrainingError, at the end, if any is unreadable.
+    volumes.csv has the volume of each class. Files that are neither are listed and skipped;
+    TrainingError, at the end, if any is unreadable.
     """
     args, spec = trained.args, trained.spec
     unreadable: list[str] = []
     found, other = files.find_pictures([Path(path) for path in args.predict])
     folder = claim(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
+    remove_overlays(folder / "overlays", found.values())
 
-    def planes() -> Iterator[tuple[Path, int, Tensor]]:
+    def planes() -> Iterator[tuple[Path, int, int, Tensor]]:
         for path in tqdm(found, desc="predicting", unit=" files", disable=None):
             try:
                 pixels = files.read_planes(path, spec.channels)
             except InputError as error:
                 unreadable.append(str(error))
                 continue
-            for plane in pixels:
-                yield path, len(pixels), plane
+            for i, plane in enumerate(pixels):
+                yield path, i, len(pixels), plane
 
-    waiting, n_written = planes(), 0
-    masks: dict[Path, list[Tensor]] = {}
+    waiting, n_written, assembly = planes(), 0, Assembly()
+    contents = Contents(spec)
     while batch := list(itertools.islice(waiting, args.batch_size)):
-        x = [resize(plane, args.size)[None].to(trained.device) for _, _, plane in batch]
+        x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]
         if trained.state.get("image_dtype") == "float32":  # in training each had its own range
             x = [each.float() for each in x]
         x = torch.cat([normalize(each, args.normalization) for each in x])
         logits = trained.model.segment(x)
-        for (path, n_planes, plane), own in zip(batch, logits, strict=True):
-            mask = mask_at(own, plane.shape[-2:]).cpu()
-            volume, place = masks.setdefault(path, []), found[path]
+        for (path, i, n_planes, plane), own in zip(batch, logits, strict=True):
+            mask, place = mask_at(own, plane.shape[-2:]).cpu(), found[path]
             if args.overlay:
-                number = f"_s{len(volume):02d}" if n_planes > 1 else ""
+                number = plane_number(i, n_planes, files.depth_of(path))
                 file = folder / "overlays" / f"{place}{number}.png"
                 save_overlay(file, plane, mask, spec.palette)
-            volume.append(mask)
-            if len(volume) == n_planes:
-                volume = torch.stack(masks.pop(path))
-                files.save_prediction(folder / "masks" / place, path, volume, spec)
+            masks = assembly.add(path, i, n_planes, mask)
+            if masks is not None:
+                files.save_prediction(folder / "masks" / place, path, masks, spec)
                 n_written += 1
+                if files.is_volume(path):
+                    contents.add(path, masks)
     for problem in other + unreadable:
         print(f"skipped {problem}")
     if not n_written and not unreadable:
         raise InputError("--predict: found no picture and no NIfTI volume")
-    print(f"{n_written} masks by {trained.path} are in {folder / 'masks'}")
+    if contents.rows:
+        utils.write_atomically(folder / "volumes.csv", contents.csv())
+        print(contents.lines())
+    epoch = trained.state["epoch"]
+    print(f"{n_written} masks by {trained.path} (epoch {epoch}) are in {folder / 'masks'}")
     print_values(spec)
     if unreadable:
         raise TrainingError(f"unreadable files: {utils.first_ten(unreadable)}")

@@ -6,7 +6,7 @@ header; its affine may carry none, as in ACDC.
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from datasets.files import read_volume
+from datasets.files import depth_of, read_volume
 from datasets.spec import DatasetSpec, Sample
 from utils import IGNORE
 
@@ -113,6 +113,16 @@ def score(
     return scores
 
 
+def to_csv(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
+    """Rows as CSV under a line with the names of the columns."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
+    return file.getvalue()
+
+
 class Assembly:
     """Put slices together, in any order."""
 
@@ -164,12 +174,17 @@ class VolumeScores:
 
     def csv(self) -> str:
         """One line per volume and class, under a line with the names of the columns."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow("class" if column == "name" else column for column in Score._fields)
-        for row in self.scores:
-            writer.writerow(f"{v:.6g}" if isinstance(v, float) else v for v in row)
-        return file.getvalue()
+        return to_csv(
+            ["class" if field == "name" else field for field in Score._fields], self.scores
+        )
+
+    def title(self) -> str:
+        """What was scored, and what was not."""
+        exams = len({exam for exam, _ in self.volumes.values()})
+        title = f"{len(self.volumes)} volumes of {exams} exams, each scored at its masks' own size"
+        if self.n_incomplete:
+            title += f" ({self.n_incomplete} others have slices elsewhere and are not scored)"
+        return f"{title}, mean ± standard deviation"
 
     def summary(self) -> dict:
         """Counts, and by phase (first all of them) the scores' means over the volumes."""
@@ -236,3 +251,41 @@ def _cells(title: str, row: dict) -> list[str]:
         cells.append(cell)
     counts = [str(row.get(key, "")) for key in ("n", "missed", "invented")]
     return [title, counts[0], *cells, *counts[1:]]
+
+
+class Contents:
+    """The volumes in ml of the classes in predicted masks, by frame."""
+
+    def __init__(self, spec: DatasetSpec):
+        self.classes = {k: spec.classes[k] for k in spec.structures()}
+        self.rows: list[tuple[Path, int, str, float]] = []  # file, frame, class, ml
+
+    def add(self, path: Path, masks: Tensor) -> None:
+        """Add the masks (T * Z, H, W) of a file."""
+        z, y, x = spacing_of(path)
+        for t, frame in enumerate(masks.view(-1, depth_of(path), *masks.shape[1:])):
+            counts = frame.flatten().bincount(minlength=256).tolist()
+            for k, name in self.classes.items():
+                self.rows.append((path, t, name, counts[k] * z * y * x / 1000))
+
+    def csv(self) -> str:
+        """One line per file, frame and class, under a line with the names of the columns."""
+        return to_csv(["file", "frame", "class", "ml"], self.rows)
+
+    def lines(self) -> str:
+        """One line per file: each class's volume, or its smallest and largest over time."""
+        by_file: dict[Path, dict[str, list[float]]] = {}
+        for path, _, name, ml in self.rows:
+            by_file.setdefault(path, {}).setdefault(name, []).append(ml)
+        lines = []
+        for path, by_class in by_file.items():
+            cells = []
+            for name, values in by_class.items():
+                low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+                cells.append(
+                    f"{name} {low} ml" if len(values) == 1 else f"{name} {low} to {high} ml"
+                )
+            n_frames = len(values)
+            cells += [f"{n_frames} frames"] if n_frames > 1 else []
+            lines.append(f"{path}: {', '.join(cells)}")
+        return "\n".join(lines)

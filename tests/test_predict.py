@@ -1,6 +1,9 @@
 """--testing and --predict: scores, masks and panels of a run, and masks of any picture."""
 
+import csv
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -63,7 +66,7 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     assert metrics.keys() == {
         "miou", "miou_all", "miou_official", "miou_foreground", "dice_foreground", "constant",
         "pixel_accuracy", "iou", "dice", "n_images", "split",
-        "epoch", "checkpoint", "dataset", "method", "ratio", "seed",
+        "epoch", "checkpoint", "dataset", "method", "ratio", "labeled", "seed",
     }  # fmt: skip
     spec = load_spec("tiny.toml")
     assert list(metrics["iou"]) == list(metrics["dice"]) == list(spec.classes)
@@ -160,6 +163,64 @@ def test_normalization_holds_for_training_and_for_both_evaluations(monkeypatch):
     assert {*seen} == {"half"}
 
 
+def test_volumes_of_a_test_are_those_that_a_prediction_writes(capsys):
+    """Dice of volumes.csv against the masks of --predict and the true ones, at their own size."""
+    root = make_acdc(Path("acdc"), 4, 3)
+    small = [*tiny_on("acdc"), "--method", "supervised", "--epochs", "1", "--ratio", "0.5"]
+    assert run("--training", *small, "--data-root", root) == 0
+    name = "acdc_supervised_0.5_s0"
+    capsys.readouterr()
+    assert run("--testing", "--batch-size", "4") == 0
+    printed = capsys.readouterr().out
+    exam = split_ids(name)["val"][0].partition("_")[0]
+    assert "2 volumes of 1 exams, each scored at its masks' own size" in printed
+    with open(f"results/{name}/volumes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["volume"], row["exam"], row["phase"]) for row in rows} == {
+        (f"{exam}_frame01", exam, "ED"),
+        (f"{exam}_frame12", exam, "ES"),
+    }
+    images = [root / "training" / exam / f"{exam}_frame{frame}.nii.gz" for frame in ("01", "12")]
+    assert run("--predict", *images) == 0
+    names = load_spec("acdc").classes
+    voxel = np.prod(nibabel.load(images[0]).header.get_zooms()) / 1000
+    for image in images:
+        truth = nibabel.load(image.with_name(image.name.replace(".nii", "_gt.nii"))).get_fdata()
+        predicted = nibabel.load(f"results/{name}/predict/masks/{image.name}").get_fdata()
+        for k in 1, 2, 3:
+            (row,) = [
+                row for row in rows
+                if row["class"] == names[k] and image.name.startswith(row["volume"])
+            ]  # fmt: skip
+            both, sizes = ((truth == k) & (predicted == k)).sum(), [(truth == k).sum()]
+            sizes.append((predicted == k).sum())
+            assert float(row["dice"]) == pytest.approx(2 * both / sum(sizes), abs=1e-5)
+            assert float(row["truth_ml"]) == pytest.approx(sizes[0] * voxel, rel=1e-4)
+            assert float(row["predicted_ml"]) == pytest.approx(sizes[1] * voxel, rel=1e-4)
+            assert (row["hd95_mm"] == "") == (sizes[1] == 0)
+    summary = metrics_of(name)["volumes"]
+    assert (summary["n_volumes"], summary["n_incomplete"]) == (2, 0)
+    assert {"all", "ED", "ES"} < summary.keys()
+
+
+def test_volumes_of_a_folder_are_scored_by_patient(capsys):
+    root, rng = Path("scans"), np.random.default_rng(0)
+    for stem in "P1_a", "P1_b", "P2_a", "P3_a":
+        image = rng.integers(0, 100, (18, 20, 2)).astype(np.int16)
+        write_volume(root / "images" / f"{stem}.nii.gz", image)
+        write_volume(root / "masks" / f"{stem}.nii.gz", (image > 50).astype(np.uint8))
+    table = "layout = 'folder'\nclasses = ['background', 'bright']\nchannels = 1\ncounts = [1, 2]"
+    Path("scans.toml").write_text(f"[dataset]\n{table}\ngroup = '(.+)_'\n")
+    flags = [*tiny_on("scans.toml"), "--epochs", "1", "--data-root", root, "--ratio", "0.5"]
+    assert run("--training", *flags, "--method", "supervised") == 0
+    assert run("--testing") == 0
+    with open("results/scans_supervised_0.5_s0/volumes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    stems = {name.partition("_s0")[0] for name in split_ids("scans_supervised_0.5_s0")["val"]}
+    assert {row["volume"] for row in rows} == stems
+    assert {(row["exam"], row["phase"]) for row in rows} == {(s[:2], "") for s in stems}
+
+
 def test_other_data_than_the_run_started_with_are_one_error_line(capsys, trained):
     make_tiny(19, 4)
     assert run("--testing") == 0  # the checkpoint's description counts
@@ -208,7 +269,7 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
     write_volume(mine / "heart.nii.gz", volume)
     (mine / "notes.txt").write_text("not a picture")
     (mine / "broken.png").write_bytes(b"junk")
-    write_volume(mine / "film.nii", np.zeros((4, 4, 2, 2), np.int16))
+    write_volume(mine / "film.nii", np.zeros((4, 4, 2, 2, 2), np.int16))
     assert run("--predict", "mine", mine / "grey.jpg", "--overlay") == 1
     out, err = capsys.readouterr()
     unreadable = err.strip().removeprefix("error: unreadable files: ").split("; ")
@@ -219,7 +280,7 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
     skipped = sorted(line for line in lines if line.startswith("skipped "))
     for line, name in zip(skipped, ("broken.png", "film.nii", "notes.txt"), strict=True):
         assert name in line
-    assert f"6 masks by {trained} are in {MASKS}" in lines
+    assert f"6 masks by {trained} (epoch 1) are in {MASKS}" in lines
     assert "unreadable files: " in error_line(capsys, "--predict", mine / "broken.png", code=1)
     sizes = {
         "grey": (41, 30),
@@ -321,6 +382,99 @@ def test_masks_of_large_pictures_need_one_class_of_logits_at_a_time(monkeypatch)
     assert mask.dtype == torch.uint8
     assert torch.equal(mask.long(), expected)
     assert max(sizes) == 50 * 30
+
+
+def test_a_film_is_segmented_frame_by_frame(capsys, trained):
+    film = np.random.default_rng(0).integers(0, 256, (21, 34, 2, 3)).astype(np.float32)
+    affine = np.diag([1.5, 2, 10, 1])
+    nibabel.save(nibabel.Nifti1Image(film, affine), "film.nii.gz")
+    for t in range(3):
+        nibabel.save(nibabel.Nifti1Image(film[..., t], affine), f"frame{t}.nii.gz")
+    assert run("--predict", "film.nii.gz", "--overlay") == 0
+    printed = capsys.readouterr().out
+    frames = [f"frame{t}.nii.gz" for t in range(3)]
+    assert run("--predict", *frames) == 0
+    labels = nibabel.load(MASKS / "film.nii.gz")
+    assert labels.shape == film.shape
+    assert labels.header.get_zooms() == nibabel.load("film.nii.gz").header.get_zooms()
+    values = np.asarray(labels.dataobj)
+    assert len(np.unique(values)) > 1
+    for t, frame in enumerate(frames):
+        assert np.array_equal(values[..., t], np.asarray(nibabel.load(MASKS / frame).dataobj))
+    assert {path.name for path in (MASKS.parent / "overlays").iterdir()} == {
+        f"film_t0{t}_s0{z}.png" for t in range(3) for z in range(2)
+    }
+    ml = [0.03 * (values[..., t] == 1).sum() for t in range(3)]
+    assert f"right ventricle {min(ml):.1f} to {max(ml):.1f} ml" in printed
+    assert "film.nii.gz: " in printed
+    assert "3 frames" in printed
+
+
+def test_volumes_of_classes_are_listed_by_file_and_frame(capsys, trained):
+    volume = np.random.default_rng(0).integers(0, 256, (21, 34, 2)).astype(np.float32)
+    for name in "a.nii.gz", "b.nii":
+        nibabel.save(nibabel.Nifti1Image(volume, np.diag([1.5, 2, 10, 1])), name)
+    Image.new("L", (20, 20)).save("one.png")
+    assert run("--predict", "a.nii.gz", "b.nii", "one.png") == 0
+    printed = capsys.readouterr().out
+    mask = np.asarray(nibabel.load(MASKS / "a.nii.gz").dataobj)
+    with open(MASKS.parent / "volumes.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = load_spec("tiny.toml").classes[1:]
+    assert [(row["file"], row["frame"], row["class"]) for row in rows] == [
+        (file, "0", name) for file in ("a.nii.gz", "b.nii") for name in names
+    ]
+    for k, row in enumerate(rows[:3], 1):
+        assert float(row["ml"]) == pytest.approx((mask == k).sum() * 0.03, rel=1e-5)
+        assert f"{row['class']} {float(row['ml']):.1f} ml" in printed
+    assert sum(line.startswith(("a.nii.gz: ", "b.nii: ")) for line in printed.splitlines()) == 2
+
+
+def test_the_mask_beside_a_volume_is_no_image(capsys, trained):
+    exam = make_acdc(Path("acdc"), 1, 2) / "training" / "patient001"
+    (exam / "patient001_frame12.nii.gz").unlink()  # its mask is a volume like any other
+    assert run("--predict", exam) == 0
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
+    mask = exam / "patient001_frame01_gt.nii.gz"
+    assert f"skipped {mask}: the mask of patient001_frame01.nii.gz" in skipped
+    written = {path.name for path in MASKS.iterdir()}
+    assert written == {"patient001_frame01.nii.gz", "patient001_frame12_gt.nii.gz"}
+
+
+def test_overlays_show_the_masks_that_lie_beside_them(trained):
+    volume = np.random.default_rng(0).integers(0, 256, (21, 34, 3)).astype(np.float32)
+    write_volume(Path("v.nii.gz"), volume)
+    for name in "one.png", "two.png":
+        Image.new("L", (20, 20)).save(name)
+    overlays = MASKS.parent / "overlays"
+    assert run("--predict", "v.nii.gz", "one.png", "two.png", "--overlay") == 0
+    assert len([*overlays.iterdir()]) == 5
+    write_volume(Path("v.nii.gz"), volume[..., :2])
+    assert run("--predict", "v.nii.gz", "--overlay") == 0
+    assert {path.stem for path in overlays.iterdir()} == {"v_s00", "v_s01", "one", "two"}
+    assert run("--predict", "v.nii.gz", "one.png") == 0
+    assert {path.stem for path in overlays.iterdir()} == {"two"}
+
+
+@pytest.mark.parametrize("name", ["v.nii.gz", "one.png"])
+def test_a_full_disk_leaves_the_old_mask_and_names_file_and_space(
+    capsys, monkeypatch, trained, name
+):
+    volume = np.random.default_rng(0).integers(0, 256, (21, 34, 3)).astype(np.float32)
+    write_volume(Path("v.nii.gz"), volume)
+    Image.new("L", (20, 20)).save("one.png")
+    assert run("--predict", name) == 0
+    before = {path: path.read_bytes() for path in MASKS.parent.rglob("*") if path.is_file()}
+
+    def full(_file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(engine.predict, "claim", lambda *_: RESULTS)
+    error = error_line(capsys, "--predict", name, code=1)
+    assert f"{MASKS / name}: cannot be written (No space left on device): " in error
+    assert "MiB are needed" in error
+    assert {path: path.read_bytes() for path in MASKS.parent.rglob("*") if path.is_file()} == before
 
 
 def test_nothing_to_predict_is_one_error_line(capsys, trained):
