@@ -26,6 +26,7 @@ from data_utils import Data, load_data, load_part
 from datasets.spec import DatasetSpec, load_spec
 from engine import predict, program, trained
 from engine.flags import Flags, parse_args
+from engine.folder import open_folder
 from engine.run import Run
 from engine.signals import stop
 from engine.train import evaluate, train_one_epoch
@@ -44,24 +45,25 @@ def train(args: Flags) -> int:
         raise InputError(f"--batch-size {args.batch_size} cannot be divided among {processes}")
     utils.join_processes(device)
     batches = make_batches(args, device)
-    with Run(args, spec, device) as run:
-        data = load_data(args, spec, run.split_hash)
-        if run.finished:
+    with open_folder(args, spec) as folder:
+        data = load_data(args, spec, folder.split_hash)
+        if message := folder.finished(args.epochs):
+            print(message)
             return 0
-        describe(args, spec, data, device, run.folder)
+        describe(args, spec, data, device, folder.path)
         model = build_model(args, spec, device)
-        run.start(model, data)
-        prepare(model, args, device)
-        orientation = spec.orientation if args.augment else None
-        train_batches = batches(data.train, orientation=orientation)
-        val_batches = batches(data.val)
-        while not (run.stopped or run.done):
-            if run.evaluation_due:
-                images = itertools.takewhile(lambda _: not stop.signum, val_batches)
-                run.record(evaluate(model, images, len(spec.classes)))
-            else:
-                train_one_epoch(model, train_batches.of(run.rest_of_epoch()), run)
-        return run.end()
+        with Run(args, spec, data, model, folder) as run:
+            distribute_and_compile(model, args, device)
+            orientation = spec.orientation if args.augment else None
+            train_batches = batches(data.train, orientation=orientation)
+            val_batches = batches(data.val)
+            while not run.ended:
+                if run.evaluation_due:
+                    images = itertools.takewhile(lambda _: not stop.signum, val_batches)
+                    run.record(evaluate(model, images, len(spec.classes)))
+                else:
+                    train_one_epoch(model, train_batches.of(run.rest_of_epoch()), run)
+            return run.end()
 
 
 def make_batches(args: Flags, device: torch.device) -> Callable:
@@ -86,7 +88,7 @@ def build_model(args: Flags, spec: DatasetSpec, device: torch.device) -> Method:
     return model
 
 
-def prepare(model: Method, args: Flags, device: torch.device) -> None:
+def distribute_and_compile(model: Method, args: Flags, device: torch.device) -> None:
     """Prepare the networks for several processes and for --compile."""
     if utils.world_size() > 1:
         distribute(model, device)

@@ -71,18 +71,20 @@ class Logs:
         with tqdm.external_write_mode():
             print(f"{title}, {terms}", flush=True)
 
-    def forget_after(self, epoch: int) -> None:
-        """Drop the evaluations after an epoch; a resumed run repeats them."""
-        lines = utils.read_lines(self.log) if self.log.is_file() else []
-        with naming(self.log):
-            kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
-        utils.write_atomically(self.log, "".join(f"{line}\n" for line in kept))
-
     def close(self) -> None:
         """Close the progress bar and the event file."""
         self.bar.close()
         if self.events:
             self.events.close()
+
+
+def forget_after(folder: Path, epoch: int) -> None:
+    """Drop a run's evaluations after an epoch; a resumed run repeats them."""
+    log = folder / "metrics.jsonl"
+    lines = utils.read_lines(log) if log.is_file() else []
+    with naming(log):
+        kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+    utils.write_atomically(log, "".join(f"{line}\n" for line in kept))
 
 
 class EventLog:

@@ -13,13 +13,13 @@ def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:
     """Train on the batches (x, y, x_u) of the current epoch, or until a signal; TrainingError."""
     model.train()
     for x, y, *x_u in batches:
-        model.progress = run.progress
+        run.before_step()
         try:
             losses = model.step(x, y, *x_u)
         except NonFiniteLoss as error:
             raise run.diverged(error) from error
         run.after_step(losses)
-        if run.stopped:
+        if run.signum:
             return
     run.after_epoch()
 

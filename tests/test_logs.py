@@ -6,8 +6,8 @@ import tomllib
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from engine.folder import to_toml
 from engine.logs import EventLog
-from engine.run import to_toml
 
 
 def test_tensorboard_reads_events_once_logged_and_forgets_those_of_a_killed_process(

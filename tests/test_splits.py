@@ -341,7 +341,7 @@ def test_split_file_takes_ids_and_whole_groups_and_nothing_else(tmp_path):
 def test_a_runs_own_split_reads_back_as_the_same_split(tmp_path, kind):
     samples = [*acdc_like(20), *(Sample(f"t{i}", "t", i, i, "test") for i in range(9))]
     parts = split(samples, 0.3, 1, load_spec("acdc"), kind)
-    lists = {**parts.ids(), "hash": parts.hash()}  # as engine.run writes it
+    lists = {**parts.ids(), "hash": parts.hash()}  # as engine.folder writes it
     same = read_lists(tmp_path / "split.json", lists, samples)
     assert same == parts
     assert same.hash() == parts.hash()

@@ -1,0 +1,169 @@
+"""A run's folder: its name, its lock, the last.pt of the same settings, config.toml, split.json."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import utils
+from datasets.spec import DatasetSpec, make_spec
+from datasets.splits import Split, rule_of
+from engine.flags import Flags
+from utils import InputError
+
+PROGRESS = ("epoch", "step", "evaluated", "best")  # of a run, kept in last.pt
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, locked by this process or by the first of several."""
+
+    path: Path
+    state: dict | None  # of its last.pt; None for a new run
+    initial: dict | None  # a new run's first weights: the checkpoint of --init
+
+    @property
+    def split_hash(self) -> str | None:
+        """The hash of the split that the run started with; None for a new run."""
+        return self.state["split"] if self.state else None
+
+    def finished(self, epochs: int) -> str | None:
+        """What to say of a run that is finished after `epochs`; None for another one."""
+        progress = self.state["progress"] if self.state else {}
+        if progress.get("evaluated") != epochs:
+            return None
+        best = progress["best"]
+        result = f"best mIoU {best['miou']:.4f} at epoch {best['epoch']}"
+        return f"{self.path} is finished after {epochs} epochs: {result}"
+
+    def begin(self, args: Flags, spec: DatasetSpec, split: Split) -> None:
+        """Write a new run's config.toml and split.json; --overwrite deletes the old run first."""
+        config = self.path / "config.toml"
+        if args.overwrite:
+            for path in sorted(contents(self.path), key=lambda path: path == config):
+                is_folder = path.is_dir() and not path.is_symlink()
+                shutil.rmtree(path) if is_folder else path.unlink()  # the sign of a run goes last
+        for path in self.path.glob("events.out.tfevents*"):  # of a run without any last.pt
+            path.unlink()
+        note = f"# python main.py --training --dataset {config} --name NAME repeats this run"
+        tables = f"{to_toml(args.flags)}\n[dataset]\n{to_toml(asdict(spec))}"
+        utils.write_atomically(config, f"{note}\n{tables}")
+        lists = json.dumps({**split.ids(), "hash": split.hash()}, indent=1)
+        utils.write_atomically(self.path / "split.json", lists)
+
+    def save(self, name: str, state: dict) -> None:
+        """Write a checkpoint, on the first process."""
+        if utils.rank() == 0:
+            utils.save_checkpoint(self.path / name, state)
+
+
+@contextmanager
+def open_folder(args: Flags, spec: DatasetSpec) -> Iterator[RunFolder]:
+    """Lock a run's folder, then read its last.pt.
+
+    InputError if it belongs to other settings, or has files that a new run would delete.
+    """
+    path = Path(args.checkpoints) / folder_name(args, spec)
+    with ExitStack() as stack:
+        if utils.rank() == 0:
+            stack.enter_context(locked(path, "--checkpoints"))
+        state = utils.from_first(None if utils.rank() else previous_state(path, args, spec))
+        is_new = args.init and not state
+        initial = utils.load_checkpoint(utils.checkpoint_file(args.init)) if is_new else None
+        yield RunFolder(path, state, initial)
+
+
+def folder_name(args: Flags, spec: DatasetSpec) -> str:
+    """--name, by default <dataset>_<method>_<labels>_s<seed>."""
+    name = args.name or f"{spec.name}_{args.method}_{args.rule.label}_s{args.seed}"
+    if not utils.is_folder_name(name):
+        expected = f"expected the name of a folder in {args.checkpoints}, not a path"
+        raise InputError(f"--name {name}: {expected}")
+    return name
+
+
+def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
+    """The last.pt of a run with the same settings; None for a new run.
+
+    InputError if the folder has another run, or files that a new one would delete.
+    """
+    path = folder / "last.pt"
+    if args.overwrite:
+        if contents(folder) and not (folder / "config.toml").is_file():
+            raise InputError(f"--overwrite: {folder} contains no run; delete it by hand")
+        return None
+    advice = "give --name for another folder, or --overwrite to start over"
+    if not path.is_file():
+        results = "best.pt", "metrics.jsonl"
+        if found := [name for name in results if (folder / name).exists()]:
+            lacking = f"contains {found[0]} but no last.pt, so no run can resume"
+            raise InputError(f"{folder}: {lacking}; {advice}")
+        return None
+    state = utils.load_checkpoint(path)
+    progress = state.get("progress")
+    if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
+        reason = "a run cannot resume from it; --overwrite starts over"
+        raise InputError(f"checkpoint {path}: {reason}")
+    before, now = dict(state["settings"]), dict(args.settings)
+    old_spec = make_spec(state["dataset"], f"checkpoint {path}")  # adds keys it does not have
+    if args.rule.same_kind(rule_of(before)):
+        del now["split"]  # of two files, the split's hash decides
+    for settings, described in (before, old_spec), (now, spec):
+        settings |= {f"[dataset] {key}": value for key, value in asdict(described).items()}
+    if keys := [key for key in now if str(before.get(key)) != str(now[key])]:
+        differ = utils.first_ten(f"{key} was {before.get(key)}, is {now[key]}" for key in keys)
+        raise InputError(f"{folder}: holds a run with other settings ({differ}); {advice}")
+    return state
+
+
+def contents(folder: Path) -> list[Path]:
+    """What a run's folder contains besides the lock."""
+    return [path for path in folder.iterdir() if path.name != "lock"]
+
+
+def to_toml(table: dict) -> str:
+    """A flat table of strings, numbers, booleans and (nested) lists as TOML; None is left out."""
+    known = {key: value for key, value in table.items() if value is not None}
+    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in known.items())
+
+
+@contextmanager
+def locked(folder: Path, flag: str) -> Iterator[None]:
+    """Create a folder and hold its lock, which is released however this process ends.
+
+    InputError if the folder cannot be written or another process holds the lock.
+    """
+    utils.make_folder(folder, flag)
+    path = folder / "lock"
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.read(file, 200).decode() or "another process"
+            os.close(file)
+            advice = "wait for it, or give --name"
+            raise InputError(f"{folder}: {holder} is already training there; {advice}") from error
+        except OSError as error:
+            reason = f"cannot be locked here ({error.strerror})"
+            print(f"{folder}: {reason}: do not start a second run in it")
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                break
+        os.close(file)  # the process that held it has deleted it
+    for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
+        leftover.unlink(missing_ok=True)
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+            folder.rmdir()  # if nothing else is in it
+        os.close(file)
