@@ -66,7 +66,7 @@ def test(trained: Trained, data: Data, batches: Callable) -> int:
                     scores.add(sample, truth, mask)
             files.save_mask(folder / "masks" / f"{sample.id}.png", prediction[i], spec)
             row = {title: column[i : i + 1] for title, column in columns.items()}
-            panel = picture_grid(x[i : i + 1], row, spec.palette)
+            panel = picture_grid(x[i : i + 1], row, spec)
             save_picture(folder / "panels" / f"{sample.id}.png", panel)
         bar.update(len(x))
 
@@ -182,7 +182,7 @@ def predict(trained: Trained) -> int:
             if args.overlay:
                 number = plane_number(i, n_planes, files.depth_of(path))
                 file = folder / "overlays" / f"{place}{number}.png"
-                save_overlay(file, plane, mask, spec.palette)
+                save_overlay(file, plane, mask, spec)
             masks = assembly.add(path, i, n_planes, mask)
             if masks is not None:
                 files.save_prediction(folder / "masks" / place, path, masks, spec)

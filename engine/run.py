@@ -214,7 +214,7 @@ class Run:
         """The fixed images and masks, and the networks' outputs for them."""
         x, y = self.fixed
         self.model.eval()
-        return picture_grid(x, {"y": y, **self.model.pictures(x, y)}, self.spec.palette)
+        return picture_grid(x, {"y": y, **self.model.pictures(x, y)}, self.spec)
 
     # Checkpoints
 

@@ -15,6 +15,7 @@ import data_utils
 import main
 from data_utils import load_spec
 from engine import program
+from engine.pictures import shades
 from model import METHODS
 
 pytest.importorskip("matplotlib")
@@ -112,7 +113,8 @@ def test_rows_show_images_truths_and_the_masks_that_testing_writes(runs, drawn, 
     for row, name in enumerate(ids):
         image, truth = data_utils.decode(samples[name], spec, (16, 20))
         palette = np.array(spec.palette, np.uint8)
-        expected = [image.expand(3, -1, -1).permute(1, 2, 0).numpy(), palette[truth.numpy()]]
+        gray = (255 * shades(image)).round().byte().permute(1, 2, 0).numpy()
+        expected = [gray, palette[truth.numpy()]]
         for checkpoint in f"{A}/best.pt", f"{B}/last.pt", f"{FULL}/best.pt":
             assert main.main(["--testing", "--checkpoint", checkpoint]) == 0
             mask = np.array(
@@ -175,12 +177,12 @@ def test_the_legend_has_the_classes_that_are_shown_in_their_colours():
 
 
 def test_deep_images_are_shown_from_their_darkest_to_their_brightest_value():
-    image = torch.tensor([[[100.0, 300.0], [200.0, 100.0]]])
-    masks = [torch.zeros(2, 2, 2, dtype=torch.uint8)]
-    figure = figures.draw_rows(
-        [image, torch.full((1, 2, 2), 7.0)], ["y"], masks, load_spec("phantom")
-    )
-    assert figure.axes[0].images[0].get_array()[..., 0].tolist() == [[0, 255], [128, 0]]
+    image = torch.tensor([[[100.0, 300.0], [200.0, 100.0]]]).repeat(1, 50, 50)
+    masks = [torch.zeros(2, 100, 100, dtype=torch.uint8)]
+    flat = torch.full((1, 100, 100), 7.0)
+    figure = figures.draw_rows([image, flat], ["y"], masks, load_spec("phantom"))
+    shown = figure.axes[0].images[0].get_array()[:2, :2, 0]
+    assert shown.tolist() == [[0, 255], [128, 0]]
     assert figure.axes[2].images[0].get_array().max() == 0
 
 

@@ -82,7 +82,7 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     assert mask.getpalette()[:12] == flat(spec.palette)
     columns = 6 if method == "cyclegan" else 3  # image, truth, and all that the networks make
     panel = Image.open(results / "panels" / f"{ids['val'][0]}.png")
-    assert panel.width == 2 + columns * 18
+    assert panel.width == 4 + columns * (128 + 4)  # each pixel is a square of 8x8
 
 
 def test_written_masks_give_the_reported_miou(trained):
@@ -291,8 +291,11 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
     }
     overlays = MASKS.with_name("overlays") / "deep er"
     for name, size in sizes.items():
-        for folder in MASKS / "deep er", overlays:
-            assert Image.open(folder / f"{name}.png").size == size
+        assert Image.open(MASKS / "deep er" / f"{name}.png").size == size
+        width, height = Image.open(overlays / f"{name}.png").size  # enlarged, above a legend
+        zoom = -(-128 // min(size))
+        assert width >= zoom * size[0]
+        assert height > zoom * size[1]
     assert not (MASKS / "grey.png").exists()  # named twice, predicted once
     source, labels = map(nibabel.load, (mine / "heart.nii.gz", MASKS / "deep er" / "heart.nii.gz"))
     assert np.array_equal(labels.affine, source.affine)

@@ -33,11 +33,11 @@ from data_utils import Stored
 from datasets.spec import DatasetSpec
 from engine import program
 from engine.flags import Flags, Parser, number
-from engine.pictures import colorize, shades
+from engine.pictures import colorize, legend, shades
 from engine.trained import Trained, load
 from tools.plan import AUGMENT, EXPERIMENTS
 from tools.runs import Run
-from utils import IGNORE, InputError
+from utils import InputError
 
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
 LINE, LETTER = 0.175, 0.085  # inches: height of a line of text, width of a wide letter
@@ -107,8 +107,8 @@ def draw_rows(
     height, width, gap = zoom * height, zoom * width, round(GAP * dpi)
     titles = [textwrap.fill(title, int(CELL / LETTER)) for title in ("Image", *titles)]
     full_width = gap + len(titles) * (width + gap)
-    seen = torch.cat([mask.flatten().long() for mask in masks]).unique()
-    labels = ["ignored" if k == IGNORE else spec.classes[k] for k in seen.tolist()]
+    classes = legend(torch.cat([mask.long() for mask in masks]), spec)
+    labels = [name for name, _ in classes]
     columns = int(full_width / dpi / (0.5 + LETTER * max(map(len, labels))))
     columns = max(1, min(len(labels), columns))
     head = round((LINE * (1 + max(title.count("\n") for title in titles)) + GAP) * dpi)
@@ -127,10 +127,10 @@ def draw_rows(
             axes.set_axis_off()
             if i == 0:
                 axes.set_title(titles[j], fontsize=10, pad=4)
-    colors = colorize(seen.view(1, -1, 1), spec.palette)[0, :, :, 0].T.tolist()
     patches = []
-    for label, color in zip(labels, colors, strict=True):
-        patches.append(Patch(facecolor=color, edgecolor="grey", label=f" {label}"))
+    for label, color in classes:
+        rgb = [value / 255 for value in color]
+        patches.append(Patch(facecolor=rgb, edgecolor="grey", label=f" {label}"))
     spacing = {"handlelength": 1.2, "labelspacing": 0.3, "columnspacing": 1.2, "borderaxespad": 0.2}
     figure.legend(
         handles=patches, loc="lower center", ncols=columns, fontsize=9, frameon=False, **spacing
