@@ -24,6 +24,7 @@ import data_utils
 import utils
 from data_utils import Data, load_data, load_part
 from datasets.spec import DatasetSpec, load_spec
+from datasets.splits import ByFile
 from engine import predict, program, trained
 from engine.flags import Flags, parse_args
 from engine.folder import open_folder
@@ -108,6 +109,7 @@ def describe(
         used = "all are used" if args.split == "standard" else "split in the same proportions"
         about = f"{found} images or exams with masks instead of {spec.name}'s {expected}"
         print(f"{args.data_root}: {about}: {used}")
+    unit = data.split.unit() if isinstance(args.rule, ByFile) else args.rule.unit
     cuda = device.type == "cuda"
     machine = f"CPU, {torch.get_num_threads()} threads"
     machine = torch.cuda.get_device_name(device) if cuda else machine
@@ -115,7 +117,7 @@ def describe(
     height, width = args.size
     length = f"{args.epochs} epochs of {data.train.n_steps(args.batch_size)} steps"
     print(f"method:  {args.method}, {args.rule.flag}, seed {args.seed}, {length}")
-    print(f"data:    {spec.name} in {args.data_root}: {data.split.summary(args.rule.unit)}")
+    print(f"data:    {spec.name} in {args.data_root}: {data.split.summary(unit)}")
     print(f"network: {height}x{width} pixels, ngf {args.ngf}, batches of {args.batch_size}")
     print(f"device:  {processes}{machine}, {args.precision}")
     print(f"files:   {folder}", flush=True)

@@ -47,6 +47,11 @@ class Split:
         used = {role: ids for role, ids in self.ids().items() if role in ROLES}
         return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
 
+    def unit(self) -> str:
+        """What is counted: "exam" if exams have several slices and none is labeled in part."""
+        exams = [{sample.group for sample in role} for role in (self.labeled, self.unlabeled)]
+        return "exam" if len(exams[0]) < len(self.labeled) and not exams[0] & exams[1] else "image"
+
     def summary(self, unit: str) -> str:
         """'8 of 75 exams labeled (152 slices), 67 unlabeled (1,282), 25 for validation (468)'."""
         train = self.labeled + self.unlabeled

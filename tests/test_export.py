@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_acdc, make_folder, make_tiny, write_volume
+from PIL import Image
 from runs import load_with
 
 import main
-from data_utils import load_spec, normalize
+from data_utils import load_spec, normalize, resize
 from engine import program
 from tools import export
 
@@ -98,10 +99,24 @@ def test_a_pt2_computes_what_the_trained_network_computes(runs, capsys, name):
     assert tuple(classes) == load_spec("rgb.toml" if name == "rgb" else "acdc").classes
     assert json.loads(about["size"]) == [20, 16]
     assert "resized to 20x16" in out
+    assert "logits to the image's size, bilinear, then argmax" in out
     assert json.loads(about["palette"])[:2] == [
         [0, 0, 0],
         [128, 0, 0] if name == "rgb" else [70, 130, 180],
     ]
+
+
+def test_an_exported_network_makes_the_masks_of_predict_as_the_tool_says(runs):
+    assert run("checkpoints/phantom", "masks.pt2") == 0
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 40, 28), np.uint8))
+    Image.fromarray(pixels[0].numpy()).save("one.png")
+    predict = ["--predict", "one.png", "--checkpoint", "checkpoints/phantom", "--device", "cpu"]
+    assert main.main(predict) == 0
+    logits = torch.export.load("masks.pt2").module()(resize(pixels, (20, 16))[None])
+    mask = torch.nn.functional.interpolate(logits, (40, 28), mode="bilinear").argmax(1)[0]
+    assert len(mask.unique()) > 1
+    predicted = np.array(Image.open("results/phantom/predict/masks/one.png"))
+    assert (predicted == mask.numpy()).mean() > 0.999  # but for rounding
 
 
 def test_an_onnx_model_computes_what_the_trained_network_computes(runs):

@@ -228,6 +228,13 @@ def test_summary_counts_the_units_that_get_labels():
     assert parts.summary("image") == f"{expected}{n_val:,} for validation"
 
 
+def test_a_split_of_whole_exams_is_counted_in_exams():
+    spec, samples = load_spec("acdc"), acdc_like(20)
+    assert ByCount("paper", "exam", 3).apply(samples, spec, 0).unit() == "exam"
+    assert ByRatio("paper", "image", 0.2).apply(samples, spec, 0).unit() == "image"
+    assert ByRatio("paper", "exam", 0.2).apply(made_up(20), folder_spec(), 0).unit() == "image"
+
+
 def test_missing_masks_are_named():
     spec, samples = folder_spec(), made_up(1)
     held_out = error_of(split, list(samples), 1, 0, spec)

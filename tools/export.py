@@ -5,7 +5,8 @@
 
 Input `pixels` (B, C, H, W) as decoded, uint8 or float32; output `logits` (B, K, H, W) in float32;
 any B, and any H, W of 16 or more. Resize images to the training size first, as --predict does:
-bilinear, antialiased; of a volume, `volume[:, :, z].T`. Classes, palette and size are stored as
+bilinear, antialiased; of a volume, `volume[:, :, z].T`. Resize the logits to the image's size,
+bilinear, before the argmax, as --predict does. Classes, palette and size are stored as
 JSON: extra files of a .pt2, metadata of an ONNX model.
 """
 
@@ -126,6 +127,8 @@ def export(argv: list[str]) -> int:
     if dtype == "float32" and normalization == "half":
         print("        scaled to their own range, as 16-bit images and volumes were in training")
     print(f"output  logits  float32  (batch, {len(spec.classes)}, height, width)")
+    print("then    logits to the image's size, bilinear, then argmax: the masks of --predict;")
+    print("        argmax first, then nearest, differs along the edges")
     print("classes " + ", ".join(f"{k} {name}" for k, name in enumerate(spec.classes)))
     return 0
 
