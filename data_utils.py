@@ -266,6 +266,11 @@ class Stored(Dataset):
         mask = torch.from_numpy(self.cache.masks[self.rows[i]].copy())
         return mask.masked_fill_(mask == IGNORE, self.ignored_class)
 
+    def masks(self) -> Iterator[tuple[Sample, np.ndarray]]:
+        """The samples and their masks, with ignored pixels."""
+        for sample, row in zip(self.samples, self.rows, strict=True):
+            yield sample, self.cache.masks[row]
+
     def of_many_classes(self, n: int) -> list[int]:
         """Indices of up to n images whose masks have the most classes, spread over the list."""
         variety = np.array([len(np.unique(self.cache.masks[row])) for row in self.rows])

@@ -17,12 +17,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import data_utils
 import utils
 from data_utils import Data, load_data, load_part
+from datasets import labels
 from datasets.spec import DatasetSpec, load_spec
 from datasets.splits import ByFile
 from engine import predict, program, trained
@@ -121,15 +121,8 @@ def describe(
     print(f"network: {height}x{width} pixels, ngf {args.ngf}, batches of {args.batch_size}")
     print(f"device:  {processes}{machine}, {args.precision}")
     print(f"files:   {folder}", flush=True)
-    seen = np.zeros(256, np.int64)
-    for i in range(len(data.labeled)):
-        seen += np.bincount(data.labeled.mask(i).numpy().ravel(), minlength=256)
-    absent = [name for k, name in enumerate(spec.classes) if not seen[k]]
-    question = "are the masks' values class indices? docs/own_data.md explains label_ids and ignore"
-    if len(absent) >= len(spec.classes) - 1:
-        raise InputError(f"the labeled masks contain at most one class: {question}")
-    if absent:
-        print(f"no labeled mask contains {utils.first_ten(absent)}: {question}")
+    labels.check_classes(data.labeled.masks(), spec, data.labeled.ignored_class)
+    labels.check_ignored([*data.labeled.masks(), *data.val.masks()], spec, data.unlabeled.samples)
 
 
 # Testing

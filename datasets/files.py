@@ -252,6 +252,32 @@ def as_pixels(image: np.ndarray, channels: int) -> Tensor:
     return pixels.expand(channels, -1, -1)
 
 
+def mask_file(sample: Sample) -> Path | int:
+    """The file of a sample's mask: a picture, or the volume of a slice."""
+    return sample.mask.path if isinstance(sample.mask, Slice) else sample.mask
+
+
+def read_labels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
+    """Read a sample's mask as (H, W) uint8 of class indices and IGNORE; InputError names it."""
+    if isinstance(sample.mask, int):
+        values = draw_phantom(sample.mask)[1]
+    elif isinstance(sample.mask, Slice):
+        values = read_slice(sample.mask)
+    else:
+        values = read_mask(sample.mask, spec.mask_values())
+    file, whole = mask_file(sample), values.round()
+    if (uneven := np.abs(values - whole) > 1e-3).any():  # a slope rounds integers
+        advice = "save labels as integers, resampled to the nearest neighbor"
+        raise InputError(f"{file}: label {values[uneven][0]:g} is not an integer; {advice}")
+    in_range = (whole >= -(2**15)) & (whole < 2**15)
+    classes = spec.lookup()[np.where(in_range, whole, 0).astype(np.int16)]
+    if not (legal := in_range & (classes >= 0)).all():
+        known = sorted({*spec.mask_values(), *spec.void_ids, spec.ignore})
+        found = f"label {whole[~legal][0]:g} is out of range"
+        raise InputError(f"{file}: {found}; expected one of {', '.join(map(str, known))}")
+    return classes.astype(np.uint8)
+
+
 def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarray]:
     """Read and check a sample; InputError names the file.
 
@@ -259,34 +285,21 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
     indices and IGNORE, all IGNORE if there is none.
     """
     if isinstance(sample.image, int):
-        image, values = draw_phantom(sample.image)
+        image = draw_phantom(sample.image)[0]
     elif isinstance(sample.image, Slice):
         image = read_slice(sample.image).astype(np.float32)
-        values = None if sample.mask is None else read_slice(sample.mask)
-        if values is not None:
-            check_geometry(sample.image.path, sample.mask.path)
     else:
         image = read_image(sample.image, spec.channels, own=spec.layout == "folder")
-        values = None if sample.mask is None else read_mask(sample.mask, spec.mask_values())
-
-    if values is None:
+    if sample.mask is None:
         return image, np.full(image.shape[:2], IGNORE, np.uint8)
-    mask_file = sample.mask.path if isinstance(sample.mask, Slice) else sample.mask
-    if values.shape != image.shape[:2]:
-        (height, width), (rows, columns) = image.shape[:2], values.shape
+    mask = read_labels(sample, spec)
+    if isinstance(sample.mask, Slice):
+        check_geometry(sample.image.path, sample.mask.path)
+    if mask.shape != image.shape[:2]:
+        (height, width), (rows, columns) = image.shape[:2], mask.shape
         sizes = f"{columns}x{rows} pixels, but its image has {width}x{height}"
-        raise InputError(f"{mask_file}: {sizes}")
-    whole = values.round()
-    if not (uneven := np.abs(values - whole) > 1e-3).any():  # a slope rounds integers
-        in_range = (whole >= -(2**15)) & (whole < 2**15)
-        classes = spec.lookup()[np.where(in_range, whole, 0).astype(np.int16)]
-        if (legal := in_range & (classes >= 0)).all():
-            return image, classes.astype(np.uint8)
-        known = sorted({*spec.mask_values(), *spec.void_ids, spec.ignore})
-        found = f"label {whole[~legal][0]:g} is out of range"
-        raise InputError(f"{mask_file}: {found}; expected one of {', '.join(map(str, known))}")
-    advice = "save labels as integers, resampled to the nearest neighbor"
-    raise InputError(f"{mask_file}: label {values[uneven][0]:g} is not an integer; {advice}")
+        raise InputError(f"{mask_file(sample)}: {sizes}")
+    return image, mask
 
 
 def visible_files(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 import utils
 from data_utils import Data, normalize, resize
 from datasets import files
+from datasets.labels import check_ignored
 from datasets.spec import DatasetSpec, Slice
 from engine.pictures import picture_grid, save_overlay, save_picture
 from engine.train import evaluate
@@ -43,6 +44,7 @@ def test(trained: Trained, data: Data, batches: Callable) -> int:
     `batches` turns a dataset into batches (x, y) on the device.
     """
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
+    check_ignored([*data.labeled.masks(), *data.val.masks()], spec, data.unlabeled.samples)
     folder = claim(args.results, trained.path) / (args.part or "")
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")

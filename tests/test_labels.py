@@ -1,0 +1,174 @@
+"""What a run's masks hold: files of another convention than the others are never trained on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import error_of, folder_spec, make_folder, write_indexed, write_volume
+from runs import error_line, run, tiny_on
+
+from data_utils import decode
+from datasets.files import read_sample
+from datasets.labels import check_ignored
+from datasets.layouts import index
+from datasets.spec import DatasetSpec, Sample, Slice
+
+SIZE = 20, 24
+TABLE = 'ratio = 1\n[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n'
+
+
+def drawn(*values: int) -> np.ndarray:
+    """A mask with a stripe of each value, all of them equally wide."""
+    return np.repeat([values], SIZE[0], 0).repeat(24 // len(values), 1).astype(np.uint8)
+
+
+def samples_of(root: Path, masks: list[np.ndarray]) -> list[Sample]:
+    """Pictures with these masks."""
+    make_folder(root, len(masks))
+    for number, mask in enumerate(masks):
+        write_indexed(root / "masks" / f"picture {number}.png", mask)
+    return index(folder_spec(), root)
+
+
+def checked(samples: list[Sample], spec: DatasetSpec, *unused: Sample) -> None:
+    check_ignored([(sample, read_sample(sample, spec)[1]) for sample in samples], spec, unused)
+
+
+CONTOUR, OBJECT, HOLLOW, EMPTY = drawn(0, 255, 1), drawn(0, 1), drawn(0, 255, 0, 0), drawn(0)
+
+
+@pytest.mark.parametrize("hollow", [drawn(0, 255), drawn(1, 255), drawn(255, 0, 0)])
+@pytest.mark.parametrize("changes", [{}, {"classes": ["a", "b", "c"]}])
+def test_files_that_alone_ignore_pixels_and_lack_objects_are_an_error_that_names_them(
+    tmp_path, hollow, changes
+):
+    samples = samples_of(tmp_path, [OBJECT, hollow, EMPTY, OBJECT])
+    share = f"{(hollow == 255).mean():.1%}"
+    message = error_of(checked, samples, folder_spec(**changes))
+    found = f"1 mask file holds only ignored pixels ({share}) and one class: {samples[1].mask}; "
+    assert message.startswith(found)
+    assert message.endswith(
+        "; save it as the class's index, or as 254 with ignore = 254 to ignore it"
+    )
+
+
+def test_ten_such_files_are_named_and_the_rest_counted(tmp_path, capsys):
+    samples = samples_of(tmp_path, [OBJECT] + [HOLLOW] * 13)
+    message = error_of(checked, samples, folder_spec())
+    assert message.startswith("13 mask files hold only ignored pixels (25.0%) and one class: ")
+    assert message.count(".png") == 10
+    assert "; and 3 more; no other mask has any" in message
+    assert capsys.readouterr().out == "masks:   23.2% of the pixels are ignored\n"
+
+
+@pytest.mark.parametrize("masks", [[OBJECT, EMPTY], [CONTOUR, OBJECT], [CONTOUR, EMPTY]])
+def test_contours_and_empty_masks_are_as_they_should_be(tmp_path, capsys, masks):
+    checked(samples_of(tmp_path, masks), folder_spec())
+    ignored = np.mean([mask == 255 for mask in masks])
+    expected = f"masks:   {ignored:.1%} of the pixels are ignored\n" if ignored else ""
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("masks", "changes"),
+    [
+        ([CONTOUR, OBJECT, HOLLOW], {}),  # as objects of VOC that were too difficult
+        ([OBJECT, drawn(255)], {}),  # nothing was annotated
+        ([EMPTY, HOLLOW], {}),  # no other file has objects
+        ([OBJECT, drawn(0, 7)], {"ignore": 7}),  # which is not white
+    ],
+)
+def test_such_files_are_a_warning_where_ignoring_is_likely(tmp_path, capsys, masks, changes):
+    samples = samples_of(tmp_path, masks)
+    checked(samples, folder_spec(**changes))
+    _, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("1 mask file holds only ignored pixels (")
+    assert f": {samples[-1].mask}: are the masks' values class indices?" in line
+
+
+def test_masks_that_are_not_used_may_show_that_objects_have_contours(tmp_path, capsys):
+    *samples, unused = samples_of(tmp_path, [OBJECT, HOLLOW, CONTOUR])
+    assert "no other mask has any" in error_of(checked, samples, folder_spec())
+    checked(samples, folder_spec(), unused)
+    assert "1 mask file holds" in capsys.readouterr().out
+
+
+def test_a_void_class_hides_objects_as_ignored_pixels_do(tmp_path):
+    samples = samples_of(tmp_path, [OBJECT, HOLLOW])
+    void = {"void": 2, "void_ids": [255], "ignore": 254}
+    spec = folder_spec(classes=["dark", "bright", "void"], **void)
+    assert "only ignored or void pixels (25.0%)" in error_of(checked, samples, spec)
+
+
+def test_an_object_that_resizing_loses_is_an_object(tmp_path, capsys):
+    small = HOLLOW.copy()
+    small[1, 1] = 1
+    samples, spec = samples_of(tmp_path, [OBJECT, small]), folder_spec()
+    masks = [(sample, decode(sample, spec, (4, 4))[1].numpy()) for sample in samples]
+    assert 1 not in masks[1][1]
+    check_ignored(masks, spec)
+    assert capsys.readouterr().out == "masks:   12.5% of the pixels are ignored\n"
+    thin = OBJECT.copy()
+    thin[1, 1] = 255  # a contour that resizing loses
+    write_indexed(samples[0].mask, thin)
+    write_indexed(samples[1].mask, HOLLOW)
+    checked(samples, spec)
+
+
+@pytest.mark.parametrize("value", [255, 1])
+def test_the_slices_of_a_volume_are_one_file(tmp_path, value):
+    samples, spec = [], folder_spec(channels=1)
+    for name, top in ("a", 1), ("b", value):
+        write_volume(tmp_path / f"{name}.nii", np.zeros((6, 5, 3), np.int16))
+        labels = np.zeros((6, 5, 3), np.uint8)
+        labels[:2, :, 1] = 1 if name == "a" else 255
+        labels[:2, :, 2] = top
+        write_volume(tmp_path / f"{name}_gt.nii", labels)
+        files = tmp_path / f"{name}.nii", tmp_path / f"{name}_gt.nii"
+        samples += [Sample(f"{name}{z}", name, *(Slice(f, z) for f in files)) for z in range(3)]
+    if value == 255:
+        message = error_of(checked, samples, spec)
+        assert message.startswith("1 mask file holds only ignored pixels (22.2%) and one class: ")
+        assert f": {tmp_path / 'b_gt.nii'}; " in message
+    else:
+        checked(samples, spec)
+
+
+@pytest.fixture
+def mixed(tmp_path, monkeypatch) -> list[str]:
+    """The flags of a training on eight masks of 0 and 1, with val/ and test/ like them."""
+    monkeypatch.chdir(tmp_path)
+    root = make_folder(Path("pictures"), 8, n_val=2)
+    make_folder(Path("more"), 2).rename(root / "test")
+    for path in (root / "test").rglob("*.png"):
+        path.rename(path.with_stem(f"test {path.stem}"))
+    Path("own.toml").write_text(TABLE)
+    flags = "--epochs", "1", "--method", "supervised", "--data-root", str(root)
+    return [*tiny_on("own.toml"), *flags]
+
+
+def whiten(folder: str, step: int = 1) -> None:
+    """Save every so manieth mask of a folder with 255 in place of 1."""
+    for path in sorted(Path("pictures", folder).iterdir())[::step]:
+        write_indexed(path, np.where(np.asarray(drawn(0, 1)), 255, 0))
+
+
+@pytest.mark.parametrize("whitened", [("masks", 2), ("val/masks", 1), ("val/masks", 2)])
+def test_no_training_starts_with_masks_of_two_conventions(mixed, capsys, whitened):
+    whiten(*whitened)
+    line = error_line(capsys, "--training", *mixed)
+    assert "only ignored pixels (50.0%) and one class: pictures/" in line
+    assert not [*Path("checkpoints").glob("*/last.pt")]
+
+
+def test_no_test_is_scored_silently_with_masks_of_two_conventions(mixed, capsys):
+    assert run("--training", *mixed) == 0
+    part = "--testing", "--part", "test"
+    capsys.readouterr()
+    assert run(*part) == 0
+    assert "masks:" not in capsys.readouterr().out
+    whiten("test/masks", 2)
+    assert "1 mask file holds only ignored pixels" in error_line(capsys, *part)
+    whiten("test/masks")
+    assert run(*part) == 0
+    assert "2 mask files hold only ignored pixels" in capsys.readouterr().out
