@@ -102,7 +102,7 @@ def describe(
 ) -> None:
     """Print a summary of the run, with warnings about data that look incomplete.
 
-    InputError if the labeled masks contain fewer than two classes.
+    InputError if labeled masks contain fewer than two classes, or if masks follow two conventions.
     """
     expected, found = args.rule.n_expected(spec, data.split.val), data.n_groups
     if expected not in (None, found):
