@@ -43,7 +43,8 @@ def commands(capsys, line: str, *extra: str) -> dict[str, list[str]]:
     """main.py's flags by the name of the run, from `run --dry-run`."""
     assert run(f"run --dry-run {line}", *extra) == 0
     lines = map(shlex.split, capsys.readouterr().out.splitlines())
-    return {parse_args(words[2:]).name: words[2:] for words in lines}
+    trainings = [words[2 : words.index("&&")] for words in lines]
+    return {parse_args(flags).name: flags for flags in trainings}
 
 
 # Selection and commands
@@ -247,6 +248,10 @@ def test_a_failed_run_is_named_and_finished_ones_are_left_alone(capsys, monkeypa
     assert re.search(rf"^start {good}: python .*main.py --training .* --name {good}$", out, re.M)
     pattern = rf"^end   {good}: finished in 0:\d\d:\d\d, mIoU {last['miou']:.4f}, best 0\."
     assert re.search(pattern, out, re.M)
+    assert re.search(rf"^end   {good}: tested in 0:", out, re.M)
+    metrics = json.loads(Path(f"results/smoke/{good}/metrics.json").read_text())
+    assert (metrics["epoch"], metrics["miou"]) == (2, pytest.approx(last["miou"]))
+    assert metrics["checkpoint"] == f"checkpoints/smoke/{good}/last.pt"
     failure = out.splitlines()[-1]
     assert failure.startswith(f"failed: {bad}: exit code 2 after 0:00:")
     assert f"see {folder / bad}.log" in failure
@@ -256,7 +261,39 @@ def test_a_failed_run_is_named_and_finished_ones_are_left_alone(capsys, monkeypa
     assert run(line.replace("0.01 ", ""), *TINY) == 0
     out = capsys.readouterr().out
     assert f"end   {good}: was finished, mIoU {last['miou']:.4f}" in out
+    assert "tested" not in out
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_failed_test_leaves_the_run_and_the_others_as_they_are(capsys, monkeypatch):
+    popen = SimpleNamespace(Popen=InProcess, STDOUT=None, DEVNULL=None)
+    monkeypatch.setattr(experiments, "subprocess", popen)
+    first, second = "tiny_partial_0.5_s0", "tiny_partial_0.6_s0"
+    Path("results/smoke").mkdir(parents=True)
+    Path("results/smoke", first).touch()  # not a folder
+    line = "run --scale smoke --dataset tiny.toml --names partial --ratios 0.5 0.6"
+    assert run(line, *TINY) == 1
+    out = capsys.readouterr().out
+    (failure,) = [text for text in out.splitlines() if text.startswith("failed: ")]
+    assert failure.startswith(f"failed: {first}: test: exit code 2 after 0:")
+    assert f"end   {second}: tested in 0:" in out
+    assert runs.read_folder(Path("checkpoints/smoke", first)).finished
+    Path("results/smoke", first).unlink()
+    assert run(line, *TINY) == 0  # tests what was not tested
+    out = capsys.readouterr().out
+    assert [text for text in out.splitlines() if " tested " in text][0].startswith(f"end   {first}")
+    assert out.count(" tested ") == 1
+
+
+def test_a_test_runs_on_the_machine_of_its_training(capsys):
+    line = "run --dry-run --scale smoke --dataset tiny.toml --names partial --data-root here"
+    assert run(line, "--device", "cpu", "--lr", "0.5", "--overwrite") == 0
+    words = shlex.split(capsys.readouterr().out)
+    test = words[words.index("&&") + 1 :]
+    assert test[2:] == [
+        "--testing", "--checkpoint", "checkpoints/smoke/tiny_partial_0.2_s0/last.pt",
+        "--results", "results/smoke", "--device", "cpu", "--data-root", "here",
+    ]  # fmt: skip
 
 
 def signal_when(path: Path) -> None:
@@ -292,7 +329,9 @@ def leave(signum, frame):
     sys.exit(128 + signum)
 signal.signal(signal.SIGTERM, leave)
 threads, start = os.environ["OMP_NUM_THREADS"], time.time()
-print(json.dumps({"group": os.getpgrp(), "threads": threads, "start": start}), flush=True)
+gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+about = {"group": os.getpgrp(), "threads": threads, "start": start, "gpu": gpu}
+print(json.dumps(about), flush=True)
 pathlib.Path(sys.argv[1] + ".ready").touch()
 time.sleep(float(sys.argv[2]))
 print(json.dumps({"end": time.time()}))
@@ -311,8 +350,8 @@ def stub(monkeypatch):
 
 def test_simultaneous_runs_share_the_cores(capsys, monkeypatch, stub):
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    lines = {name: [name, "0.5", "3"] for name in "abc"}
-    assert experiments.run_all(lines, Path(), 2) == 1
+    lines = {name: [[name, "0.5", "3"]] for name in "abc"}
+    assert experiments.run_all(lines, Path(), 2, []) == 1
     logs = []
     for name in lines:
         text = Path(f"{name}.log").read_text().splitlines()
@@ -326,15 +365,52 @@ def test_simultaneous_runs_share_the_cores(capsys, monkeypatch, stub):
     assert out.count(": the last line (see ") == 6
 
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    experiments.run_all({"d": ["d", "0", "3"]}, Path(), 2)
+    experiments.run_all({"d": [["d", "0", "3"]]}, Path(), 2, [])
     assert json.loads(Path("d.log").read_text().splitlines()[0])["threads"] == "5"
+
+
+def gpu_of(name: str) -> str | None:
+    """The GPU of a job, as the stub has printed it."""
+    return json.loads(Path(f"{name}.log").read_text().splitlines()[0])["gpu"]
+
+
+def test_simultaneous_runs_have_a_gpu_each_and_share_them_if_there_are_fewer(stub):
+    seconds = dict(zip("abcde", (2, 0, 2, 2, 0), strict=True))
+    lines = {name: [[name, str(duration), "3"]] for name, duration in seconds.items()}
+    experiments.run_all({name: lines[name] for name in "abc"}, Path(), 3, ["5", "7"])
+    assert [gpu_of(name) for name in "abc"] == ["5", "7", "5"]
+    for path in Path().glob("*.log"):
+        path.unlink()
+    experiments.run_all(lines, Path(), 4, list("0123"))
+    assert [gpu_of(name) for name in "abcde"] == [*"0123", "1"]  # e takes the place of b
+
+
+def test_the_gpus_are_those_that_the_environment_shows(monkeypatch, stub):
+    monkeypatch.setattr(experiments.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert experiments.visible_gpus() == ["0", "1", "2"]
+    for value, expected in {"5, 7": ["5", "7"], "GPU-1a": ["GPU-1a"], "": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+        assert experiments.visible_gpus() == expected
+    experiments.run_all({"a": [["a", "0", "3"]]}, Path(), 1, [])
+    assert gpu_of("a") == ""  # as it was
+
+
+def test_a_device_that_is_given_is_no_choice_of_gpus(monkeypatch):
+    found = []
+    monkeypatch.setattr(experiments, "visible_gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(experiments, "run_all", lambda *args: found.append(args[-1]) or 0)
+    line = "run --scale smoke --dataset tiny.toml --names partial"
+    run(line)
+    run(line, "--device", "cuda:1")
+    assert found == [["0", "1"], []]
 
 
 def test_a_signal_is_passed_on_and_no_other_run_starts(capsys, stub):
     before = signal.getsignal(signal.SIGTERM)
     signal_when(Path("a.ready"))
-    lines = {name: [name, "30", "0"] for name in "ab"}
-    assert experiments.run_all(lines, Path(), 1) == 128 + signal.SIGTERM
+    lines = {name: [[name, "30", "0"]] for name in "ab"}
+    assert experiments.run_all(lines, Path(), 1, []) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     first, *rest = Path("a.log").read_text().splitlines()
     assert rest == ["saved"]
@@ -345,8 +421,8 @@ def test_a_signal_is_passed_on_and_no_other_run_starts(capsys, stub):
 
 def test_a_run_that_failed_before_a_signal_is_not_interrupted(capsys, stub):
     signal_when(Path("b.ready"))
-    lines = {"a": ["a", "0", "3"], "b": ["b", "30", "0"], "c": ["c", "0", "0"]}
-    assert experiments.run_all(lines, Path(), 1) == 128 + signal.SIGTERM
+    lines = {"a": [["a", "0", "3"]], "b": [["b", "30", "0"]], "c": [["c", "0", "0"]]}
+    assert experiments.run_all(lines, Path(), 1, []) == 128 + signal.SIGTERM
     out = capsys.readouterr().out
     assert "failed: a: exit code 3" in out
     assert "SIGTERM: 1 runs interrupted, 1 not started" in out

@@ -8,7 +8,8 @@
 
 tools/experiments.toml lists scales and experiments. Flags of main.py after -- are added to every
 run. The same command again resumes interrupted runs. A run's folder is
-checkpoints/<scale>/<dataset>_<name>_<ratio>_s<seed>; its output is in the .log file beside it.
+checkpoints/<scale>/<dataset>_<name>_<ratio>_s<seed>; its output is in the .log file beside it. The
+test of its last checkpoint, which follows, is in results/<scale>/.
 `keep` adds finished runs to <scale>.jsonl, one line per run. `report` and `keep` write to the
 folder of the runs, or of the kept log, unless --out is given.
 """
@@ -20,17 +21,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 import utils
 from engine import program
-from engine.flags import Parser, number, parse_args
+from engine.flags import Parser, number, parse_args, read_flags
 from engine.signals import SIGNALS
 from tools import report, runs
 from tools.plan import EXPERIMENTS, SCALES, dataset_name, paper_cells, paper_scores, run_flags
+from tools.runs import as_flags
 from utils import InputError
 
 FIXED = {"dataset", "data_root", "method", "ratio", "seed", "checkpoints", "name"}  # not after --
@@ -65,9 +70,48 @@ def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]
     return selected
 
 
+def test_flags(scale: str, name: str, extra: list[str]) -> list[str]:
+    """main.py's flags that test a run's last checkpoint, on the machine that `extra` describes."""
+    given = read_flags(extra)
+    machine = [*runs.PARSER.keys["machine"], "data_root", "cache"]
+    last, results = f"checkpoints/{scale}/{name}/last.pt", f"results/{scale}"
+    flags = ["--testing", "--checkpoint", last, "--results", results]
+    return flags + as_flags({key: given[key] for key in machine if key in given})
+
+
 def command(flags: list[str]) -> str:
     """A line for a shell."""
     return shlex.join(["python", os.path.relpath(MAIN), *flags])
+
+
+# Running
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process of main.py that trains a run, or tests it."""
+
+    name: str
+    testing: bool
+    slot: int  # of --jobs
+    process: subprocess.Popen
+    before: int  # evaluated() at its start
+    started: float
+
+    def result(self, folder: Path) -> str:
+        """What the process has done, in words."""
+        duration = timedelta(seconds=round(time.monotonic() - self.started))
+        if code := self.process.returncode:
+            log = folder / f"{self.name}.log"
+            message = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            what = "test: " if self.testing else ""
+            return f"{what}exit code {code} after {duration}: {message} (see {log})"
+        if self.testing:
+            return f"tested in {duration}"
+        run = runs.read_folder(folder / self.name)
+        trained = evaluated(folder / self.name) != self.before
+        result = f"finished in {duration}" if trained else "was finished"
+        return result + (f", mIoU {run.last:.4f}, best {run.best:.4f}" if run.epoch else "")
 
 
 def evaluated(folder: Path) -> int:
@@ -76,58 +120,79 @@ def evaluated(folder: Path) -> int:
     return log.stat().st_mtime_ns if log.is_file() else 0
 
 
-def start(name: str, flags: list[str], folder: Path, n_jobs: int) -> subprocess.Popen:
-    """Start a run with its share of the cores and its output in folder/NAME.log.
+def is_tested(folder: Path) -> bool:
+    """Whether a run has a test that is younger than its last checkpoint."""
+    metrics = runs.results_of(folder) / "metrics.json"
+    return metrics.is_file() and metrics.stat().st_mtime > (folder / "last.pt").stat().st_mtime
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of CUDA_VISIBLE_DEVICES, or all of this machine."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [str(gpu) for gpu in range(torch.cuda.device_count())]
+    return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
+
+
+def environment(slot: int, n_jobs: int, gpus: list[str]) -> dict[str, str]:
+    """The environment of a job: its share of the cores, and its GPU if there is any."""
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_jobs))}
+    gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+    return {**threads, **os.environ, **gpu}
+
+
+def start(name: str, flags: list[str], folder: Path, env: dict[str, str]) -> subprocess.Popen:
+    """Start main.py with its output in folder/NAME.log.
 
     It gets its own process group: Ctrl-C would otherwise reach it twice, and the second signal
     ends it without a checkpoint.
     """
     print(f"start {name}: {command(flags)}", flush=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_jobs))}
     with (folder / f"{name}.log").open("ab") as log:
         streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         line = [sys.executable, str(MAIN), *flags]
-        return subprocess.Popen(line, process_group=0, env={**threads, **os.environ}, **streams)
+        return subprocess.Popen(line, process_group=0, env=env, **streams)
 
 
-def run_all(commands: dict[str, list[str]], folder: Path, n_jobs: int) -> int:
-    """Run main.py with the flags of each name; 0, 1 if a run failed, 128 + n after signal n.
+def run_all(
+    commands: dict[str, list[list[str]]], folder: Path, n_jobs: int, gpus: list[str]
+) -> int:
+    """Train and test with main.py's flags of each name; 0, 1 if any failed, 128 + n after signal n.
 
-    Signals are passed on: main.py saves a checkpoint and exits.
+    Signals are passed on: main.py saves a checkpoint and exits. A run is tested once it is
+    finished, unless it was before; a test that fails leaves the run and the others as they are.
     """
-    waiting, running, signals, n_passed_on = list(commands), {}, [], 0
+    waiting, running, signals, n_passed_on = list(commands), [], [], 0
     failed, interrupted, handlers = {}, {}, {}
     for signum in SIGNALS:
         handlers[signum] = signal.signal(signum, lambda signum, _: signals.append(signum))
+
+    def begin(name: str, testing: bool, slot: int) -> None:
+        before, started = evaluated(folder / name), time.monotonic()
+        process = start(name, commands[name][testing], folder, environment(slot, n_jobs, gpus))
+        running.append(Job(name, testing, slot, process, before, started))
+
     try:
         while running or (waiting and not signals):
             while waiting and len(running) < n_jobs and not signals:
-                name = waiting.pop(0)
-                begin = evaluated(folder / name), time.monotonic()
-                running[start(name, commands[name], folder, n_jobs)] = name, *begin
+                begin(waiting.pop(0), False, min({*range(n_jobs)} - {job.slot for job in running}))
             for signum in signals[n_passed_on:]:
                 n_passed_on += 1
-                for child in running:
-                    child.send_signal(signum)
-            for child in [child for child in running if child.poll() is not None]:
-                name, before, started = running.pop(child)
-                duration = timedelta(seconds=round(time.monotonic() - started))
-                if child.returncode == 0:
-                    run = runs.read_folder(folder / name)
-                    trained = evaluated(folder / name) != before
-                    result = f"finished in {duration}" if trained else "was finished"
-                    result += f", mIoU {run.last:.4f}, best {run.best:.4f}" if run.epoch else ""
-                else:
-                    log = folder / f"{name}.log"
-                    message = log.read_text(errors="replace").strip().rpartition("\n")[2]
-                    result = f"exit code {child.returncode} after {duration}: {message} (see {log})"
-                    by_signal = child.returncode > 128 or -child.returncode in signals
-                    (interrupted if by_signal else failed)[name] = result
-                print(f"end   {name}: {result}", flush=True)
+                for job in running:
+                    job.process.send_signal(signum)
+            for job in [job for job in running if job.process.poll() is not None]:
+                running.remove(job)
+                result, code = job.result(folder), job.process.returncode
+                print(f"end   {job.name}: {result}", flush=True)
+                if code:
+                    by_signal = code > 128 or -code in signals
+                    (interrupted if by_signal else failed)[job.name] = result
+                elif not (job.testing or signals or is_tested(folder / job.name)):
+                    begin(job.name, True, job.slot)
             time.sleep(0.1)
     finally:
-        for child in running:
-            child.terminate()
+        for job in running:
+            job.process.terminate()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     for name, result in failed.items():
@@ -137,6 +202,9 @@ def run_all(commands: dict[str, list[str]], folder: Path, n_jobs: int) -> int:
         print(f"{signal.Signals(signals[0]).name}: {counts}; the same command resumes them")
         return 128 + signals[0]
     return 1 if failed or interrupted else 0
+
+
+# The command line
 
 
 def show(args: argparse.Namespace, scale: str) -> int:
@@ -152,7 +220,7 @@ def show(args: argparse.Namespace, scale: str) -> int:
 
 
 def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
-    """run: train, seed by seed."""
+    """run: train and test, seed by seed."""
     if fixed := parse_args(["--training", *extra]).given.keys() & FIXED:
         flag = min(fixed).replace("_", "-")
         raise InputError(f"--{flag} after --: give it before --, or run main.py directly")
@@ -164,13 +232,16 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     for seed in args.seeds:
         for cell in cells:
             flags = run_flags(cell, scale, seed, extra)
-            commands[parse_args(flags).name] = flags
+            name = parse_args(flags).name
+            commands[name] = [flags, test_flags(scale, name, extra)]
     if args.dry_run:
-        print(*map(command, commands.values()), sep="\n")
+        for train, test in commands.values():
+            print(f"{command(train)} && {command(test)}")
         return 0
     folder = Path("checkpoints") / scale
     utils.make_folder(folder, "the folder")
-    return run_all(commands, folder, args.jobs)
+    gpus = [] if "device" in read_flags(extra) else visible_gpus()
+    return run_all(commands, folder, args.jobs, gpus)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -178,7 +249,7 @@ def build_parser() -> argparse.ArgumentParser:
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|keep")
     helps = {
         "list": "print the paper's number and the command of each experiment",
-        "run": "train; put flags of main.py after --",
+        "run": "train and test; put flags of main.py after --",
         "report": "write tables and figures from run folders or a kept log",
         "keep": "add finished runs to a kept log, one line per run",
     }
@@ -198,7 +269,13 @@ def build_parser() -> argparse.ArgumentParser:
         if action == "run":
             seed, count = number(int, 0, 2**32), number(int, 1, 1000)
             flag("--seeds", nargs="+", type=seed, default=[0], metavar="S", help="random seeds")
-            flag("--jobs", type=count, default=1, metavar="N", help="parallel runs")
+            flag(
+                "--jobs",
+                type=count,
+                default=1,
+                metavar="N",
+                help="parallel runs, each with its own GPU if there are several",
+            )
             flag("--data-root", metavar="DIR", help="folder with the dataset's files")
             flag("--dry-run", action="store_true", help="print the commands only")
     return parser

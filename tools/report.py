@@ -189,7 +189,7 @@ def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
         same = key not in ("ratio", "seed") and all(run.settings[key] == value for run in runs)
         if same and value != PAPER[key]:
             shared[key] = value
-    text += f"All runs: `{as_flags(shared)}`\n\nCommits: {commits_of(runs)}\n\n"
+    text += f"All runs: `{' '.join(as_flags(shared))}`\n\nCommits: {commits_of(runs)}\n\n"
     unfinished = []
     for run in runs:
         if not run.finished:

@@ -21,12 +21,16 @@ PAPER = {key: getattr(PARSER.parse_args([]), key) for key in setting_names()}
 DATA = "classes scored channels ignore void label_ids void_ids orientation".split()
 
 
-def as_flags(settings: dict) -> str:
+def as_flags(settings: dict) -> list[str]:
+    """Settings as words of a command line."""
     words = []
     for key, value in settings.items():
-        values = value if isinstance(value, list) else [] if value is True else [value]
-        words += [f"--{key.replace('_', '-')}", *values]
-    return " ".join(map(str, words))
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,10 @@ def read_folder(folder: Path) -> Run:
         manifest = json.loads(utils.read_text(path)) if path.is_file() else {}
         versions = {key: manifest[key] for key in VERSIONS if key in manifest}
         path = results_of(folder) / "metrics.json"
-        tested = json.loads(utils.read_text(path)) if path.is_file() else {}
+        test = json.loads(utils.read_text(path)) if path.is_file() else {}
+        is_last = lines and test.get("epoch") == lines[-1]["epoch"]
         path, name = folder, match[1] if match and match[1] in EXPERIMENTS else ""
-        volumes = tested.get("volumes", {})
+        volumes = test.get("volumes", {}) if is_last else {}
         run = Run(name, folder.name, settings, dataset, lines, versions, split, volumes)
         return checked(run) if name else run
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -131,8 +136,9 @@ def checked(run: Run) -> Run:
     A flag that the run is older than has its default. InputError if it has other flags.
     """
     if dropped := sorted(run.settings.keys() - PAPER.keys()):
-        flags, commit = as_flags(dict.fromkeys(dropped, [])), run.versions.get("commit", "its own")
-        raise InputError(f"{run.run}: {flags} no longer exist; read it with commit {commit}")
+        flags, commit = as_flags(dict.fromkeys(dropped, True)), run.versions.get("commit")
+        what = f"{' '.join(flags)} no longer exist"
+        raise InputError(f"{run.run}: {what}; read it with commit {commit or 'of its time'}")
     run = Run(**{**asdict(run), "settings": PAPER | run.settings})
     _ = run.place, run.finished, run.labels, [run.split[role] for role in ROLES]
     _ = [(line["step"], line["miou"], line["iou"]) for line in run.evaluations]
