@@ -210,24 +210,23 @@ def _fill_cache(
     rows = itertools.groupby(range(len(samples)), key=volumes.__getitem__)
     files.read_volume.cache_clear()  # the files may have changed
     problems = []
+    per_pixel = spec.channels * np.dtype(dtype).itemsize + 1
     try:
-        decoded = DataLoader(
-            Decoder(samples, spec, size, home, dtype),
-            batch_sampler=[list(group) for _, group in rows],  # a worker reads a whole volume
-            collate_fn=list,
-            num_workers=workers,
-            worker_init_fn=start_worker,
-        )
-        items = itertools.chain.from_iterable(loaded(decoded))
-        text = {"desc": f"decoding {spec.name}", "unit": " images"}
-        for problem in tqdm(items, total=len(samples), disable=None, **text):
-            if isinstance(problem, InputError):
-                problems.append(str(problem))
-            elif problem:
-                raise problem
-    except OSError as error:
-        per_pixel = spec.channels * np.dtype(dtype).itemsize + 1
-        raise utils.unwritten(home, len(samples) * size[0] * size[1] * per_pixel, error) from error
+        with utils.writing(home, len(samples) * size[0] * size[1] * per_pixel):
+            decoded = DataLoader(
+                Decoder(samples, spec, size, home, dtype),
+                batch_sampler=[list(group) for _, group in rows],  # a worker reads a whole volume
+                collate_fn=list,
+                num_workers=workers,
+                worker_init_fn=start_worker,
+            )
+            items = itertools.chain.from_iterable(loaded(decoded))
+            text = {"desc": f"decoding {spec.name}", "unit": " images"}
+            for problem in tqdm(items, total=len(samples), disable=None, **text):
+                if isinstance(problem, InputError):
+                    problems.append(str(problem))
+                elif problem:
+                    raise problem
     finally:
         files.read_volume.cache_clear()
     if problems:

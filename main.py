@@ -135,7 +135,7 @@ def test(args: Flags) -> int:
         data = load_part(best.args, best.spec)
     else:
         data = load_data(best.args, best.spec, best.state["split"])
-    return predict.test(best, data, make_batches(best.args, best.device))
+    return predict.score(best, data, make_batches(best.args, best.device))
 
 
 def command(argv: list[str]) -> int:
@@ -150,7 +150,7 @@ def command(argv: list[str]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command line, by default the program's own; the exit code, errors as one line."""
-    return program.run(command, argv)
+    return program.execute(command, argv)
 
 
 if __name__ == "__main__":

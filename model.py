@@ -25,17 +25,17 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import NormedConv2d, NormedConvTranspose2d, ResNetGenerator
-from utils import IGNORE, NonFiniteLoss, share, total, world_size
+from utils import IGNORE, NonFiniteLoss, count_per_process, total, world_size
 
 # Equations. Expectations and norms are means over images, pixels and channels, as in the released
-# code. With several processes, `share` makes the mean of their values that of the whole batch.
+# code. With several processes, `count_per_process` makes their values' mean the whole batch's.
 
 
 def gen_S(logits: Tensor, y: Tensor) -> Tensor:
     """Eq. 1, 2: cross-entropy H(y, G_IS(x)), mean over the pixels that count; 0 if none does."""
     # reduction="sum" has no deterministic kernel on GPUs
     error = F.cross_entropy(logits, y, ignore_index=IGNORE, reduction="none")
-    return error.sum() / share((y != IGNORE).sum())
+    return error.sum() / count_per_process((y != IGNORE).sum())
 
 
 def gen_I(fake_x: Tensor, x: Tensor) -> Tensor:
@@ -49,7 +49,9 @@ def disc(real: Tensor, fake: Tensor, valid: Tensor | None = None) -> Tensor:
     `valid`, a mask of real's shape, selects the real pixels that count.
     """
     error = (real - 1).square()
-    real_term = error.mean() if valid is None else (error * valid).sum() / share(valid.sum())
+    real_term = (
+        error.mean() if valid is None else (error * valid).sum() / count_per_process(valid.sum())
+    )
     return real_term + fake.square().mean()
 
 
@@ -146,14 +148,14 @@ class Method(nn.Module):
         self.optimizers[side] = Adam(parameters, args.lr, tuple(args.betas), fused=True)
         self.sides[side] = Side(networks, terms)
 
-    def run(self, network: nn.Module, x: Tensor) -> Tensor:
+    def compute(self, network: nn.Module, x: Tensor) -> Tensor:
         """The network's output in x's dtype, computed in bfloat16 under --precision bf16."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return network(x).to(x.dtype)
 
     def segment(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W)."""
-        return self.run(self.G_IS, x)
+        return self.compute(self.G_IS, x)
 
     def generator_terms(
         self, x: Tensor, y: Tensor, x_u: Tensor | None
@@ -227,9 +229,9 @@ class CycleGAN(Method):
         on = self.terms_on()
         paints = on & {"gen_I", "cycle_S", "cycle_I", "disc_I"}
         self.optimize("G", [self.G_IS, *[self.G_SI] * bool(paints)], self.generator_terms, args)
-        judges = {"disc_S": self.D_S, "disc_I": self.D_I}
-        if discriminators := [network for name, network in judges.items() if name in on]:
-            self.optimize("D", discriminators, self.discriminator_terms, args)
+        discriminators = {"disc_S": self.D_S, "disc_I": self.D_I}
+        if used := [network for name, network in discriminators.items() if name in on]:
+            self.optimize("D", used, self.discriminator_terms, args)
 
     def terms_on(self) -> set[str]:
         """The names of the terms whose weight is not 0."""
@@ -239,7 +241,7 @@ class CycleGAN(Method):
         """G_SI: masks (B, H, W), one-hot masks or softmax maps (B, K, H, W) to (B, C, H, W)."""
         if y.dim() == 3:
             y = one_hot(y, self.n_classes, next(self.parameters()).dtype)
-        return self.run(self.G_SI, y)
+        return self.compute(self.G_SI, y)
 
     def generator_terms(self, x, y, x_u):
         """The terms of Eq. 8 whose weight is not 0, and the fakes {"y": G_IS(x'), "x": G_SI(y)}.
@@ -271,21 +273,21 @@ class CycleGAN(Method):
             fakes["y"] = one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype)
         with frozen(self.D_S, self.D_I):
             if "disc_S" in on:
-                terms["disc_S"] = fool(self.run(self.D_S, fakes["y"]))
+                terms["disc_S"] = fool(self.compute(self.D_S, fakes["y"]))
             if "disc_I" in on:
-                terms["disc_I"] = fool(self.run(self.D_I, fakes["x"]))
+                terms["disc_I"] = fool(self.compute(self.D_I, fakes["x"]))
         return terms, fakes
 
     def discriminator_terms(self, y, x_u, fakes):
         """Eq. 4, 5 on the detached fakes; separately, as batch norm would mix real and fake."""
         terms = {}
         if self.weights["disc_S"]:
-            real = self.run(self.D_S, one_hot(y, self.n_classes, x_u.dtype))
-            fake = self.run(self.D_S, self.pools["y"](fakes["y"].detach()))
+            real = self.compute(self.D_S, one_hot(y, self.n_classes, x_u.dtype))
+            fake = self.compute(self.D_S, self.pools["y"](fakes["y"].detach()))
             terms["D_S"] = disc(real, fake, valid=(y != IGNORE).unsqueeze(1))
         if self.weights["disc_I"]:
-            real = self.run(self.D_I, x_u)
-            fake = self.run(self.D_I, self.pools["x"](fakes["x"].detach()))
+            real = self.compute(self.D_I, x_u)
+            fake = self.compute(self.D_I, self.pools["x"](fakes["x"].detach()))
             terms["D_I"] = disc(real, fake)
         return terms
 
@@ -328,14 +330,14 @@ class ReplayPool:
 # Baseline: Hung et al., Adversarial learning for semi-supervised semantic segmentation (2018).
 
 
-def judge(logits: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
+def bce(logits: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of D's logits (B, 1, H, W) with 1 (real) or 0.
 
     Mean over the `valid` pixels; 0 if there is none.
     """
     truth = torch.full_like(logits, target)
     error = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    return error.mean() if valid is None else (error * valid).sum() / share(valid.sum())
+    return error.mean() if valid is None else (error * valid).sum() / count_per_process(valid.sum())
 
 
 def semi(logits: Tensor, judgment: Tensor, threshold: float) -> Tensor:
@@ -372,10 +374,10 @@ class AdvSemi(Method):
         maps = logits.softmax(1)
         terms = {"gen_S": gen_S(logits[: len(x)], y)}
         with frozen(self.D_S):
-            judgment = self.run(self.D_S, maps[: len(x)])
-            terms["adv"] = judge(judgment, 1.0, valid=(y != IGNORE).unsqueeze(1))
-            judgment = self.run(self.D_S, maps[len(x) :])
-        terms["semi_adv"] = judge(judgment, 1.0)
+            judgment = self.compute(self.D_S, maps[: len(x)])
+            terms["adv"] = bce(judgment, 1.0, valid=(y != IGNORE).unsqueeze(1))
+            judgment = self.compute(self.D_S, maps[len(x) :])
+        terms["semi_adv"] = bce(judgment, 1.0)
         begun = self.progress >= self.start
         logits_u = logits[len(x) :]
         terms["semi"] = semi(logits_u, judgment, self.threshold) if begun else logits.new_zeros(())
@@ -389,8 +391,8 @@ class AdvSemi(Method):
         """
         maps, valid = fakes["y"].detach(), (y != IGNORE).unsqueeze(1)
         valid_maps = torch.cat([valid, torch.ones_like(maps[len(y) :, :1], dtype=torch.bool)])
-        fake = judge(self.run(self.D_S, maps), 0.0, valid_maps)
-        real = judge(self.run(self.D_S, one_hot(y, self.n_classes, maps.dtype)), 1.0, valid)
+        fake = bce(self.compute(self.D_S, maps), 0.0, valid_maps)
+        real = bce(self.compute(self.D_S, one_hot(y, self.n_classes, maps.dtype)), 1.0, valid)
         return {"D_S": (fake + real) / 2}
 
 
@@ -448,14 +450,14 @@ class MeanTeacher(Method):
 
     def segment(self, x):
         """Logits (B, K, H, W), of G_IS while training and of its average in evaluation."""
-        return self.run(self.G_IS if self.training else self.teacher, x)
+        return self.compute(self.G_IS if self.training else self.teacher, x)
 
     def generator_terms(self, x, y, x_u):
         """Eq. 1, 2, and `cutmix` on labeled images, unlabeled images or both."""
         terms = {"gen_S": gen_S(self.segment(x), y)}
         if self.cutmix_on != "labeled":
             with torch.no_grad():
-                y_u = self.run(self.teacher, x_u).argmax(1)
+                y_u = self.compute(self.teacher, x_u).argmax(1)
             both = self.cutmix_on == "both"
             x, y = (torch.cat([x, x_u]), torch.cat([y, y_u])) if both else (x_u, y_u)
         terms["cutmix"] = cutmix(self.segment, x, y)

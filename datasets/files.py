@@ -21,7 +21,7 @@ from torch import Tensor
 
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice
-from utils import IGNORE, InputError, first_ten, write_atomically
+from utils import IGNORE, InputError, first_ten, naming, write_atomically
 
 IGNORE_COLOR = (224, 224, 192)  # as in VOC's own masks
 LOSSLESS = (  # formats of gray or indexed pictures whose values are those that were saved
@@ -29,19 +29,6 @@ LOSSLESS = (  # formats of gray or indexed pictures whose values are those that 
     *("SUN", "TGA", "TIFF", "XBM", "XPM"),
 )
 EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Turn any exception inside but MemoryError into an InputError that names the file."""
-    try:
-        yield
-    except (InputError, MemoryError):
-        raise
-    except Exception as error:  # decoders raise anything on hostile bytes
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        reason = str(reason) or type(error).__name__
-        raise InputError(f"{path}: {reason}".splitlines()[0]) from error
 
 
 def is_volume(path: Path) -> bool:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.files import naming
 from datasets.layouts import parts_of
 from datasets.spec import CONFIG, DatasetSpec, Sample
-from utils import InputError, first_ten, read_text
+from utils import InputError, first_ten, naming, read_text
 
 SPLITS = ("paper", "standard", "image")  # --split; anything else is a file with lists of ids
 ROLES = ("labeled", "unlabeled", "val")

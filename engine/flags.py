@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         return lambda *flags, **about: keys.append(group.add_argument(*flags, **about).dest)
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+def bounded(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
     """An argparse type: a finite int or float from `low` (`above`: exclusive) to `high`."""
 
     def convert(text: str) -> float:
@@ -96,8 +96,9 @@ def split_kind(text: str) -> str:
 def build_parser() -> Parser:
     """All flags, with the paper's defaults (Section 3.3)."""
     parser = Parser("main.py", description="Train, test and use segmentation networks.")
-    share, weight, count = number(float, 0, 1, above=True), number(float, 0), number(int, 1, 10**9)
-    size, beta = number(int, MIN_SIZE, 16384), number(float, 0, 0.9999)
+    share, weight = bounded(float, 0, 1, above=True), bounded(float, 0)
+    count = bounded(int, 1, 10**9)
+    size, beta = bounded(int, MIN_SIZE, 16384), bounded(float, 0, 0.9999)
     switch = argparse.BooleanOptionalAction
 
     flag = parser.group("mode")
@@ -118,7 +119,7 @@ def build_parser() -> Parser:
     flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
     flag("--ratio", type=share, default=0.2, help="share of the training images with labels")
     flag("--labeled", type=count, metavar="N", help="their number, in place of --ratio")
-    flag("--seed", type=number(int, 0, 2**32), default=0, help="seed of split, weights and order")
+    flag("--seed", type=bounded(int, 0, 2**32), default=0, help="seed of split, weights and order")
     splits = "paper, standard (as in other papers), image (85/15, as released)"
     splits += ", a name in config/splits/ or a split.json"
     flag("--split", type=split_kind, default="paper", metavar="SPLIT", help=splits)
@@ -143,13 +144,13 @@ def build_parser() -> Parser:
     flag("--reduction", default="mean", choices=["mean", "sum"], help=sums)
     flag("--epochs", type=count, default=400, help="passes over the longer list of images")
     decay = "epoch at which the learning rate starts to fall; default: a quarter of --epochs"
-    flag("--decay-epoch", type=number(int, 0), metavar="N", help=decay)
+    flag("--decay-epoch", type=bounded(int, 0), metavar="N", help=decay)
     flag("--batch-size", type=count, default=5, metavar="B", help="images of each kind per step")
-    flag("--lr", type=number(float, 0, above=True), default=2e-4, help="Adam's learning rate")
+    flag("--lr", type=bounded(float, 0, above=True), default=2e-4, help="Adam's learning rate")
     betas = {"nargs": 2, "default": [0.5, 0.999], "metavar": ("B1", "B2")}
     flag("--betas", type=beta, **betas, help="Adam's betas")
     pool = "size of the pool of past fakes for the discriminators (released code: 50)"
-    flag("--pool-size", type=number(int, 0), default=0, metavar="N", help=pool)
+    flag("--pool-size", type=bounded(int, 0), default=0, metavar="N", help=pool)
     fakes = "D_S's input from G_IS(x'): softmax maps, or argmax as released"
     flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help=fakes)
     on = "images that meanteacher mixes and perturbs"
@@ -161,8 +162,8 @@ def build_parser() -> Parser:
     flag = parser.group("networks")
     flag("--ngf", type=count, default=64, metavar="N", help="width of the generators")
     flag("--ndf", type=count, default=64, metavar="N", help="width of the discriminators")
-    flag("--n-blocks", type=number(int, 0), default=9, metavar="N", help="residual blocks")
-    chance = number(float, 0, 0.99)
+    flag("--n-blocks", type=bounded(int, 0), default=9, metavar="N", help="residual blocks")
+    chance = bounded(float, 0, 0.99)
     flag("--dropout", type=chance, default=0.0, metavar="P", help="dropout in residual blocks")
     norms = ["batch", "instance"]
     flag("--disc-norm", default="batch", choices=norms, help="norm of the discriminators")
@@ -172,7 +173,7 @@ def build_parser() -> Parser:
     flag("--device", help="cpu, cuda or cuda:1; default: cuda if there is a GPU")
     flag("--compile", action=switch, default=False, help="torch.compile the networks")
     flag("--deterministic", action=switch, default=False, help="deterministic kernels")
-    workers = number(int, 0, 1000)
+    workers = bounded(int, 0, 1000)
     flag(
         "--workers",
         type=workers,

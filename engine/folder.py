@@ -13,6 +13,7 @@ from pathlib import Path
 import utils
 from datasets.spec import DatasetSpec, make_spec
 from datasets.splits import Split, rule_of
+from engine import checkpoint
 from engine.flags import Flags
 from utils import InputError
 
@@ -59,7 +60,7 @@ class RunFolder:
     def save(self, name: str, state: dict) -> None:
         """Write a checkpoint, on the first process."""
         if utils.rank() == 0:
-            utils.save_checkpoint(self.path / name, state)
+            checkpoint.save(self.path / name, state)
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def open_folder(args: Flags, spec: DatasetSpec) -> Iterator[RunFolder]:
             stack.enter_context(locked(path, "--checkpoints"))
         state = utils.from_first(None if utils.rank() else previous_state(path, args, spec))
         is_new = args.init and not state
-        initial = utils.load_checkpoint(utils.checkpoint_file(args.init)) if is_new else None
+        initial = checkpoint.load(checkpoint.file_of(args.init)) if is_new else None
         yield RunFolder(path, state, initial)
 
 
@@ -104,7 +105,7 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
             lacking = f"contains {found[0]} but no last.pt, so no run can resume"
             raise InputError(f"{folder}: {lacking}; {advice}")
         return None
-    state = utils.load_checkpoint(path)
+    state = checkpoint.load(path)
     progress = state.get("progress")
     if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
         reason = "a run cannot resume from it; --overwrite starts over"

@@ -1,5 +1,6 @@
 """A run's logs: progress bar, metrics.jsonl, manifest.json, TensorBoard events."""
 
+import itertools
 import json
 import os
 import platform
@@ -14,11 +15,12 @@ import torch
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from datasets.files import naming
+from utils import naming, writing
 
 
 class Logs:
@@ -46,9 +48,8 @@ class Logs:
         if self.events is None:
             return
         values = dict(zip(losses, means.tolist(), strict=True))
-        for name, value in values.items():
-            self.events.scalar(f"loss/{name}", value, step)
-        self.events.scalar("lr", lr, step)
+        curves = {f"loss/{name}": value for name, value in values.items()} | {"lr": lr}
+        self.events.add(step, *itertools.starmap(summary.scalar, curves.items()))
         postfix = {name: f"{value:.3f}" for name, value in values.items()}
         self.bar.set_postfix(postfix, refresh=False)
 
@@ -60,10 +61,10 @@ class Logs:
         curves = {f"val/{key}": record[key] for key in means}
         for kind in "iou", "dice":
             curves |= {f"{kind}/{name}": value for name, value in record[kind].items()}
-        for tag, value in curves.items():
-            if value is not None:
-                self.events.scalar(tag, value, record["step"])
-        self.events.image("validation", grid, record["step"])
+        known = {tag: value for tag, value in curves.items() if value is not None}
+        scalars = itertools.starmap(summary.scalar, known.items())
+        picture = summary.image("validation", grid.numpy())
+        self.events.add(record["step"], *scalars, picture)
 
     def say(self, title: str, losses: dict[str, float]) -> None:
         """Print an evaluation and the mean losses before it, above the progress bar."""
@@ -97,49 +98,39 @@ class EventLog:
 
     def __init__(self, folder: Path, first_step: int):
         self.path = folder / "events.out.tfevents"
-        try:
+        with writing(self.path, 0):
             self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        except OSError as error:
-            raise utils.unwritten(self.path, 0, error) from error
         if first_step:
             start = SessionLog(status=SessionLog.START)
             self._write(Event(step=first_step, session_log=start))
 
-    def scalar(self, tag: str, value: float, step: int) -> None:
-        """Log a point of a curve."""
-        self._write(Event(step=step, summary=summary.scalar(tag, value)))
-
-    def settings(self, table: dict, metric: str) -> None:
-        """Log the settings as text and in the hparams table, which compares runs by `metric`."""
-        values = {key: value for key, value in table.items() if value is not None}
-        rows = ["| setting | value |", "| --- | --- |"]
-        rows += [f"| {key} | {value} |" for key, value in values.items()]
-        self._write(Event(summary=summary.text("settings", "\n".join(rows))))
-        for key, value in values.items():
-            if isinstance(value, list):
-                values[key] = " ".join(map(str, value))
-        experiment, session, _end = summary.hparams(values, {metric: None})
-        for part in experiment, session:
-            self._write(Event(summary=part))
-
-    def image(self, tag: str, picture: Tensor, step: int) -> None:
-        """Log a picture (3, H, W) in [0, 1]."""
-        self._write(Event(step=step, summary=summary.image(tag, picture.numpy())))
+    def add(self, step: int, *summaries: Summary) -> None:
+        """Log scalars, texts, images or settings of a step."""
+        for each in summaries:
+            self._write(Event(step=step, summary=each))
 
     def close(self) -> None:
         """Close the file."""
-        try:
+        with writing(self.path, 0):
             self.writer.close()
-        except OSError as error:
-            raise utils.unwritten(self.path, 0, error) from error
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        try:
+        with writing(self.path, event.ByteSize()):
             self.writer.write_event(event)
             self.writer.flush()
-        except OSError as error:
-            raise utils.unwritten(self.path, event.ByteSize(), error) from error
+
+
+def settings_summaries(table: dict, metric: str) -> list[Summary]:
+    """Settings as text and for the hparams table, which compares runs by `metric`."""
+    values = {key: value for key, value in table.items() if value is not None}
+    rows = ["| setting | value |", "| --- | --- |"]
+    rows += [f"| {key} | {value} |" for key, value in values.items()]
+    for key, value in values.items():
+        if isinstance(value, list):
+            values[key] = " ".join(map(str, value))
+    experiment, session, _end = summary.hparams(values, {metric: None})
+    return [summary.text("settings", "\n".join(rows)), experiment, session]
 
 
 def write_manifest(folder: Path, device: torch.device, **more) -> None:

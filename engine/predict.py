@@ -15,6 +15,7 @@ from data_utils import Data, normalize, resize
 from datasets import files
 from datasets.labels import check_ignored
 from datasets.spec import DatasetSpec, Slice
+from engine.metrics import ConfusionMatrix, format_means, format_metrics, segmentation_metrics
 from engine.pictures import picture_grid, save_overlay, save_picture
 from engine.train import evaluate
 from engine.trained import Trained
@@ -36,7 +37,7 @@ def mask_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return mask
 
 
-def test(trained: Trained, data: Data, batches: Callable) -> int:
+def score(trained: Trained, data: Data, batches: Callable) -> int:
     """--testing: write metrics.json, masks/ and panels/ of a checkpoint's validation images.
 
     Those of --part go to a folder of that name.
@@ -45,13 +46,13 @@ def test(trained: Trained, data: Data, batches: Callable) -> int:
     """
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
     check_ignored([*data.labeled.masks(), *data.val.masks()], spec, data.unlabeled.samples)
-    folder = claim(args.results, trained.path) / (args.part or "")
+    folder = results_folder(args.results, trained.path) / (args.part or "")
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
         for old in (folder / sub).glob("*.png"):  # of an earlier test
             old.unlink()
     samples = data.split.val
-    waiting, native = iter(samples), utils.ConfusionMatrix(len(spec.classes))
+    waiting, native = iter(samples), ConfusionMatrix(len(spec.classes))
     scores = VolumeScores(spec)
     bar = tqdm(total=len(samples), desc=f"testing {folder.name}", unit=" images", disable=None)
 
@@ -74,7 +75,7 @@ def test(trained: Trained, data: Data, batches: Callable) -> int:
 
     counts = evaluate(model, batches(data.val), len(spec.classes), write)
     bar.close()
-    metrics = utils.segmentation_metrics(counts, spec)
+    metrics = segmentation_metrics(counts, spec)
     about = {
         "n_images": len(samples),
         "split": state["split"],
@@ -89,16 +90,16 @@ def test(trained: Trained, data: Data, batches: Callable) -> int:
     if args.part:
         about["part"] = args.part
     if args.native_size:
-        about["native_size"] = utils.segmentation_metrics(native.counts, spec)
+        about["native_size"] = segmentation_metrics(native.counts, spec)
     if has_volumes := any(isinstance(sample.image, Slice) for sample in samples):
         about["volumes"] = scores.summary()
         utils.write_atomically(folder / "volumes.csv", scores.csv())
     utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))
     images = f"{len(samples)} {args.part or 'validation'} images of {spec.name}"
     print(f"{trained.path} after epoch {state['epoch']}, on {images}, in %:")
-    print(utils.format_metrics(metrics))
+    print(format_metrics(metrics))
     if args.native_size:
-        print(f"at the masks' own size: {utils.format_means(about['native_size'])}")
+        print(f"at the masks' own size: {format_means(about['native_size'])}")
     if has_volumes:
         print(f"{scores.title()}:\n{scores.table()}")
     written = "metrics.json, volumes.csv, masks/" if has_volumes else "metrics.json, masks/"
@@ -113,7 +114,7 @@ def print_values(spec: DatasetSpec) -> None:
         print(f"PNG masks hold class indices: {value} needs more than 8 bits")
 
 
-def claim(results: str, checkpoint: Path) -> Path:
+def results_folder(results: str, checkpoint: Path) -> Path:
     """Create the folder of a run's results, and note there whose they are (checkpoint.txt).
 
     InputError if it has the results of another run of the same name, or files of another origin.
@@ -157,7 +158,7 @@ def predict(trained: Trained) -> int:
     args, spec = trained.args, trained.spec
     unreadable: list[str] = []
     found, other = files.find_pictures([Path(path) for path in args.predict])
-    folder = claim(args.results, trained.path) / "predict"
+    folder = results_folder(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
     remove_overlays(folder / "overlays", found.values())
 

@@ -11,7 +11,7 @@ from datasets.workers import workers_ended
 from utils import InputError, TrainingError
 
 
-def run(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
+def execute(command: Callable[[list[str]], int], argv: list[str] | None = None) -> int:
     """Run a command with `argv`, by default the program's, and print errors as one line.
 
     Exit code: 0 done, 1 failed while running, 2 invalid flags, configuration or data, 128 + n

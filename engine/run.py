@@ -12,9 +12,11 @@ from torch import Tensor, nn
 import utils
 from data_utils import Data, normalize
 from datasets.spec import DatasetSpec
+from engine import checkpoint
 from engine.flags import Flags
 from engine.folder import PROGRESS, RunFolder
-from engine.logs import Logs, forget_after, write_manifest
+from engine.logs import Logs, forget_after, settings_summaries, write_manifest
+from engine.metrics import format_means, format_metrics, segmentation_metrics
 from engine.pictures import picture_grid
 from engine.signals import stop
 from utils import InputError, TrainingError
@@ -59,7 +61,8 @@ class Run:
         if utils.rank() == 0 and not self.global_step:
             about = {"dataset": spec.name, "labeled images": len(data.labeled)}
             about["run"] = folder.path.name
-            self.logs.events.settings(about | args.settings, "val/miou")
+            summaries = settings_summaries(about | args.settings, "val/miou")
+            self.logs.events.add(0, *summaries)
 
     def __enter__(self) -> "Run":
         stop.training = True
@@ -130,7 +133,7 @@ class Run:
         if self.global_step % self.args.log_every == 0:
             self.logs.losses(losses, self.global_step, self.lr)
         save_due = time.monotonic() - self.saved_at > 60 * self.args.save_every
-        self.signum, save_due = utils.agree(stop.signum, save_due)
+        self.signum, save_due = utils.max_over_processes(stop.signum, save_due)
         if save_due and not self.signum:
             self._save("last.pt")
 
@@ -152,13 +155,13 @@ class Run:
 
         After a signal, which cuts an evaluation short, do neither: the resumed run evaluates again.
         """
-        (self.signum,) = utils.agree(stop.signum)
+        (self.signum,) = utils.max_over_processes(stop.signum)
         if self.signum:
             return
         if not self.evaluated and not self.folder.state:  # no best.pt without a last.pt
             self._save("last.pt")
         losses, self.sums, self.evaluated = self._mean_losses(), {}, self.epoch
-        self.metrics = utils.segmentation_metrics(utils.total(counts), self.spec)
+        self.metrics = segmentation_metrics(utils.total(counts), self.spec)
         miou, best = self.metrics["miou"] or 0.0, f"best {self.best['miou']:.4f}"
         if miou > self.best["miou"]:
             self.best, best = {"miou": miou, "epoch": self.epoch}, "the best so far"
@@ -168,7 +171,7 @@ class Run:
             title = f"epoch {self.epoch}/{self.args.epochs}"
             if self.images_per_second:
                 title += f", {self.images_per_second:.1f} images/s"
-            title += f": {utils.format_means(self.metrics)} ({best})"
+            title += f": {format_means(self.metrics)} ({best})"
             self.logs.evaluation(step | self.metrics | {"losses": losses}, self._grid())
         self._save("last.pt")
         if utils.rank() == 0:
@@ -187,8 +190,8 @@ class Run:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             write_manifest(folder, self.device, finished=now)
             result = f"best mIoU {self.best['miou']:.4f} after epoch {self.best['epoch']}"
-            print(utils.format_metrics(self.metrics))
-            print(f"after the last epoch {utils.format_means(self.metrics)}; {result}")
+            print(format_metrics(self.metrics))
+            print(f"after the last epoch {format_means(self.metrics)}; {result}")
             print(f"curves: tensorboard --logdir {folder}")
             print(f"test it: python main.py --testing --checkpoint {folder / 'best.pt'}")
             print(f"use it:  python main.py --predict PICTURES --checkpoint {folder / 'best.pt'}")
@@ -249,11 +252,11 @@ class Run:
     def _restore(self, state: dict) -> None:
         """Restore the state of a last.pt; InputError if parts are missing."""
         path = self.folder.path / "last.pt"
-        utils.load_weights(self.model, state["model"], path)
+        checkpoint.load_weights(self.model, state["model"], path)
         try:
             for side, optimizer in self.model.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][side])
-                keep_strides(optimizer)
+                checkpoint.keep_strides(optimizer)
             vars(self).update({key: state["progress"][key] for key in PROGRESS})
             own = state["processes"][utils.rank() % len(state["processes"])]
             for key, fakes in own["pools"].items():
@@ -280,13 +283,5 @@ class Run:
             source = "G_IS." if name == "teacher" and not has_teacher else f"{name}."
             own = {k.removeprefix(source): v for k, v in weights.items() if k.startswith(source)}
             network = getattr(self.model, name)
-            utils.load_weights(network, own, f"--init {self.args.init}: {name}")
+            checkpoint.load_weights(network, own, f"--init {self.args.init}: {name}")
         print(f"starting from {', '.join(names)} of {self.args.init}")
-
-
-def keep_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Give loaded state the memory layout of its parameters, as fused kernels require."""
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[key] = torch.empty_like(parameter).copy_(value)

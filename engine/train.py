@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from engine.metrics import ConfusionMatrix
 from engine.run import Run
-from utils import ConfusionMatrix, NonFiniteLoss
+from utils import NonFiniteLoss
 
 
 def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:

@@ -8,6 +8,7 @@ import torch
 import utils
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
 from datasets.splits import ByFile
+from engine import checkpoint
 from engine.flags import Flags, setting_names
 from model import METHODS, Method
 from utils import InputError
@@ -28,7 +29,7 @@ class Trained:
 def load(args: Flags) -> Trained:
     """Load the checkpoint that the flags name or find; InputError if flags contradict it."""
     path = find_checkpoint(args)
-    state = utils.load_checkpoint(path)
+    state = checkpoint.load(path)
     spec = make_spec(state["dataset"], str(path))
     layer = state["settings"] | {"data_root": state["data_root"]}
     known = [*setting_names(), "data_root"]
@@ -40,7 +41,7 @@ def load(args: Flags) -> Trained:
     check_flags(args, before, spec, path)
     device = utils.pick_device(args.device, args.precision)
     model = METHODS[args.method](spec, args).to(device)
-    utils.load_weights(model, state["model"], path)
+    checkpoint.load_weights(model, state["model"], path)
     return Trained(path, state, args, spec, device, model.eval())
 
 
@@ -69,7 +70,7 @@ def find_checkpoint(args: Flags) -> Path:
     matches.
     """
     if args.checkpoint:
-        return utils.checkpoint_file(args.checkpoint)
+        return checkpoint.file_of(args.checkpoint)
     keys = "name", "method", "ratio", "labeled", "seed"
     wanted = {key: args.given[key] for key in keys if key in args.given}
     if "dataset" in args.given:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import main
-import utils
+from engine import checkpoint
 from engine.flags import parse_args
 from engine.trained import Trained, load
 from model import METHODS
@@ -44,7 +44,7 @@ def error_line(capsys, *flags, code: int = 2) -> str:
 
 def last_state(name: str) -> dict:
     """Everything that a run's last.pt contains, except where the data are."""
-    state = utils.load_checkpoint(Path("checkpoints", name, "last.pt"))
+    state = checkpoint.load(Path("checkpoints", name, "last.pt"))
     del state["data_root"]
     return state
 

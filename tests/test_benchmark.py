@@ -16,7 +16,7 @@ SMALL = [*SMALL.split(), "--workers", "0", "--device", "cpu"]
 
 
 def run(*flags: str) -> int:
-    return program.run(benchmark.benchmark, [*SMALL, *flags])
+    return program.execute(benchmark.benchmark, [*SMALL, *flags])
 
 
 def test_the_plain_step_has_the_same_terms():

@@ -13,7 +13,7 @@ import pytest
 from conftest import make_tiny, same
 
 import main
-import utils
+from engine import checkpoint
 
 CUTS = 20
 FLAGS = "--dataset tiny.toml --size 16 16 --ngf 4 --ndf 4 --n-blocks 2 --device cpu --ratio 0.3"
@@ -58,7 +58,7 @@ def cut(name: str, seconds: float, signum: int) -> str:
         assert process.returncode in (128 + signum, -signum)
         assert "SIGTERM" in out or process.returncode == -signum or not out
     if last.is_file():
-        epoch = utils.load_checkpoint(last)["progress"]["epoch"]  # whole, whatever happened
+        epoch = checkpoint.load(last)["progress"]["epoch"]  # whole, whatever happened
         return f"in epoch {epoch + 1}"
     cached = any(cache.glob("tiny*"))
     return "at the start of training" if cached else "before the images were read"
@@ -67,7 +67,7 @@ def cut(name: str, seconds: float, signum: int) -> str:
 def state(name: str) -> list:
     """Everything that a finished run's checkpoints contain."""
     files = "last.pt", "best.pt"
-    return [utils.load_checkpoint(Path("checkpoints", name, file)) for file in files]
+    return [checkpoint.load(Path("checkpoints", name, file)) for file in files]
 
 
 @pytest.mark.slow

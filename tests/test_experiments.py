@@ -36,7 +36,9 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def run(line: str, *extra: str) -> int:
-    return program.run(experiments.experiments, [*line.split(), *(["--", *extra] if extra else [])])
+    return program.execute(
+        experiments.experiments, [*line.split(), *(["--", *extra] if extra else [])]
+    )
 
 
 def commands(capsys, line: str, *extra: str) -> dict[str, list[str]]:

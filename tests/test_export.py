@@ -50,7 +50,7 @@ def runs(tmp_path_factory):
 
 
 def run(*words: str) -> int:
-    return program.run(export.export, list(map(str, words)))
+    return program.execute(export.export, list(map(str, words)))
 
 
 def segment(name: str, pixels: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ def drawn(monkeypatch):
 
 
 def run(*words: str) -> int:
-    return program.run(figures.figures, list(words))
+    return program.execute(figures.figures, list(words))
 
 
 def error_of(capsys, *words: str) -> str:

@@ -5,6 +5,7 @@ import tomllib
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboardX import summary
 
 from engine.folder import to_toml
 from engine.logs import EventLog
@@ -15,15 +16,15 @@ def test_tensorboard_reads_events_once_logged_and_forgets_those_of_a_killed_proc
 ):
     first = EventLog(tmp_path, 0)
     for step in 1, 2, 3:
-        first.scalar("loss/gen_S", step / 2, step)
-    first.image("validation", torch.rand(3, 8, 9), 3)
+        first.add(step, summary.scalar("loss/gen_S", step / 2))
+    first.add(3, summary.image("validation", torch.rand(3, 8, 9).numpy()))
     seen = EventAccumulator(str(tmp_path)).Reload()  # before it is closed
     assert [(e.step, e.value) for e in seen.Scalars("loss/gen_S")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
     (picture,) = seen.Images("validation")
     assert (picture.step, picture.width, picture.height) == (3, 9, 8)
     monkeypatch.setattr(os, "getpid", lambda: 99999999)
     second = EventLog(tmp_path, 3)  # resumes after step 2
-    second.scalar("loss/gen_S", 7, 3)
+    second.add(3, summary.scalar("loss/gen_S", 7))
     second.close()
     seen = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in seen.Scalars("loss/gen_S")] == [(1, 0.5), (2, 1.0), (3, 7.0)]

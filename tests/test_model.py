@@ -451,11 +451,11 @@ def test_a_weight_of_0_leaves_the_other_terms_within_a_millionth_in_float32(off)
 
 def test_judge_is_the_mean_cross_entropy_with_one_target_over_valid_pixels():
     logits = tensor(0, math.log(3)).view(1, 1, 1, 2)  # probabilities 1/2 and 3/4
-    assert model.judge(logits, 1.0).item() == pytest.approx((LN2 + math.log(4 / 3)) / 2)
-    assert model.judge(logits, 0.0).item() == pytest.approx((LN2 + 2 * LN2) / 2)
+    assert model.bce(logits, 1.0).item() == pytest.approx((LN2 + math.log(4 / 3)) / 2)
+    assert model.bce(logits, 0.0).item() == pytest.approx((LN2 + 2 * LN2) / 2)
     second = torch.tensor([False, True]).view(1, 1, 1, 2)
-    assert model.judge(logits, 0.0, valid=second).item() == pytest.approx(2 * LN2)
-    assert model.judge(logits, 1.0, valid=second & False).item() == 0
+    assert model.bce(logits, 0.0, valid=second).item() == pytest.approx(2 * LN2)
+    assert model.bce(logits, 1.0, valid=second & False).item() == 0
 
 
 @pytest.mark.parametrize(

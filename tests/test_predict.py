@@ -18,9 +18,10 @@ from runs import SIMPLE, TINY, error_line, load_with, run, split_ids, tiny_on
 import data_utils
 import engine.predict
 import engine.run
-import utils
 from data_utils import load_spec
 from datasets.phantom import draw_phantom
+from engine import checkpoint
+from engine.metrics import format_metrics
 from engine.signals import stop
 from model import METHODS
 
@@ -74,7 +75,7 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     assert (metrics["method"], metrics["ratio"], metrics["seed"]) == (method, 0.2, 0)
     assert metrics["checkpoint"] == f"checkpoints/{name}/best.pt"
     assert f"checkpoints/{name}/best.pt after epoch 1, on 4 validation images of tiny" in printed
-    assert utils.format_metrics(metrics) in printed
+    assert format_metrics(metrics) in printed
     for folder in "masks", "panels":
         assert {path.stem for path in (results / folder).iterdir()} == set(ids["val"])
     mask = Image.open(results / "masks" / f"{ids['val'][0]}.png")
@@ -323,7 +324,7 @@ def test_results_of_another_run_with_the_same_name_are_kept(capsys, trained):
 
 def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeypatch, trained):
     """--normalization half: with a 16-bit image in the dataset each image had its own range."""
-    state = utils.load_checkpoint(trained)
+    state = checkpoint.load(trained)
     state["settings"]["normalization"] = "half"
     pixels = np.random.default_rng(0).integers(50, 100, (20, 20)).astype(np.uint8)
     Image.fromarray(pixels).save("one.png")
@@ -332,7 +333,7 @@ def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeyp
         METHODS["supervised"], "segment", lambda self, x: seen.append(x) or segment(self, x)
     )
     for dtype in "uint8", "float32":
-        utils.save_checkpoint(trained, state | {"image_dtype": dtype})
+        checkpoint.save(trained, state | {"image_dtype": dtype})
         assert run("--predict", "one.png") == 0
     (lowest, highest), ends = torch.aminmax(seen[0]), torch.aminmax(seen[1])
     assert -1 < lowest < highest < 0
@@ -473,7 +474,7 @@ def test_a_full_disk_leaves_the_old_mask_and_names_file_and_space(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr(engine.predict, "claim", lambda *_: RESULTS)
+    monkeypatch.setattr(engine.predict, "results_folder", lambda *_: RESULTS)
     error = error_line(capsys, "--predict", name, code=1)
     assert f"{MASKS / name}: cannot be written (No space left on device): " in error
     assert "MiB are needed" in error

@@ -36,7 +36,7 @@ def root(tmp_path) -> Path:
 
 
 def run(dataset: str, root: Path, *flags) -> int:
-    return program.run(tool.prepare, [dataset, "--root", str(root), *map(str, flags)])
+    return program.execute(tool.prepare, [dataset, "--root", str(root), *map(str, flags)])
 
 
 def files(folder: Path) -> set[str]:
@@ -639,7 +639,7 @@ def test_data_that_the_papers_split_cannot_train_on_is_an_error(root, acdc_files
 def test_wrong_flags_and_sources_are_one_error_line(tmp_path, monkeypatch, flags, words, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.zip").write_text("not a zip")
-    assert program.run(tool.prepare, flags.split()) == 2
+    assert program.execute(tool.prepare, flags.split()) == 2
     line = error_line(capsys)
     assert all(word in line for word in words), line
 
@@ -662,7 +662,7 @@ def convert(tmp_path, lists: dict[str, str], *flags) -> tuple[int, Path]:
     for role, lines in lists.items():
         (tmp_path / f"{role}.txt").write_text(lines)
         argv += [f"--{role}", str(tmp_path / f"{role}.txt")]
-    return program.run(tool.prepare, argv), tmp_path / "out.json"
+    return program.execute(tool.prepare, argv), tmp_path / "out.json"
 
 
 CITY = "leftImg8bit/train/jena/jena_00000{0}_000019_leftImg8bit.png"

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import data_utils
 import main
 import utils
+from engine import checkpoint
 from engine.flags import parse_args
 from engine.logs import Logs
 from engine.signals import stop
@@ -108,7 +109,7 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
     Batch norm cancels one whose channel never changes its sign: its gradient is a rounding error.
     """
-    state = utils.load_checkpoint(Path("checkpoints", name, "last.pt"))["model"]
+    state = checkpoint.load(Path("checkpoints", name, "last.pt"))["model"]
     return {key: value for key, value in state.items() if not key.endswith(".layers.0.bias")}
 
 
@@ -186,8 +187,8 @@ dist.init_process_group("gloo", rank=rank, world_size=2)
 values = torch.tensor([1.0, rank])
 assert utils.total(values).tolist() == [2, 1]
 assert values.tolist() == [1, rank]
-assert utils.share(torch.tensor(2 + 2 * rank)) == 3
-assert utils.agree(rank, 1 - rank) == [1, 1]
+assert utils.count_per_process(torch.tensor(2 + 2 * rank)) == 3
+assert utils.max_over_processes(rank, 1 - rank) == [1, 1]
 assert utils.from_first(rank) == 0
 assert utils.from_each(rank) == [0, 1]
 with utils.first_process_first():
@@ -228,7 +229,7 @@ def test_a_signal_stops_all_and_one_process_may_go_on():
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert printed.count("SIGTERM: saved") == 1
-    state = utils.load_checkpoint(last)
+    state = checkpoint.load(last)
     done = state["progress"]["step"] + 4 * state["epoch"]
     assert len(state["processes"]) == 2
     assert not torch.equal(state["processes"][0]["rng"], state["processes"][1]["rng"])

@@ -26,7 +26,7 @@ def test_a_failure_of_the_machine_is_one_error_line_and_exit_code_1(capsys, rais
     def failing(_argv):
         raise raised
 
-    assert program.run(failing, []) == 1
+    assert program.execute(failing, []) == 1
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
@@ -43,14 +43,14 @@ def test_a_defect_of_the_program_is_a_traceback(capsys):
     def failing(_argv):
         raise ValueError("shapes differ")
 
-    assert program.run(failing, []) == 1
+    assert program.execute(failing, []) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
     assert error.endswith("ValueError: shapes differ\n")
 
 
 def test_any_file_name_can_be_printed():
-    code = "from engine import program; exit(program.run(lambda _: print('\\udcff'), []))"
+    code = "from engine import program; exit(program.execute(lambda _: print('\\udcff'), []))"
     command = [sys.executable, "-c", code]
     folder = Path(main.__file__).parent
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}

@@ -44,7 +44,7 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def run(line: str) -> int:
-    return program.run(experiments.experiments, line.split())
+    return program.execute(experiments.experiments, line.split())
 
 
 def toml(table: dict) -> str:

@@ -37,11 +37,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import engine.run
 import main
-import utils
+from engine import checkpoint
 from engine.flags import build_parser, parse_args, setting_names
 from engine.folder import locked
 from engine.logs import write_manifest
-from engine.run import keep_strides
 from engine.signals import Stop, stop
 from model import METHODS
 from utils import InputError
@@ -88,7 +87,7 @@ def test_a_run_trains_and_is_tested(capsys, method):
     assert list(lines[0]["losses"]) == TERMS[method]
     ids = split_ids(name)
     assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == [10, 10, 4]
-    state = utils.load_checkpoint(folder / "best.pt")
+    state = checkpoint.load(folder / "best.pt")
     assert (state["format"], state["split"], state["data_root"]) == (2, ids["hash"], "data/tiny")
     assert state["settings"] == parse_args(["--training", *flags, "--epochs", "2"]).settings
     assert "optimizers" not in state
@@ -516,23 +515,6 @@ def test_optimizer_state_with_other_strides_resumes_to_the_same_weights(monkeypa
     assert any(changed)
     assert run(*flags, "cut") == 0
     assert same(last_state("whole")["model"], last_state("cut")["model"])
-
-
-def test_loaded_optimizer_state_takes_the_parameters_strides():
-    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
-    optimizer = torch.optim.Adam([weight], fused=True)
-    weight.square().sum().backward()
-    optimizer.step()
-    state = optimizer.state_dict()
-    moments = state["state"][0]
-    before = {key: value.clone() for key, value in moments.items()}
-    for key in "exp_avg", "exp_avg_sq":
-        moments[key] = moments[key].to(memory_format=torch.channels_last)
-    optimizer.load_state_dict(state)
-    keep_strides(optimizer)
-    after = optimizer.state[weight]
-    assert same(dict(after), before)
-    assert after["exp_avg"].stride() == after["exp_avg_sq"].stride() == weight.stride()
 
 
 # --init

@@ -13,7 +13,7 @@ from PIL import Image
 from runs import TINY, error_line, evaluations, last_state, record_steps, run, tiny_on
 
 import model
-import utils
+from engine import checkpoint
 from engine.flags import parse_args
 from engine.signals import stop
 from engine.train import evaluate, train_one_epoch
@@ -210,7 +210,7 @@ def break_loss(monkeypatch, term: str, call: int) -> None:
     [
         ("supervised", "gen_S", 1, "gen_S"),
         ("cyclegan", "cycle_I", 1, "cycle_I"),
-        ("advsemi", "judge", 4, "adv"),
+        ("advsemi", "bce", 4, "adv"),
         ("meanteacher", "cutmix", 1, "cutmix"),
         ("cyclegan", "disc", 2, "D_S"),
     ],
@@ -227,7 +227,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     last = Path(f"checkpoints/tiny_{method}_0.2_s0/last.pt")
     assert f"the last good checkpoint is {last}; try a lower --lr" in error
     assert len(steps) == 7
-    assert utils.load_checkpoint(last)["epoch"] == 1
+    assert checkpoint.load(last)["epoch"] == 1
 
 
 def test_a_loss_that_is_not_finite_at_once_leaves_no_checkpoint(capsys, monkeypatch):

@@ -30,7 +30,7 @@ import model
 import utils
 from datasets.spec import load_spec
 from engine import program
-from engine.flags import Parser, number, parse_args
+from engine.flags import Parser, bounded, parse_args
 
 
 class PlainCycleGAN(model.CycleGAN):
@@ -183,12 +183,12 @@ def text(value: str | float | dict | None) -> str:
 def benchmark(argv: list[str]) -> int:
     """Print a table, row by row, and write it to --json."""
     parser = Parser("benchmark.py", description=__doc__)
-    flag, count = parser.add_argument, number(int, 0)
+    flag, count = parser.add_argument, bounded(int, 0)
     flag("--options", nargs="+", default=["fp32", "bf16"], help="fp32, tf32 or bf16[+compile]")
     flag("--count", action="store_true", help="count operations on the CPU instead of timing")
     flag("--rounds", type=count, default=10, metavar="N", help="timed rounds; 0: memory only")
     flag("--warmup", type=count, default=2, metavar="N", help="warm-up rounds")
-    flag("--steps", type=number(int, 1), default=1, metavar="N", help="steps per round")
+    flag("--steps", type=bounded(int, 1), default=1, metavar="N", help="steps per round")
     flag("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     args, argv = parser.parse_known_args(argv)
     if args.count and "+compile" in " ".join(args.options):
@@ -216,4 +216,4 @@ def benchmark(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(benchmark))
+    sys.exit(program.execute(benchmark))

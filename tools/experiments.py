@@ -31,7 +31,7 @@ import torch
 
 import utils
 from engine import program
-from engine.flags import Parser, number, parse_args, read_flags
+from engine.flags import Parser, bounded, parse_args, read_flags
 from engine.signals import SIGNALS
 from tools import report, runs
 from tools.plan import EXPERIMENTS, SCALES, dataset_name, paper_cells, paper_scores, run_flags
@@ -257,7 +257,7 @@ def build_parser() -> argparse.ArgumentParser:
         flag = actions.add_parser(action, help=text, description=text).add_argument
         flag("--scale", choices=list(SCALES), help="default: paper, or the name of --from")
         if action in ("list", "run"):
-            share = number(float, 0, 1, above=True)
+            share = bounded(float, 0, 1, above=True)
             flag("--dataset", help="a name in config/ or a .toml file; default: the paper's three")
             flag("--names", nargs="+", metavar="NAME", help="experiments; default: all")
             flag("--ratios", nargs="+", type=share, metavar="R", help="shares of labeled images")
@@ -267,7 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
             flag("--from", dest="source", metavar="PATH", type=Path, help=source)
             flag("--out", metavar="DIR", type=Path, help="output folder; default: that of the runs")
         if action == "run":
-            seed, count = number(int, 0, 2**32), number(int, 1, 1000)
+            seed, count = bounded(int, 0, 2**32), bounded(int, 1, 1000)
             flag("--seeds", nargs="+", type=seed, default=[0], metavar="S", help="random seeds")
             flag(
                 "--jobs",
@@ -300,4 +300,4 @@ def experiments(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(experiments))
+    sys.exit(program.execute(experiments))

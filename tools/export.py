@@ -134,4 +134,4 @@ def export(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(export))
+    sys.exit(program.execute(export))

@@ -32,7 +32,7 @@ import utils
 from data_utils import Stored
 from datasets.spec import DatasetSpec
 from engine import program
-from engine.flags import Flags, Parser, number
+from engine.flags import Flags, Parser, bounded
 from engine.pictures import colorize, legend, shades
 from engine.trained import Trained, load
 from tools.plan import AUGMENT, EXPERIMENTS
@@ -249,7 +249,7 @@ def figures(argv: list[str]) -> int:
     flag("--out", required=True, type=Path, metavar="FILE", help="a .png, .pdf or .svg to write")
     flag("--titles", nargs="+", metavar="TITLE", help="one title per run, in order")
     flag("--ids", nargs="+", metavar="ID", help="validation images to show")
-    flag("--n", type=number(int, 1, 100), default=4, help="images to show without --ids")
+    flag("--n", type=bounded(int, 1, 100), default=4, help="images to show without --ids")
     for name in "--data-root", "--cache", "--device":
         flag(name, help="as in main.py")
     args = parser.parse_args(argv)
@@ -267,4 +267,4 @@ def figures(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(figures))
+    sys.exit(program.execute(figures))

@@ -20,7 +20,7 @@ from arch.norm import InstanceNorm2d
 from data_utils import Batches, load_data
 from datasets.spec import load_spec
 from engine import program
-from engine.flags import Parser, number, parse_args
+from engine.flags import Parser, bounded, parse_args
 from model import METHODS
 
 
@@ -42,7 +42,7 @@ def use_pytorchs_norm(network: nn.Module) -> None:
 def gradients(argv: list[str]) -> int:
     """Print one line per norm."""
     parser = Parser("gradients.py", description=__doc__)
-    parser.add_argument("--steps", type=number(int, 1), default=60, help="training steps")
+    parser.add_argument("--steps", type=bounded(int, 1), default=60, help="training steps")
     own, argv = parser.parse_known_args(argv)
     args = parse_args(["--training", *argv])
     device = utils.pick_device(args.device, args.precision)
@@ -70,4 +70,4 @@ def gradients(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(gradients))
+    sys.exit(program.execute(gradients))

@@ -31,13 +31,13 @@ from torchvision.datasets import SBDataset, VOCSegmentation
 from tqdm import tqdm
 
 import utils
-from datasets.files import flat_palette, naming, read_sample
+from datasets.files import flat_palette, read_sample
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Sample, load_spec, voc_palette
 from engine import program
-from engine.flags import Parser, number
+from engine.flags import Parser, bounded
 from tools.lists import make_split
-from utils import InputError, TrainingError, first_ten
+from utils import InputError, TrainingError, first_ten, naming
 
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tgz", ".tar.gz"
 ARCHIVES = {  # by the folder that they contain
@@ -267,7 +267,7 @@ def prepare(argv: list[str]) -> int:
     if argv[:1] == ["split"]:
         return make_split(argv[1:])
     parser = Parser("prepare.py", description=__doc__)
-    flag, count = parser.add_argument, number(int, 0, 1000)
+    flag, count = parser.add_argument, bounded(int, 0, 1000)
     flag("dataset", choices=list(ARCHIVES))
     flag("--root", "--data-root", type=Path, metavar="DIR", help="default: data/<dataset>")
     flag("--verify", action="store_true", help="only check existing files, write nothing")
@@ -296,4 +296,4 @@ def prepare(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(prepare))
+    sys.exit(program.execute(prepare))
