@@ -22,16 +22,22 @@ from tqdm import tqdm
 import utils
 from utils import naming, writing
 
+SECONDS_BETWEEN_LINES = 60  # of a log that is no terminal
+
 
 class Logs:
     """The logs of one run; only the first process writes.
 
-    first_step: TensorBoard hides what an earlier process logged from this step on.
+    Where standard error is no terminal, lines on standard output take the place of the progress
+    bar. first_step: TensorBoard hides what an earlier process logged from this step on.
     n_images, n_done: number of images in the whole run, and so far.
     """
 
     def __init__(self, folder: Path, first_step: int, n_images: int, n_done: int):
         first = utils.rank() == 0
+        self.n_left, self.n_own = n_images - n_done, 0  # images to come; of this process
+        self.started = time.monotonic()
+        self.last_line = self.started, 0  # its time, and n_own then
         self.log = folder / "metrics.jsonl"
         self.events = EventLog(folder, first_step) if first else None
         self.bar = tqdm(
@@ -41,6 +47,23 @@ class Logs:
             disable=None if first else True,
             dynamic_ncols=True,
         )
+
+    def step(self, place: str, losses: dict[str, Tensor], n_images: int) -> None:
+        """Count a step's images on the progress bar; without one, print a line every minute.
+
+        The line has the first process's losses, and waits for the device. The remaining time is
+        that of all images to come, at the mean speed of this process, evaluations included.
+        """
+        self.n_left, self.n_own = self.n_left - n_images, self.n_own + n_images
+        self.bar.update(n_images)
+        now, (before, n_before) = time.monotonic(), self.last_line
+        if self.events is None or not self.bar.disable or now - before < SECONDS_BETWEEN_LINES:
+            return
+        speed = (self.n_own - n_before) / (now - before)
+        left = tqdm.format_interval(self.n_left * (now - self.started) / self.n_own)
+        terms = with_values({name: value.item() for name, value in losses.items()})
+        print(f"{place}: {terms}, {speed:.1f} images/s, {left} left", flush=True)
+        self.last_line = now, self.n_own
 
     def losses(self, losses: dict[str, Tensor], step: int, lr: float) -> None:
         """Log a step's losses on the progress bar and in TensorBoard. Waits for the device."""
@@ -68,15 +91,19 @@ class Logs:
 
     def say(self, title: str, losses: dict[str, float]) -> None:
         """Print an evaluation and the mean losses before it, above the progress bar."""
-        terms = ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
         with tqdm.external_write_mode():
-            print(f"{title}, {terms}", flush=True)
+            print(f"{title}, {with_values(losses)}", flush=True)
 
     def close(self) -> None:
         """Close the progress bar and the event file."""
         self.bar.close()
         if self.events:
             self.events.close()
+
+
+def with_values(losses: dict[str, float]) -> str:
+    """The losses as text."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in losses.items())
 
 
 def forget_after(folder: Path, epoch: int) -> None:

@@ -129,7 +129,8 @@ class Run:
         counted = losses | {"steps": torch.ones((), device=self.device)}
         self.sums = {name: self.sums.get(name, 0) + value for name, value in counted.items()}
         self.step += 1
-        self.logs.bar.update(self.args.batch_size)
+        place = f"epoch {self.epoch + 1}/{self.args.epochs}, step {self.step}/{self.n_steps}"
+        self.logs.step(place, losses, self.args.batch_size)
         if self.global_step % self.args.log_every == 0:
             self.logs.losses(losses, self.global_step, self.lr)
         save_due = time.monotonic() - self.saved_at > 60 * self.args.save_every

@@ -4,6 +4,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -133,6 +134,17 @@ def test_tensorboard_holds_losses_metrics_and_settings():
 def test_evaluations_come_every_so_many_epochs_and_at_the_end():
     assert run("--training", *SUPERVISED, "--epochs", "5", "--eval-every", "2", "--name", "a") == 0
     assert [line["epoch"] for line in evaluations("a")] == [2, 4, 5]
+
+
+def test_a_run_without_a_terminal_prints_its_progress(capsys, monkeypatch):
+    monkeypatch.setattr("engine.logs.SECONDS_BETWEEN_LINES", 0)
+    assert run("--training", *TINY, "--method", "supervised", "--epochs", "2") == 0
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line for line in printed if ", step " in line]
+    loss_and_speed = r"gen_S \d+\.\d+, \d+\.\d images/s"
+    for line, (epoch, step) in zip(lines, itertools.product("12", "1234"), strict=True):
+        expected = f"epoch {epoch}/2, step {step}/4: {loss_and_speed}, [0-9:]+ left"
+        assert re.fullmatch(expected, line)
 
 
 def test_ones_own_images_need_a_few_lines_of_toml(capsys):
