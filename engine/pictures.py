@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid, save_image
 
-from datasets.files import flat_palette
 from datasets.spec import DatasetSpec
+from datasets.writers import flat_palette
 from utils import IGNORE, write_atomically
 
 Palette = tuple[tuple[int, int, int], ...]

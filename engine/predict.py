@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from data_utils import Data, normalize, resize
-from datasets import files
+from data_utils import Data, normalize
+from datasets import files, writers
+from datasets.cache import resize
 from datasets.labels import check_ignored
 from datasets.spec import DatasetSpec, Slice
 from engine.metrics import ConfusionMatrix, format_means, format_metrics, segmentation_metrics
@@ -67,7 +68,7 @@ def score(trained: Trained, data: Data, batches: Callable) -> int:
                 native.update(mask, truth)
                 if in_volume:
                     scores.add(sample, truth, mask)
-            files.save_mask(folder / "masks" / f"{sample.id}.png", prediction[i], spec)
+            writers.save_mask(folder / "masks" / f"{sample.id}.png", prediction[i], spec)
             row = {title: column[i : i + 1] for title, column in columns.items()}
             panel = picture_grid(x[i : i + 1], row, spec)
             save_picture(folder / "panels" / f"{sample.id}.png", panel)
@@ -188,7 +189,7 @@ def predict(trained: Trained) -> int:
                 save_overlay(file, plane, mask, spec)
             masks = assembly.add(path, i, n_planes, mask)
             if masks is not None:
-                files.save_prediction(folder / "masks" / place, path, masks, spec)
+                writers.save_prediction(folder / "masks" / place, path, masks, spec)
                 n_written += 1
                 if files.is_volume(path):
                     contents.add(path, masks)

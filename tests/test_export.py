@@ -11,7 +11,9 @@ from PIL import Image
 from runs import load_with
 
 import main
-from data_utils import load_spec, normalize, resize
+from data_utils import normalize
+from datasets.cache import resize
+from datasets.spec import load_spec
 from engine import program
 from tools import export
 

@@ -13,7 +13,9 @@ from PIL import Image
 
 import data_utils
 import main
-from data_utils import load_spec
+from datasets.cache import decode
+from datasets.layouts import index
+from datasets.spec import load_spec
 from engine import program
 from engine.pictures import shades
 from model import METHODS
@@ -109,9 +111,9 @@ def test_rows_show_images_truths_and_the_masks_that_testing_writes(runs, drawn, 
     assert len(shown) == 2 * 5
 
     spec, shapes = load_spec("tiny.toml"), set()
-    samples = {sample.id: sample for sample in data_utils.index(spec, Path("none"))}
+    samples = {sample.id: sample for sample in index(spec, Path("none"))}
     for row, name in enumerate(ids):
-        image, truth = data_utils.decode(samples[name], spec, (16, 20))
+        image, truth = decode(samples[name], spec, (16, 20))
         palette = np.array(spec.palette, np.uint8)
         gray = (255 * shades(image)).round().byte().permute(1, 2, 0).numpy()
         expected = [gray, palette[truth.numpy()]]
@@ -141,10 +143,9 @@ def test_by_default_images_of_many_classes_are_shown_and_nothing_else_is_predict
     assert sum(predicted) == len(chosen) == 2
     assert len(drawn[0].axes) == 2 * 3
     spec = load_spec("tiny.toml")
-    samples = {sample.id: sample for sample in data_utils.index(spec, Path("none"))}
+    samples = {sample.id: sample for sample in index(spec, Path("none"))}
     variety = {
-        name: len(data_utils.decode(samples[name], spec, (16, 20))[1].unique())
-        for name in validation(B)
+        name: len(decode(samples[name], spec, (16, 20))[1].unique()) for name in validation(B)
     }
     assert min(variety[name] for name in chosen) >= sorted(variety.values())[-2]
     assert run("rows", B, "--out", "rows.png", "--n", "99") == 0

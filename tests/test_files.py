@@ -23,7 +23,7 @@ from conftest import (
 )
 from PIL import ExifTags, Image, ImageOps
 
-from datasets import files
+from datasets import files, writers
 from datasets.layouts import index
 from datasets.spec import Sample, Slice, load_spec
 from utils import IGNORE
@@ -676,7 +676,7 @@ PALETTE = ((0, 0, 0), (70, 130, 180), (240, 200, 80), (200, 60, 60))
 
 def test_saved_mask_keeps_its_indices_and_shows_the_palette(tmp_path):
     mask = torch.tensor([[0, 1, 2], [3, IGNORE, 1]])
-    files.save_mask(tmp_path / "m.png", mask, toy_spec(classes=[*"abcd"], palette=PALETTE))
+    writers.save_mask(tmp_path / "m.png", mask, toy_spec(classes=[*"abcd"], palette=PALETTE))
     with Image.open(tmp_path / "m.png") as image:
         assert (image.mode, image.size) == ("P", (3, 2))
         assert np.array(image).tolist() == mask.tolist()
@@ -690,14 +690,14 @@ def test_a_written_mask_reads_back_whatever_the_values_of_the_classes(tmp_path):
     void = {"void": 2, "void_ids": [3, 5], "scored": [0, 1]}
     spec = toy_spec(classes=["no", "yes", "void"], label_ids=[9, 200], ignore=7, **void)
     mask = torch.tensor([[0, 1, 2, IGNORE]])
-    files.save_mask(tmp_path / "m.png", mask, spec)
+    writers.save_mask(tmp_path / "m.png", mask, spec)
     with Image.open(tmp_path / "m.png") as image:
         assert np.array(image).tolist() == [[9, 200, 3, 7]]
         colors = np.array(image.convert("RGB"))[0].tolist()
     assert colors == [*map(list, spec.palette), [224, 224, 192]]
     assert spec.lookup()[files.read_mask(tmp_path / "m.png")].tolist() == mask.tolist()
     write_volume(tmp_path / "a.nii.gz", np.zeros((4, 1, 1), np.int16))
-    files.save_prediction(tmp_path / "m", tmp_path / "a.nii.gz", mask[None].byte(), spec)
+    writers.save_prediction(tmp_path / "m", tmp_path / "a.nii.gz", mask[None].byte(), spec)
     written = np.asarray(nibabel.load(tmp_path / "m.nii.gz").dataobj)
     assert written[:, 0, 0].tolist() == [9, 200, 3, 7]
 
@@ -712,11 +712,11 @@ def test_any_int16_values_of_nifti_masks_are_read_and_written_back(tmp_path, val
     masks = torch.from_numpy(truth.transpose(2, 1, 0).astype(np.uint8))
     read = files.read_sample(Sample("a", "a", *slices), spec)[1]
     assert np.array_equal(read, masks[2])
-    files.save_prediction(tmp_path / "p", tmp_path / "i.nii.gz", masks, spec)
+    writers.save_prediction(tmp_path / "p", tmp_path / "i.nii.gz", masks, spec)
     written = nibabel.load(tmp_path / "p.nii.gz")
     assert written.get_data_dtype() == np.int16
     assert np.array_equal(written.dataobj, np.array(values)[truth])
-    files.save_mask(tmp_path / "p.png", masks[0], spec)  # a PNG has too few bits
+    writers.save_mask(tmp_path / "p.png", masks[0], spec)  # a PNG has too few bits
     assert np.array_equal(Image.open(tmp_path / "p.png"), masks[0])
 
 
@@ -766,7 +766,7 @@ def test_prediction_of_a_volume_has_its_header_and_affine(tmp_path):
     source.header["cal_max"] = 1000  # viewers would show the mask as black
     nibabel.save(source, tmp_path / "a.nii.gz")
     masks = torch.randint(4, (3, 5, 4), dtype=torch.uint8)
-    files.save_prediction(tmp_path / "new" / "a", tmp_path / "a.nii.gz", masks, load_spec("acdc"))
+    writers.save_prediction(tmp_path / "new" / "a", tmp_path / "a.nii.gz", masks, load_spec("acdc"))
     written = nibabel.load(tmp_path / "new" / "a.nii.gz")
     assert np.array_equal(written.get_fdata(), masks.permute(2, 1, 0))
     assert (written.get_data_dtype(), written.header.get_xyzt_units()) == (np.uint8, ("mm", "sec"))
@@ -776,5 +776,5 @@ def test_prediction_of_a_volume_has_its_header_and_affine(tmp_path):
 
 def test_prediction_of_a_picture_is_an_indexed_png(tmp_path):
     masks = torch.tensor([[[0, 1], [20, 2]]], dtype=torch.uint8)
-    files.save_prediction(tmp_path / "new" / "a.b", Path("a.b.jpg"), masks, load_spec("voc"))
+    writers.save_prediction(tmp_path / "new" / "a.b", Path("a.b.jpg"), masks, load_spec("voc"))
     assert files.read_mask(tmp_path / "new" / "a.b.png").tolist() == masks[0].tolist()

@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import TINY
 
-import data_utils
 import main
-from datasets.spec import CONFIG, DatasetSpec, read_toml
+from datasets.cache import open_cache
+from datasets.layouts import index
+from datasets.spec import CONFIG, DatasetSpec, load_spec, read_toml
 from engine.flags import build_parser, parse_args
 from engine.signals import stop
 from utils import InputError
@@ -163,7 +164,7 @@ def test_any_dataset_table_is_accepted_or_refused_by_its_name():
 
     def message_of(change):
         write_toml({"dataset": {**good, **change}})
-        return refusal(data_utils.load_spec, "any.toml")
+        return refusal(load_spec, "any.toml")
 
     changes = st.tuples(st.sampled_from(DatasetSpec.__match_args__), anything | plain)
     explore(changes.map(lambda change: dict([change])), message_of, "any.toml")
@@ -199,11 +200,11 @@ def test_a_flipped_byte_in_any_file_is_named_or_changes_nothing(tmp_path, name):
         "cityscapes": lambda: make_cityscapes(tmp_path / "data", 2, 1),
         "acdc": lambda: make_acdc(tmp_path / "data", 2, 2),
     }[name]()
-    spec, counts, rng = data_utils.load_spec(name), Counter(), np.random.default_rng(0)
+    spec, counts, rng = load_spec(name), Counter(), np.random.default_rng(0)
 
     def read() -> tuple[list[str], bytes, bytes]:
-        samples = data_utils.index(spec, root)
-        cache = data_utils.open_cache(spec, samples, (8, 8), tmp_path / "cache")
+        samples = index(spec, root)
+        cache = open_cache(spec, samples, (8, 8), tmp_path / "cache")
         found = [*cache.rows], cache.images.tobytes(), cache.masks.tobytes()
         shutil.rmtree(tmp_path / "cache")
         return found

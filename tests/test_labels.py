@@ -7,7 +7,7 @@ import pytest
 from conftest import error_of, folder_spec, make_folder, write_indexed, write_volume
 from runs import error_line, run, tiny_on
 
-from data_utils import decode
+from datasets.cache import decode
 from datasets.files import read_sample
 from datasets.labels import check_ignored
 from datasets.layouts import index

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import model
-from data_utils import load_spec
+from datasets.spec import load_spec
 from engine.flags import parse_args
 from model import METHODS
 

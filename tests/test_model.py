@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import data_utils
 import model
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import ResNetGenerator
+from datasets.spec import load_spec
 from engine.flags import parse_args
 from model import METHODS, ReplayPool, frozen
 from utils import IGNORE, NonFiniteLoss
 
-SPEC = data_utils.load_spec("phantom")  # 1 channel, 4 classes
+SPEC = load_spec("phantom")  # 1 channel, 4 classes
 NETWORKS = ("G_IS", "G_SI", "D_S", "D_I")
 TERMS = ("gen_S", "gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I")
 ODD = {"gen_S": 1.0, "gen_I": 0.7, "cycle_S": 0.03, "cycle_I": 1.9, "disc_S": 0.45, "disc_I": 2.3}

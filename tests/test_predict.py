@@ -18,8 +18,10 @@ from runs import SIMPLE, TINY, error_line, load_with, run, split_ids, tiny_on
 import data_utils
 import engine.predict
 import engine.run
-from data_utils import load_spec
+from datasets.cache import decode, resize
+from datasets.layouts import index
 from datasets.phantom import draw_phantom
+from datasets.spec import load_spec
 from engine import checkpoint
 from engine.metrics import format_metrics
 from engine.signals import stop
@@ -89,10 +91,10 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
 def test_written_masks_give_the_reported_miou(trained):
     assert run("--testing") == 0
     spec = load_spec("tiny.toml")
-    samples = {sample.id: sample for sample in data_utils.index(spec, Path("none"))}
+    samples = {sample.id: sample for sample in index(spec, Path("none"))}
     inter, union = np.zeros(4), np.zeros(4)
     for path in (RESULTS / "masks").iterdir():
-        truth = data_utils.decode(samples[path.stem], spec, (16, 16))[1].numpy()
+        truth = decode(samples[path.stem], spec, (16, 16))[1].numpy()
         prediction = np.array(Image.open(path))
         for k in range(4):
             inter[k] += ((truth == k) & (prediction == k)).sum()
@@ -111,7 +113,7 @@ def test_native_size_scores_enlarged_logits_against_the_masks_as_they_are(capsys
     counts = np.zeros((4, 4))
     for name in split_ids(SIMPLE.name)["val"]:
         image, mask = draw_phantom(int(name.removeprefix("phantom_")))
-        x = data_utils.resize(torch.from_numpy(image)[None], (16, 16))[None]
+        x = resize(torch.from_numpy(image)[None], (16, 16))[None]
         with torch.inference_mode():
             logits = model.segment(data_utils.normalize(x))
         large = torch.nn.functional.interpolate(logits, (96, 96), mode="bilinear")
@@ -245,8 +247,8 @@ def test_predictions_are_those_of_the_test():
     assert len({mask.tobytes() for mask in expected.values()}) > 1
     spec = load_spec("tiny.toml")
     Path("mine").mkdir()
-    for sample in data_utils.index(spec, Path("none")):
-        image, _ = data_utils.decode(sample, spec, (16, 16))
+    for sample in index(spec, Path("none")):
+        image, _ = decode(sample, spec, (16, 16))
         Image.fromarray(image[0].numpy()).save(f"mine/{sample.id}.png")
     assert run("--predict", "mine", "--batch-size", "7") == 0  # which changes nothing
     for name, mask in expected.items():
@@ -363,7 +365,7 @@ def test_a_prediction_is_the_argmax_of_logits_enlarged_to_the_pictures_size(trai
     Image.fromarray(pixels).save("one.png")
     assert run("--predict", "one.png") == 0
     model = load_with(["--predict", "one.png"]).model
-    x = data_utils.resize(torch.from_numpy(pixels)[None], (16, 16))[None]
+    x = resize(torch.from_numpy(pixels)[None], (16, 16))[None]
     with torch.inference_mode():
         logits = model.segment(data_utils.normalize(x))
     large = torch.nn.functional.interpolate(logits, (40, 24), mode="bilinear").argmax(1)[0]

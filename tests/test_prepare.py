@@ -18,7 +18,7 @@ from conftest import make_acdc, make_cityscapes, make_voc, write_indexed, write_
 from PIL import Image
 from scipy.io import savemat
 
-import data_utils
+from datasets.cache import decode
 from datasets.layouts import index
 from datasets.spec import CONFIG, load_spec
 from datasets.splits import read_split
@@ -68,10 +68,10 @@ def snapshot(folder: Path) -> dict[str, tuple]:
 
 def found_by_main(dataset: str, root: Path) -> list[str]:
     """The ids that a training run finds, each of them decoded."""
-    spec = data_utils.load_spec(dataset)
-    samples = data_utils.index(spec, root, "paper")
+    spec = load_spec(dataset)
+    samples = index(spec, root, "paper")
     for sample in samples:
-        data_utils.decode(sample, spec, (16, 16))
+        decode(sample, spec, (16, 16))
     return [sample.id for sample in samples]
 
 
@@ -149,7 +149,7 @@ def test_masks_of_sbd_keep_their_values_as_indexed_png_with_vocs_palette(root, v
         assert (mask.format, mask.mode) == ("PNG", "P")
         assert (np.array(mask) == SBD_VALUES).all()
         colors = np.reshape(mask.getpalette(), (-1, 3)).tolist()
-    assert colors[:21] == [list(color) for color in data_utils.load_spec("voc").palette]
+    assert colors[:21] == [list(color) for color in load_spec("voc").palette]
     assert colors[255] == [224, 224, 192]
 
 
@@ -610,7 +610,7 @@ def test_the_official_number_is_complete(root, capsys):
     toml = root / "cityscapes.toml"
     official = (CONFIG / "cityscapes.toml").read_text()
     toml.write_text(official.replace("[2975, 500]", "[2, 1]"))
-    tool.verify(data_utils.load_spec(str(toml)), root, 0)
+    tool.verify(load_spec(str(toml)), root, 0)
     assert "all images and masks are usable; complete\n" in capsys.readouterr().out
 
 

@@ -15,9 +15,9 @@ from conftest import make_folder, make_tiny, same, write_indexed
 from runs import error_line, evaluations, last_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import data_utils
 import main
 import utils
+from datasets.spec import load_spec
 from engine import checkpoint
 from engine.flags import parse_args
 from engine.logs import Logs
@@ -215,7 +215,7 @@ def spec_and_settings(method: str, *more: str):
     flags = ["--training", *FLAGS, "--dataset", "uneven.toml", "--method", method, *more]
     args = parse_args(flags)
     utils.seed_everything(args.seed)
-    return data_utils.load_spec("uneven.toml"), args
+    return load_spec("uneven.toml"), args
 
 
 def test_a_signal_stops_all_and_one_process_may_go_on():

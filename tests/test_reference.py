@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import data_utils
+from datasets.spec import load_spec
 from engine.flags import parse_args
 from model import METHODS
 
@@ -84,7 +84,7 @@ def gradients(parameters):
     ("dataset", "size"), [("voc", (18, 21)), ("acdc", (16, 20)), ("cityscapes", (16, 32))]
 )
 def test_one_step_has_the_papers_six_terms_and_their_gradients(dataset, size):
-    spec = data_utils.load_spec(dataset)
+    spec = load_spec(dataset)
     K, C = len(spec.classes), spec.channels
     random = torch.Generator().manual_seed(1)
     x, x_u = 2 * torch.rand(2, 3, C, *size, dtype=torch.float64, generator=random) - 1

@@ -15,8 +15,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 import main
-from data_utils import load_spec
-from datasets.spec import CONFIG
+from datasets.spec import CONFIG, load_spec
 from engine import program
 from engine.flags import parse_args, setting_names
 from tools import experiments, figures, plan, report, runs

@@ -31,9 +31,10 @@ from torchvision.datasets import SBDataset, VOCSegmentation
 from tqdm import tqdm
 
 import utils
-from datasets.files import flat_palette, read_sample
+from datasets.files import read_sample
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Sample, load_spec, voc_palette
+from datasets.writers import flat_palette
 from engine import program
 from engine.flags import Parser, bounded
 from tools.lists import make_split

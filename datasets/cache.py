@@ -1,0 +1,224 @@
+"""The cache: every image of a dataset decoded and resized once, memory-mapped."""
+
+import fcntl
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from datasets import files
+from datasets.phantom import draw_phantom
+from datasets.spec import DatasetSpec, Sample, Slice
+from datasets.workers import loaded, start_worker
+from utils import InputError, first_ten, make_folder, writing
+
+TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
+READERS = (files, draw_phantom)  # the code that what a cache holds depends on, with decode()
+
+
+def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (C, H, W) at the networks' size, bilinear."""
+    bilinear = transforms.InterpolationMode.BILINEAR
+    return transforms.resize(pixels, list(size), bilinear, antialias=True)
+
+
+def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Read a sample at the networks' size.
+
+    Image (C, H, W) uint8 or float32, bilinear; mask (H, W) uint8, nearest.
+    """
+    image, mask = files.read_sample(sample, spec)
+    pixels = resize(files.as_pixels(image, spec.channels), size)
+    nearest = transforms.InterpolationMode.NEAREST_EXACT
+    labels = transforms.resize(torch.from_numpy(mask)[None], list(size), nearest)
+    return pixels.contiguous(), labels[0].contiguous()
+
+
+class Decoder(Dataset):
+    """Item i writes sample i into the files of a cache; it is the error, or None.
+
+    Worker processes thus send back no pixels, however many slices a volume has.
+    """
+
+    def __init__(
+        self, samples: list[Sample], spec: DatasetSpec, size: tuple[int, int], home: Path, dtype
+    ):
+        self.samples, self.spec, self.size = samples, spec, size
+        self.files: list[tuple[Path, int, np.dtype]] = []  # each with the place of its row 0
+        arrays = ("images", dtype, (spec.channels, *size)), ("masks", np.uint8, size)
+        for name, kind, shape in arrays:
+            header = {"descr": np.dtype(kind).str, "fortran_order": False}
+            header["shape"] = (len(samples), *shape)
+            with open(home / f"{name}.npy", "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                self.files.append((home / f"{name}.npy", file.tell(), np.dtype(kind)))
+
+    def __getitem__(self, i: int) -> InputError | OSError | None:
+        try:
+            arrays = decode(self.samples[i], self.spec, self.size)
+            for (path, start, dtype), pixels in zip(self.files, arrays, strict=True):
+                row = pixels.numpy().astype(dtype).tobytes()
+                # not through a memory map: there a full disk is a crash, not an error
+                with open(path, "r+b") as file:
+                    file.seek(start + i * len(row))
+                    file.write(row)
+        except (InputError, OSError) as error:
+            return error
+        return None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """All samples, memory-mapped: images (N, C, H, W), masks (N, H, W) uint8, and rows by id."""
+
+    images: np.memmap
+    masks: np.memmap
+    rows: dict[str, int]
+
+    def __reduce__(self):  # a worker process that is not forked maps the files itself
+        return _reopen, (Path(self.images.filename).parent, self.rows)
+
+
+def _reopen(home: Path, rows: dict[str, int]) -> Cache:
+    return Cache(*_map_cache(home), rows)
+
+
+def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -> str:
+    """A digest of everything that a cache depends on.
+
+    Ids, files with their sizes and times, the meaning of labels, the size, the code that reads.
+    """
+
+    def stamp(source: Path | Slice | int | None):
+        if isinstance(source, int) or source is None:
+            return source
+        path, z = source if isinstance(source, Slice) else (source, None)
+        try:
+            status = path.stat()
+        except OSError:
+            return str(path)
+        return str(path.resolve()), z, status.st_size, status.st_mtime_ns
+
+    stamps = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
+    labels = spec.channels, spec.lookup().tolist()
+    code = [inspect.getsource(reader) for reader in (*READERS, decode, resize)]
+    content = json.dumps([stamps, labels, list(size), code])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def open_cache(
+    spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], folder: Path, workers: int = 0
+) -> Cache:
+    """Open the decoded samples in `folder`; decode and store them first if they are not there.
+
+    InputError names the unusable files (the first ten, then the count).
+    """
+    home = folder / f"{spec.name}_{size[0]}x{size[1]}_{cache_key(spec, samples, size)}"
+    arrays = _map_cache(home)
+    if arrays is None:
+        make_folder(folder, "--cache")
+        with _temporary_folder(folder, home.name) as partial:
+            _fill_cache(partial, spec, samples, size, workers)
+            home.mkdir(exist_ok=True)
+            for file in partial.iterdir():  # other runs may be storing equal files
+                file.replace(home / file.name)
+        arrays = _map_cache(home)
+    return Cache(*arrays, {sample.id: row for row, sample in enumerate(samples)})
+
+
+@contextmanager
+def _locked(folder: Path, flags: int = 0) -> Iterator[bool]:
+    """Try to lock a folder, until however this process ends; yield whether it is locked."""
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | flags)
+            held = True
+        except OSError:  # in use, or a file system without locks
+            held = False
+        yield held
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A hidden folder, deleted at the end; before, delete those of killed processes."""
+    with ExitStack() as stack:
+        with _locked(parent):
+            for leftover in parent.glob(f".*{TEMPORARY}"):
+                with _locked(leftover, fcntl.LOCK_NB) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(leftover, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(TEMPORARY, f".{name}.", parent))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(_locked(folder))
+        yield folder
+
+
+def _map_cache(home: Path) -> list[np.ndarray] | None:
+    """Images and masks, memory-mapped; None if they are missing or damaged."""
+    try:
+        return [np.load(home / file, mmap_mode="r") for file in ("images.npy", "masks.npy")]
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _needs_float(source: Path | Slice | int, spec: DatasetSpec) -> bool:
+    if spec.layout == "folder" and isinstance(source, Path):
+        # decoding reports broken files
+        with suppress(Exception), Image.open(source) as image:
+            return files.is_deep(image)
+    return isinstance(source, Slice)
+
+
+def _fill_cache(
+    home: Path, spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], workers: int
+) -> None:
+    dtype = np.float32 if any(_needs_float(s.image, spec) for s in samples) else np.uint8
+    volumes = [s.image.path if isinstance(s.image, Slice) else s.id for s in samples]
+    rows = itertools.groupby(range(len(samples)), key=volumes.__getitem__)
+    files.read_volume.cache_clear()  # the files may have changed
+    problems = []
+    per_pixel = spec.channels * np.dtype(dtype).itemsize + 1
+    try:
+        with writing(home, len(samples) * size[0] * size[1] * per_pixel):
+            decoded = DataLoader(
+                Decoder(samples, spec, size, home, dtype),
+                batch_sampler=[list(group) for _, group in rows],  # a worker reads a whole volume
+                collate_fn=list,
+                num_workers=workers,
+                worker_init_fn=start_worker,
+            )
+            items = itertools.chain.from_iterable(loaded(decoded))
+            text = {"desc": f"decoding {spec.name}", "unit": " images"}
+            for problem in tqdm(items, total=len(samples), disable=None, **text):
+                if isinstance(problem, InputError):
+                    problems.append(str(problem))
+                elif problem:
+                    raise problem
+    finally:
+        files.read_volume.cache_clear()
+    if problems:
+        unique = list(dict.fromkeys(problems))
+        count = f"{len(unique)} bad {'file' if len(unique) == 1 else 'files'}"
+        raise InputError(f"{count}: {first_ten(unique)}")
