@@ -484,10 +484,13 @@ def test_the_chart_is_the_mean_score_of_each_method_by_labeled_exams(monkeypatch
                 make_run(name, seed, [ratio + seed / 10], scale="exams", ratio=ratio)
     make_run("full", 0, [0.75], scale="exams")
     make_run("partial", 2, [0.9], scale="exams", finished=False)
+    make_run("ours_augment", 0, [0.5], scale="exams")
     found, _ = runs.read_runs(Path("checkpoints/exams"), "exams")
     assert figures.draw_labels(found, Path())
     figure, handles, _ = drawn[0]
-    (axes,) = figure.axes
+    axes, augmented = figure.axes
+    assert [panel.get_title() for panel in figure.axes] == ["no augmentation", "--augment"]
+    assert augmented.containers[0].lines[0].get_ydata() == pytest.approx([0.5])
     lines = [container.lines[0] for container in axes.containers]
     for line in lines:
         assert line.get_xdata() == pytest.approx([3, 8], abs=0.1)

@@ -143,7 +143,7 @@ def draw_rows(
 
 def save(figure: Figure, handles: list[Line2D], path: Path) -> None:
     """Write a figure with a legend above its panels; the same bytes for the same figure."""
-    columns = max(1, min(len(handles), int(figure.get_figwidth() / 2.7)))
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / 3)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
@@ -190,7 +190,8 @@ def draw_curves(runs: list[Run], path: Path) -> str:
 def draw_labels(runs: list[Run], path: Path) -> str:
     """mIoU against the number of labeled exams, one line per experiment; the caption.
 
-    "" if the runs of a dataset have fewer than two numbers of labeled exams.
+    Augmented experiments have a panel of their own. "" if the runs of a dataset have fewer than two
+    numbers of labeled exams.
     """
     scores: dict[str, dict[int, list[float]]] = {}
     for run in runs:
@@ -200,25 +201,32 @@ def draw_labels(runs: list[Run], path: Path) -> str:
     numbers = sorted({number for values in scores.values() for number in values})
     if len(numbers) < 2:
         return ""
-    figure = Figure((8, 5.5), layout="constrained")
-    axes, handles = figure.subplots(), []
     kinds = list(dict.fromkeys(name.removesuffix(AUGMENT) for name in scores))
-    for i, (name, values) in enumerate(scores.items()):
-        offset = 0.006 * (numbers[-1] - numbers[0]) * (i - (len(scores) - 1) / 2)
-        means = [statistics.mean(values[number]) for number in values]
-        spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values.values()]
-        kind = name.removesuffix(AUGMENT)
-        style = {"color": f"C{kinds.index(kind)}", "marker": "o", "markersize": 4}
-        style |= {"linestyle": "--" if f"{name}{AUGMENT}" in scores else "-"}
-        title = EXPERIMENTS[kind].get("title", kind) + ", augmented" * name.endswith(AUGMENT)
-        axes.errorbar([number + offset for number in values], means, spread, capsize=2, **style)
-        handles.append(Line2D([], [], label=title, **style))
-    if full:
-        axes.axhline(statistics.mean(full), color="0.6")
-        handles.append(Line2D([], [], color="0.6", label=EXPERIMENTS["full"]["title"]))
-    axes.set(xticks=numbers, xlabel="labeled exams", ylabel="mIoU")
-    axes.grid(alpha=0.3)
-    save(figure, handles, path)
+    titles = {"": "no augmentation", AUGMENT: "--augment"}
+    endings = [e for e in titles if any(f"{kind}{e}" in scores for kind in kinds)]
+    figure = Figure((4.5 * len(endings) + 1, 4.5), layout="constrained")
+    panels = figure.subplots(1, len(endings), squeeze=False, sharey=True)[0]
+    legend = {}
+    for axes, ending in zip(panels, endings, strict=True):
+        for i, kind in enumerate(kinds):
+            values = scores.get(f"{kind}{ending}", {})
+            if not values:
+                continue
+            offset = 0.012 * (numbers[-1] - numbers[0]) * (i - (len(kinds) - 1) / 2)
+            means = [statistics.mean(group) for group in values.values()]
+            spread = [statistics.stdev(g) if len(g) > 1 else 0.0 for g in values.values()]
+            style = {"color": f"C{i}", "marker": "o", "markersize": 4}
+            axes.errorbar([n + offset for n in values], means, spread, capsize=2, **style)
+            legend[EXPERIMENTS[kind].get("title", kind)] = style
+        if full:
+            legend[EXPERIMENTS["full"]["title"]] = style = {"color": "0.6"}
+            axes.axhline(statistics.mean(full), **style)
+        axes.set(xticks=numbers, xlabel="labeled exams")
+        if len(endings) > 1:
+            axes.set_title(titles[ending], fontsize="medium")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("mIoU")
+    save(figure, [Line2D([], [], label=name, **style) for name, style in legend.items()], path)
     return "mIoU after the last epoch by labeled exams: mean and standard deviation over seeds."
 
 

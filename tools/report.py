@@ -151,8 +151,9 @@ def markdown(titles: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def grid(corner: str, cells: dict[tuple[str, str], str], columns: Iterable[str]) -> str:
-    """A table of cells by (row, column); "-" where there is none."""
-    rows = dict.fromkeys(row for row, _ in cells)
+    """A table of cells by (row, column) without empty columns; "-" where there is no cell."""
+    rows, found = (dict.fromkeys(keys) for keys in zip(*cells, strict=True))
+    columns = [column for column in columns if column in found]
     lines = [[row, *(cells.get((row, column), "-") for column in columns)] for row in rows]
     return markdown([corner, *columns], lines)
 
