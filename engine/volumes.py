@@ -181,7 +181,8 @@ class VolumeScores:
     def title(self) -> str:
         """What was scored, and what was not."""
         exams = len({exam for exam, _ in self.volumes.values()})
-        title = f"{len(self.volumes)} volumes of {exams} exams, each scored at its masks' own size"
+        exams = f"{exams} exam" if exams == 1 else f"{exams} exams"
+        title = f"{len(self.volumes)} volumes of {exams}, each scored at its masks' own size"
         if self.n_incomplete:
             title += f" ({self.n_incomplete} others have slices elsewhere and are not scored)"
         return f"{title}, mean ± standard deviation"

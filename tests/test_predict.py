@@ -176,7 +176,7 @@ def test_volumes_of_a_test_are_those_that_a_prediction_writes(capsys):
     assert run("--testing", "--batch-size", "4") == 0
     printed = capsys.readouterr().out
     exam = split_ids(name)["val"][0].partition("_")[0]
-    assert "2 volumes of 1 exams, each scored at its masks' own size" in printed
+    assert "2 volumes of 1 exam, each scored at its masks' own size" in printed
     with open(f"results/{name}/volumes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {(row["volume"], row["exam"], row["phase"]) for row in rows} == {

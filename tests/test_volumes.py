@@ -210,6 +210,8 @@ def test_a_volume_with_missing_slices_is_not_scored(tmp_path):
     for z in 0, 2:
         scores.add(Sample(f"a_s{z:02d}", "a", Slice(path, z), Slice(path, z)), mask, mask)
     assert (scores.n_incomplete, scores.scores) == (1, [])
+    assert "0 volumes of 0 exams" in scores.title()
+    assert "(1 others have slices elsewhere and are not scored)" in scores.title()
 
 
 def test_acdc_is_scored_by_exam_and_phase(tmp_path):
