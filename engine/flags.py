@@ -27,7 +27,9 @@ MODE_FLAGS = {  # the flags that only some modes have
     "part": ("testing",),
     "overlay": ("predict",),
 }
-SETTINGS = ("experiment", "optimization", "networks")  # groups of flags that change the result
+# Groups of flags that change the result, but for those that say where the data are
+SETTINGS = ("data", "method", "training", "networks", "released code")
+DATA = ("dataset", "data_root")
 AMOUNTS = {"ratio", "labeled"}  # of labels; one takes the place of the other
 
 # The parser
@@ -55,9 +57,9 @@ class Parser(argparse.ArgumentParser):
         hint = "; --help lists the flags" if message.startswith("unrecognized") else ""
         raise InputError(message + hint)
 
-    def group(self, title: str) -> Callable:
+    def group(self, title: str, description: str | None = None) -> Callable:
         """Like add_argument, for a new group."""
-        group, keys = self.add_argument_group(title), self.keys.setdefault(title, [])
+        group, keys = self.add_argument_group(title, description), self.keys.setdefault(title, [])
         return lambda *flags, **about: keys.append(group.add_argument(*flags, **about).dest)
 
 
@@ -95,7 +97,9 @@ def split_kind(text: str) -> str:
 @cache
 def build_parser() -> Parser:
     """All flags, with the paper's defaults (Section 3.3)."""
-    parser = Parser("main.py", description="Train, test and use segmentation networks.")
+    usage = "python main.py --training | --testing | --predict PATH... [flags]"
+    description = "Train segmentation networks with a few labeled images, test them and use them."
+    parser = Parser("main.py", usage=usage, description=description)
     share, weight = bounded(float, 0, 1, above=True), bounded(float, 0)
     count = bounded(int, 1, 10**9)
     size, beta = bounded(int, MIN_SIZE, 16384), bounded(float, 0, 0.9999)
@@ -103,87 +107,116 @@ def build_parser() -> Parser:
 
     flag = parser.group("mode")
     flag("--training", action="store_true", help="train, or resume an interrupted run")
-    flag("--testing", action="store_true", help="score a run's best.pt; write masks and panels")
-    flag("--predict", nargs="+", metavar="PATH", help="segment pictures, NIfTI volumes, folders")
+    flag("--testing", action="store_true", help="score a trained run; write masks and panels")
+    predicted = "write masks of images, of NIfTI volumes, and of all in a folder"
+    flag("--predict", nargs="+", metavar="PATH", help=predicted)
     flag("--config", metavar="FILE", help="TOML with flags, read after the dataset's TOML")
-    flag("--checkpoint", metavar="FILE", help="checkpoint to use; default: newest run's best.pt")
-    flag("--overlay", action="store_true", help="with --predict, also write masks over pictures")
-    flag("--native-size", action="store_true", help="with --testing, also score at full size")
+    trained = "checkpoint to test or predict with; default: newest run's best.pt"
+    flag("--checkpoint", metavar="FILE", help=trained)
+    flag("--overlay", action="store_true", help="with --predict, also write masks over images")
+    native = "with --testing, also score at the masks' original size"
+    flag("--native-size", action="store_true", help=native)
     part = "with --testing, score this part of the dataset (a folder's or ACDC's test images)"
     flag("--part", choices=["val", "test"], help=part)
     flag("--overwrite", action="store_true", help="delete the run's folder and start over")
 
-    flag = parser.group("experiment")
-    flag("--dataset", default="voc", help="name in config/ or path of a .toml file")
-    methods = "cyclegan: Ours; supervised: Partial or Full; advsemi: Hung et al.; meanteacher"
-    flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
-    flag("--ratio", type=share, default=0.2, help="share of the training images with labels")
-    flag("--labeled", type=count, metavar="N", help="their number, in place of --ratio")
-    flag("--seed", type=bounded(int, 0, 2**32), default=0, help="seed of split, weights and order")
-    splits = "paper, standard (as in other papers), image (85/15, as released)"
-    splits += ", a name in config/splits/ or a split.json"
-    flag("--split", type=split_kind, default="paper", metavar="SPLIT", help=splits)
-    unit = "unit of --ratio and --labeled: single images or whole exams"
+    flag = parser.group("data")
+    described = "name in config/, or a .toml file that describes your own images"
+    flag("--dataset", default="voc", help=described)
+    flag("--data-root", metavar="DIR", help="folder of the dataset; default: data/<dataset>")
+    ratio = "share of the training images that are labeled; masks of the others are not used"
+    flag("--ratio", type=share, default=0.2, help=ratio)
+    number = "number of labeled images, in place of --ratio"
+    flag("--labeled", type=count, metavar="N", help=number)
+    unit = "what --ratio and --labeled count: images, or whole exams (patients)"
     flag("--label-unit", default="image", choices=["image", "exam"], help=unit)
-    hw = ("H", "W")
-    flag("--size", type=size, nargs=2, default=[200, 200], metavar=hw, help="input size in pixels")
-    scales = "range: (v - mean) / (max - min); half: (v - 0.5) / 0.5, as released"
-    flag("--normalization", default="range", choices=["range", "half"], help=scales)
-    ignored = "ignored pixels of training masks: skipped, or class 0 as released"
-    flag("--ignored", default="skip", choices=["skip", "background"], help=ignored)
+    splits = (
+        "division into training and validation images: paper, standard (as in other papers), "
+        "image (85/15, as released), a name in config/splits/ or a split.json"
+    )
+    flag("--split", type=split_kind, default="paper", metavar="SPLIT", help=splits)
+    resized = "size in pixels to which images are resized"
+    flag("--size", type=size, nargs=2, default=[200, 200], metavar=("H", "W"), help=resized)
 
-    flag = parser.group("optimization")
-    augmented = "flip and turn images as the dataset's orientation allows, vary their contrast"
-    flag("--augment", action=switch, default=False, help=augmented)
-    flag("--lambda1", type=weight, default=1.0, metavar="W", help="weight of L_gen^I (Eq. 8)")
-    flag("--lambda2", type=weight, default=0.05, metavar="W", help="weight of L_cycle^S")
-    flag("--lambda3", type=weight, default=1.0, metavar="W", help="weight of L_cycle^I")
-    flag("--lambda4", type=weight, default=1.0, metavar="W", help="weight of L_disc^S")
-    flag("--lambda5", type=weight, default=1.0, metavar="W", help="weight of L_disc^I")
+    symbols = (
+        "G_IS turns an image x into a mask y (it segments), G_SI a mask into an image.\n"
+        "The discriminators D_S and D_I tell true masks and images from generated ones.\n"
+        "--lambda1 to 5 and --reduction belong to cyclegan, --cutmix-on to meanteacher."
+    )
+    flag = parser.group("method", symbols)
+    methods = (
+        "cyclegan: the paper's method (Ours); supervised: labeled images only (Partial, Full); "
+        "advsemi: adversarial training of predictions (Hung et al. 2018); meanteacher: consistency "
+        "with a moving average of the network on mixed images (CutMix)"
+    )
+    flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
+    terms = {
+        "lambda1": (1.0, "L_gen^I (Eq. 3): G_SI(y) is like the image x"),
+        "lambda2": (0.05, "L_cycle^S (Eq. 7): mask to image to the same mask"),
+        "lambda3": (1.0, "L_cycle^I (Eq. 6): image to mask to the same image"),
+        "lambda4": (1.0, "L_disc^S (Eq. 4): predicted masks look true to D_S"),
+        "lambda5": (1.0, "L_disc^I (Eq. 5): generated images look true to D_I"),
+    }
+    for name, (default, term) in terms.items():
+        flag(f"--{name}", type=weight, default=default, metavar="W", help=f"weight of {term}")
     sums = "mean over pixels, or the sum that Eq. 2, 3 and 6 print (a factor on lambda1, 3, 4, 5)"
     flag("--reduction", default="mean", choices=["mean", "sum"], help=sums)
-    flag("--epochs", type=count, default=400, help="passes over the longer list of images")
+    on = "images that are mixed and perturbed; with labeled, no unlabeled image is used"
+    flag("--cutmix-on", default="both", choices=["both", "unlabeled", "labeled"], help=on)
+
+    flag = parser.group("training")
+    passes = "passes over the unlabeled or the labeled images, whichever are more"
+    flag("--epochs", type=count, default=400, help=passes)
     decay = "epoch at which the learning rate starts to fall; default: a quarter of --epochs"
     flag("--decay-epoch", type=bounded(int, 0), metavar="N", help=decay)
-    flag("--batch-size", type=count, default=5, metavar="B", help="images of each kind per step")
+    per_step = "labeled images per step, and as many unlabeled ones"
+    flag("--batch-size", type=count, default=5, metavar="B", help=per_step)
     flag("--lr", type=bounded(float, 0, above=True), default=2e-4, help="Adam's learning rate")
     betas = {"nargs": 2, "default": [0.5, 0.999], "metavar": ("B1", "B2")}
     flag("--betas", type=beta, **betas, help="Adam's betas")
-    pool = "size of the pool of past fakes for the discriminators (released code: 50)"
-    flag("--pool-size", type=bounded(int, 0), default=0, metavar="N", help=pool)
-    fakes = "D_S's input from G_IS(x'): softmax maps, or argmax as released"
-    flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help=fakes)
-    on = "images that meanteacher mixes and perturbs"
-    flag("--cutmix-on", default="both", choices=["both", "unlabeled", "labeled"], help=on)
+    augmented = "flip and turn images as the dataset's orientation allows, vary their contrast"
+    flag("--augment", action=switch, default=False, help=augmented)
     flag("--init", metavar="FILE", help="checkpoint (or run's folder) with initial weights")
     precision = "precision of the networks; losses stay fp32"
     flag("--precision", default="fp32", choices=["fp32", "tf32", "bf16"], help=precision)
+    seed = "seed of the split, the initial weights and the order of images"
+    flag("--seed", type=bounded(int, 0, 2**32), default=0, help=seed)
 
     flag = parser.group("networks")
-    flag("--ngf", type=count, default=64, metavar="N", help="width of the generators")
-    flag("--ndf", type=count, default=64, metavar="N", help="width of the discriminators")
-    flag("--n-blocks", type=bounded(int, 0), default=9, metavar="N", help="residual blocks")
-    chance = bounded(float, 0, 0.99)
-    flag("--dropout", type=chance, default=0.0, metavar="P", help="dropout in residual blocks")
-    norms = ["batch", "instance"]
-    flag("--disc-norm", default="batch", choices=norms, help="norm of the discriminators")
+    width = "channels after the first layer of each"
+    flag("--ngf", type=count, default=64, metavar="N", help=f"{width} generator")
+    flag("--ndf", type=count, default=64, metavar="N", help=f"{width} discriminator")
+    blocks = "residual blocks of each generator"
+    flag("--n-blocks", type=bounded(int, 0), default=9, metavar="N", help=blocks)
     flag("--disc-kernel", type=odd, default=1, metavar="K", help="kernel of the discriminators")
+
+    released = "Where the released code departs from the paper; config/official.toml sets them all."
+    flag = parser.group("released code", released)
+    scales = (
+        "of images; range: (v - mean) / (max - min) by channel; half: (v - 0.5) / 0.5, as released"
+    )
+    flag("--normalization", default="range", choices=["range", "half"], help=scales)
+    ignored = "ignored pixels of training masks: skipped, or class 0 as released"
+    flag("--ignored", default="skip", choices=["skip", "background"], help=ignored)
+    fakes = "what D_S sees of a prediction: softmax maps, or argmax as released, without gradient"
+    flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help=fakes)
+    pool = "earlier predictions and generated images kept for the discriminators; released: 50"
+    flag("--pool-size", type=bounded(int, 0), default=0, metavar="N", help=pool)
+    norms = ["batch", "instance"]
+    norm = "norm layers of the discriminators; released: instance"
+    flag("--disc-norm", default="batch", choices=norms, help=norm)
+    chance = "dropout in the generators' residual blocks; released: 0.5"
+    flag("--dropout", type=bounded(float, 0, 0.99), default=0.0, metavar="P", help=chance)
 
     flag = parser.group("machine")
     flag("--device", help="cpu, cuda or cuda:1; default: cuda if there is a GPU")
     flag("--compile", action=switch, default=False, help="torch.compile the networks")
-    flag("--deterministic", action=switch, default=False, help="deterministic kernels")
-    workers = bounded(int, 0, 1000)
-    flag(
-        "--workers",
-        type=workers,
-        default=2,
-        metavar="N",
-        help="processes that load images, for training and evaluation each",
-    )
+    repeatable = "kernels that repeat bit for bit, where PyTorch has them"
+    flag("--deterministic", action=switch, default=False, help=repeatable)
+    loaders = "processes that load images, for training and evaluation each"
+    flag("--workers", type=bounded(int, 0, 1000), default=2, metavar="N", help=loaders)
 
     flag = parser.group("files")
-    flag("--data-root", metavar="DIR", help="folder of the dataset; default: data/<dataset>")
     flag("--name", help="run's folder; default: <dataset>_<method>_<ratio>_s<seed>")
     flag("--checkpoints", default="checkpoints", metavar="DIR", help="parent of the run folders")
     flag("--results", default="results", metavar="DIR", help="output of --testing and --predict")
@@ -245,7 +278,7 @@ def all_names() -> list[str]:
 def setting_names() -> list[str]:
     """The flags that change a result; checkpoints contain them and resumed runs must match them."""
     keys = build_parser().keys
-    return [key for group in SETTINGS for key in keys[group] if key != "dataset"]
+    return [key for group in SETTINGS for key in keys[group] if key not in DATA]
 
 
 def parse_args(argv: list[str]) -> Flags:

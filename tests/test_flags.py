@@ -52,12 +52,10 @@ def test_learning_rate_falls_after_a_quarter_of_the_epochs_by_default():
 
 
 def test_settings_are_the_flags_of_the_groups_that_change_the_result():
-    groups = [PARSER.keys[title] for title in ("experiment", "optimization", "networks")]
-    expected = [key for keys in groups for key in keys if key != "dataset"]
+    expected = {*DEFAULTS} - {"data_root"}
     args = parse_args(["--training", "--dataset", "voc", "--lambda4", "0.5"])
-    assert list(args.settings) == expected
+    assert args.settings.keys() == expected
     assert args.settings["lambda4"] == 0.5
-    assert {*DEFAULTS} - {"data_root"} == {*expected}
     every_group = [key for keys in PARSER.keys.values() for key in keys]
     assert sorted(every_group) == sorted(a.dest for a in PARSER._actions if a.dest != "help")
 
@@ -82,6 +80,22 @@ def test_help_explains_every_flag_and_shows_every_default_but_none(capsys):
         if not isinstance(default, bool | None) and action.dest != "help":
             typed = " ".join(map(str, default)) if isinstance(default, list) else default
             assert f"{action.help} (default: {typed})" in text
+
+
+def test_help_starts_with_one_line_of_usage_then_mode_data_and_method(capsys):
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    text = capsys.readouterr().out
+    usage = "usage: python main.py --training | --testing | --predict PATH... [flags]"
+    assert text.split("\n\n")[0] == usage
+    assert list(PARSER.keys)[:3] == ["mode", "data", "method"]
+    places = [text.index(f"\n{title}:\n") for title in PARSER.keys]
+    assert places == sorted(places)
+
+
+def test_flags_of_the_released_code_are_those_that_its_preset_changes():
+    preset = read_toml(CONFIG / "official.toml").keys()
+    assert {*PARSER.keys["released code"]} == preset - {"lambda4", "lambda5", "split"}
 
 
 @pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.startswith("--")])

@@ -436,7 +436,8 @@ FREE = {
 def test_every_flag_is_either_compared_or_free():
     keys = build_parser().keys
     assert {*OTHER} == {*setting_names()}
-    assert {*FREE, "name", "checkpoints"} == {*keys["machine"], *keys["files"]}
+    places = {*keys["machine"], *keys["files"], "data_root"}
+    assert {*FREE, "name", "checkpoints"} == places
 
 
 @pytest.mark.parametrize("key", OTHER)

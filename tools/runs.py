@@ -8,14 +8,14 @@ from pathlib import Path
 import utils
 from datasets.spec import read_toml
 from datasets.splits import ROLES
-from engine.flags import build_parser, setting_names
+from engine.flags import all_names, build_parser, setting_names
 from tools.plan import DATASETS, EXPERIMENTS, SCALES, planned
 from utils import InputError
 
 VERSIONS = "torch torchvision numpy python device gpu commit started finished".split()
 EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
 PARSER = build_parser()
-NO_SETTING = {*PARSER.keys["machine"], *PARSER.keys["files"]}  # flags that change no result
+NO_SETTING = {*all_names()} - {*setting_names()}  # flags that change no result
 PAPER = {key: getattr(PARSER.parse_args([]), key) for key in setting_names()}
 # Keys of [dataset] that change a result
 DATA = "classes scored channels ignore void label_ids void_ids orientation".split()
