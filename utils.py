@@ -96,7 +96,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.backends.cudnn.benchmark = not deterministic  # all batches have one size
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
 
 
 def pick_device(name: str | None, precision: str) -> torch.device:
@@ -212,8 +212,8 @@ def failure(error: Exception) -> str | None:
     if "InvalidCxxCompiler" in str(error) or "Failed to find C compiler" in str(error):
         return "--compile: found no C++ compiler; install g++, or train without --compile"
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        return f"the connection between the processes failed ({reason}); checkpoints are intact"
+        found = (str(error) or type(error).__name__).splitlines()[0]
+        return f"the connection between the processes failed ({found}); checkpoints are intact"
     return None
 
 

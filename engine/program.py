@@ -29,7 +29,7 @@ def execute(command: Callable[[list[str]], int], argv: list[str] | None = None) 
     except OSError as error:
         other = "standard output" if isinstance(error, BrokenPipeError) else "a file"
         message, code = f"{error.filename or other}: {utils.reason(error)}", 1
-    except KeyboardInterrupt:  # a tool's: main.py handles signals itself
+    except KeyboardInterrupt:  # of a caller that handles no signals
         message, code = "interrupted", 130
     except Exception as error:
         message, code = utils.failure(error), 1

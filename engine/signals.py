@@ -2,7 +2,9 @@
 
 import os
 import signal
+import sys
 import time
+from contextlib import suppress
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
@@ -23,7 +25,8 @@ class Stop:
         if not self.training:
             if int(os.environ.get("RANK", 0)) == 0:
                 name = signal.Signals(signum).name
-                os.write(1, f"{name}: stopped; there was nothing to save\n".encode())
+                with suppress(OSError):  # the reader has hung up
+                    os.write(1, f"{name}: stopped; there was nothing to save\n".encode())
             raise SystemExit(128 + signum)
 
 
@@ -31,6 +34,12 @@ stop = Stop()
 
 
 def install() -> None:
-    """Install the handler."""
+    """Install the handler, and standard streams in place of closed ones.
+
+    The next file opened would otherwise get their number, and the messages.
+    """
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for signum in SIGNALS:
         signal.signal(signum, stop)

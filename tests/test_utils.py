@@ -49,7 +49,7 @@ def test_deterministic_kernels_are_a_choice():
         for deterministic in True, False:
             utils.seed_everything(0, deterministic)
             assert torch.backends.cudnn.benchmark != deterministic
-            assert torch.are_deterministic_algorithms_enabled()
+            assert torch.are_deterministic_algorithms_enabled() == deterministic
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -17,6 +17,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # before the slow imports, so that a signal during them is heard
+    from engine import signals
+
+    signals.install()
+
 try:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -24,6 +24,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+if __name__ == "__main__":  # before the slow imports, so that a signal during them is heard
+    from engine import signals
+
+    signals.install()
+
 import numpy as np
 from PIL import Image
 from scipy.io import loadmat
