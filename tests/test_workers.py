@@ -3,6 +3,8 @@
 import json
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -12,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_tiny, write_volume
-from runs import SUPERVISED, TINY
+from runs import SIMPLE, SUPERVISED, TINY, last_state
 
 import main
+from datasets import workers
+from engine.signals import SIGNALS
 
 ROOT = Path(main.__file__).parent
 FLAGS = ["--training", *SUPERVISED, "--workers", "2"]
@@ -177,3 +181,63 @@ def test_workers_end_when_the_main_process_is_killed():
     program.kill()
     wait_for(lambda: not processes(program.pid), limit=4)
     program.communicate()
+
+
+SLOW = """
+import sys, time
+from data_utils import Decoder
+item = Decoder.__getitem__
+Decoder.__getitem__ = lambda *args: (time.sleep(0.2), item(*args))[1]
+{run}
+"""
+RUNS = {  # of programs that fill a cache first
+    "training": ("import main; sys.exit(main.main())", [*FLAGS, "--name", "new"]),
+    "testing": ("import main; sys.exit(main.main())", ["--testing", "--workers", "1"]),
+    "tool": (
+        "from tools.figures import figures; from engine import program; "
+        "sys.exit(program.run(figures))",
+        ["rows", SIMPLE, "--out", "rows.png"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("program", "signum"), zip(RUNS, SIGNALS, strict=True))
+def test_a_signal_while_decoding_ends_all_processes_with_one_line(trained, program, signum):
+    line, flags = RUNS[program]
+    script = SLOW.format(run=f"from engine import signals; signals.install(); {line}")
+    shutil.rmtree("data/cache")
+    process = start(sys.executable, "-c", script, *flags)
+    wait_for(lambda: list(Path("data").glob("cache/.*")) or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.01 * signum)  # before, while and after the processes start
+    os.killpg(process.pid, signum)
+    out, err = process.communicate(timeout=LIMIT)
+    assert (process.returncode, err) == (128 + signum, "")
+    assert out == f"{signal.Signals(signum).name}: stopped; there was nothing to save\n"
+    assert not processes(process.pid)
+    assert list(Path("data/cache").iterdir()) == []
+
+
+def test_no_signal_ends_the_start_of_workers_halfway():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda n, _: heard.append(n))
+    try:
+        with workers.signals_held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            child = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+            blocked = subprocess.check_output([sys.executable, "-c", child], text=True)
+            assert heard == []
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert all(signal.Signals(n).name in blocked for n in SIGNALS)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
+def test_closed_standard_streams_do_no_harm():
+    make_tiny(20, 4)
+    script = 'exec "$@" 0<&- 1>&- 2>&-'
+    program = start("sh", "-c", script, "sh", sys.executable, ROOT / "main.py", *FLAGS)
+    assert program.communicate(timeout=LIMIT) == ("", "")
+    assert program.returncode == 0
+    assert last_state(SIMPLE.name)["progress"]["evaluated"] == 1
