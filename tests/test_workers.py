@@ -108,7 +108,7 @@ CASES = {
 }
 SCRIPT = """
 import json, os, subprocess, sys, time
-import main, data_utils
+import data_utils, datasets.cache, main
 from multiprocessing.reduction import ForkingPickler as Reduce
 
 def raise_(error):
@@ -119,7 +119,7 @@ def run(case, owner, name, action):
     os.mkdir(case)
     for stream, number in ("out", 1), ("err", 2):
         os.dup2(os.open(os.path.join(case, stream), os.O_WRONLY | os.O_CREAT), number)
-    owner = getattr(data_utils, owner)
+    owner = getattr(datasets.cache if owner == "Decoder" else data_utils, owner)
     method = getattr(owner, name)
     setattr(owner, name, lambda *args: (eval(action), method(*args))[1])
     sys.exit(main.main([*sys.argv[2:], "--checkpoints", case, "--cache", f"{case}/cache"]))
@@ -185,7 +185,7 @@ def test_workers_end_when_the_main_process_is_killed():
 
 SLOW = """
 import sys, time
-from data_utils import Decoder
+from datasets.cache import Decoder
 item = Decoder.__getitem__
 Decoder.__getitem__ = lambda *args: (time.sleep(0.2), item(*args))[1]
 {run}
@@ -201,7 +201,7 @@ RUNS = {  # of programs that fill a cache first
 }
 
 
-@pytest.mark.parametrize(("program", "signum"), zip(RUNS, SIGNALS, strict=True))
+@pytest.mark.parametrize(("program", "signum"), [*zip(RUNS, SIGNALS, strict=True)])
 def test_a_signal_while_decoding_ends_all_processes_with_one_line(trained, program, signum):
     line, flags = RUNS[program]
     script = SLOW.format(run=f"from engine import signals; signals.install(); {line}")
