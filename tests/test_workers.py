@@ -195,7 +195,7 @@ RUNS = {  # of programs that fill a cache first
     "testing": ("import main; sys.exit(main.main())", ["--testing", "--workers", "1"]),
     "tool": (
         "from tools.figures import figures; from engine import program; "
-        "sys.exit(program.run(figures))",
+        "sys.exit(program.execute(figures))",
         ["rows", SIMPLE, "--out", "rows.png"],
     ),
 }
