@@ -236,6 +236,7 @@ def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Dat
         cause += " than the run started with, which its split.json names"
         advice = "; give --name for another folder, or --overwrite to start over"
         raise InputError(f"{cause}{advice if args.training else ''}")
+    utils.check_same(found.ids(), "the split's images")
     return open_data(args, spec, samples, found)
 
 

@@ -3,6 +3,7 @@
 import codecs
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -186,6 +187,14 @@ def from_each(value) -> list:
         values = [None] * world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+def check_same(values: dict, name: str) -> None:
+    """InputError, on every process, if one has other values than process 0."""
+    (host, first), *others = from_each((socket.gethostname(), values))
+    for other, own in others:
+        if keys := [key for key in first if own.get(key) != first[key]]:
+            raise InputError(f"{name} differ between {host} and {other}: {first_ten(keys)}")
 
 
 @contextmanager

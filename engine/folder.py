@@ -1,6 +1,7 @@
 """A run's folder: its name, its lock, the last.pt of the same settings, config.toml, split.json."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -67,16 +68,37 @@ class RunFolder:
 def open_folder(args: Flags, spec: DatasetSpec) -> Iterator[RunFolder]:
     """Lock a run's folder, then read its last.pt.
 
-    InputError if it belongs to other settings, or has files that a new run would delete.
+    InputError if it belongs to other settings, has files that a new run would delete, or is on a
+    machine without process 0.
     """
     path = Path(args.checkpoints) / folder_name(args, spec)
     with ExitStack() as stack:
         if utils.rank() == 0:
             stack.enter_context(locked(path, "--checkpoints"))
+        check_machines(path / "last.pt", args, spec)
         state = utils.from_first(None if utils.rank() else previous_state(path, args, spec))
         is_new = args.init and not state
         initial = checkpoint.load(checkpoint.file_of(args.init)) if is_new else None
         yield RunFolder(path, state, initial)
+
+
+def check_machines(last: Path, args: Flags, spec: DatasetSpec) -> None:
+    """InputError, on every process, if machines have other settings or another last.pt."""
+    own = {key: value for key, value in args.settings.items() if key not in ("init", "split")}
+    utils.check_same(own | asdict(spec), "flags or [dataset]")
+    digest = None
+    if utils.local_rank() == 0 and last.is_file() and not args.overwrite:
+        with open(last, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").digest()
+    (host, first), *others = utils.from_each((socket.gethostname(), digest))
+    for other, found in others:
+        if found and not first:
+            lacking = f"{other} has the run's {last}, but {host}, where process 0 is, has none"
+            advice = "give --checkpoints on a disk that all share, or set torchrun's --node-rank"
+            raise InputError(f"{lacking}; {advice}")
+        if found not in (None, first):
+            different = f"{last} differs between {host}, where process 0 is, and {other}"
+            raise InputError(f"{different}; delete the older run")
 
 
 def folder_name(args: Flags, spec: DatasetSpec) -> str:

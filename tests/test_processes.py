@@ -6,15 +6,17 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder, make_tiny, same, write_indexed
+from conftest import error_of, make_folder, make_tiny, same, write_indexed
 from runs import error_line, evaluations, last_state
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import data_utils
 import main
 import utils
 from datasets.spec import load_spec
@@ -257,6 +259,42 @@ def test_two_processes_resume_with_the_random_numbers_and_pools_of_each():
     ]
     assert [run.returncode for run in runs] == [0, 128 + signal.SIGTERM, 0]
     assert same(last_state("whole"), last_state("resumed"))
+
+
+def test_a_run_is_not_resumed_or_started_anew_on_another_machine():
+    for machine in "ab":
+        Path(machine).mkdir()
+        with chdir(machine):
+            make_tiny(20, 4)
+    flags = "--dataset", "tiny.toml", "--method", "supervised", "--epochs", "1", "--name", "one"
+
+    def train(first: str, second: str, code: int) -> str:
+        place = f"os.environ['LOCAL_RANK'] = '0'; os.chdir({(first, second)}[int(rank)])"
+        ended = train_in_two(*flags, first_line=place)
+        assert ended.returncode == code, ended.stderr
+        errors = {line for line in ended.stderr.splitlines() if line.startswith("error: ")}
+        assert len(errors) == (code > 0)
+        return "".join(errors)
+
+    train("a", "b", 0)
+    host, last = socket.gethostname(), "checkpoints/one/last.pt"
+    error = train("b", "a", 2)
+    assert f"{host} has the run's {last}, but {host}, where process 0 is, has none; give " in error
+    assert list(Path("b/checkpoints").iterdir()) == []
+    Path("b", last).parent.mkdir()
+    Path("b", last).write_bytes(b"older")
+    assert f"{last} differs between {host}, where process 0 is, and {host}" in train("a", "b", 2)
+    toml = Path("b/tiny.toml")
+    toml.write_text(toml.read_text().replace("[20, 4]", "[19, 4]"))
+    assert f"flags or [dataset] differ between {host} and {host}: counts" in train("a", "b", 2)
+
+
+def test_images_that_differ_between_machines_are_an_error(monkeypatch):
+    make_uneven()
+    spec, args = spec_and_settings("supervised")
+    monkeypatch.setattr(utils, "from_each", lambda ids: [("a", ids), ("b", ids | {"val": []})])
+    message = error_of(data_utils.load_data, args, spec)
+    assert message == "the split's images differ between a and b: val"
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line():
