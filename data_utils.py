@@ -217,27 +217,28 @@ class Data:
         return Pairs(self.labeled, self.unlabeled)
 
 
-def load_data(args, spec: DatasetSpec, expected_split: str | None = None) -> Data:
+def load_data(
+    args, spec: DatasetSpec, expected_split: str | None = None, uses_unlabeled: bool = False
+) -> Data:
     """Index --data-root, split it as the flags say, and open its cache.
 
-    InputError if files are missing, unusable or too few, or if the split does not have the expected
-    hash (a checkpoint's).
+    InputError if files are missing, unusable or too few (none unlabeled where the method uses
+    them), or if the split does not have the expected hash (a checkpoint's).
     """
     rule = args.rule
     samples = index(spec, Path(args.data_root), rule.kind)
-    found = rule.apply(samples, spec, args.seed)
-    control = args.method == "meanteacher" and args.cutmix_on == "labeled"
-    if args.method != "supervised" and not control and not found.unlabeled:
+    split = rule.apply(samples, spec, args.seed)
+    if uses_unlabeled and not split.unlabeled:
         raise InputError(f"{rule.flag} leaves no unlabeled image for --method {args.method}")
-    if expected_split not in (None, found.hash()):
+    if expected_split not in (None, split.hash()):
         cause = f"--data-root {args.data_root}: holds other images"
         if isinstance(rule, ByFile):
             cause = f"{rule.flag}: lists other images"
         cause += " than the run started with, which its split.json names"
         advice = "; give --name for another folder, or --overwrite to start over"
         raise InputError(f"{cause}{advice if args.training else ''}")
-    utils.check_same(found.ids(), "the split's images")
-    return open_data(args, spec, samples, found)
+    utils.check_same(split.ids(), "the split's images")
+    return open_data(args, spec, samples, split)
 
 
 def load_part(args, spec: DatasetSpec) -> Data:
@@ -264,16 +265,16 @@ def load_part(args, spec: DatasetSpec) -> Data:
     return open_data(args, spec, samples, Split((), (), tuple(samples)))
 
 
-def open_data(args, spec: DatasetSpec, samples: list[Sample], found: Split) -> Data:
+def open_data(args, spec: DatasetSpec, samples: list[Sample], split: Split) -> Data:
     """Open the cache of a split's images."""
-    used = sorted(found.labeled + found.unlabeled + found.val, key=lambda sample: sample.id)
+    used = sorted(split.labeled + split.unlabeled + split.val, key=lambda sample: sample.id)
     with utils.first_process_first():
         cache = open_cache(spec, used, tuple(args.size), Path(args.cache), args.workers)
     ignored_class = 0 if args.ignored == "background" else IGNORE
     return Data(
         len({sample.group for sample in samples if sample.mask is not None}),
-        found,
-        Stored(cache, found.labeled, ignored_class),
-        Stored(cache, found.unlabeled),
-        Stored(cache, found.val),
+        split,
+        Stored(cache, split.labeled, ignored_class),
+        Stored(cache, split.unlabeled),
+        Stored(cache, split.val),
     )

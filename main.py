@@ -46,13 +46,13 @@ def train(args: Flags) -> int:
         raise InputError(f"--batch-size {args.batch_size} cannot be divided among {processes}")
     utils.join_processes(device)
     batches = make_batches(args, device)
+    model = build_model(args, spec, device)
     with open_folder(args, spec) as folder:
-        data = load_data(args, spec, folder.split_hash)
+        data = load_data(args, spec, folder.split_hash, model.uses_unlabeled)
         if message := folder.finished(args.epochs):
             print(message)
             return 0
         describe(args, spec, data, device, folder.path)
-        model = build_model(args, spec, device)
         with Run(args, spec, data, model, folder) as run:
             distribute_and_compile(model, args, device)
             orientation = spec.orientation if args.augment else None
@@ -81,7 +81,7 @@ def make_batches(args: Flags, device: torch.device) -> Callable:
 def build_model(args: Flags, spec: DatasetSpec, device: torch.device) -> Method:
     """The method with initial weights that are the same in every process."""
     utils.seed_everything(args.seed, args.deterministic)
-    model = METHODS[args.method](spec, args).to(device)
+    model = METHODS[args.method].from_args(spec, args).to(device)
     if device.type == "cpu":  # convolutions are faster so, most of all backward
         model.to(memory_format=torch.channels_last)
     if utils.rank():  # dropout and pools differ between processes

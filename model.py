@@ -10,6 +10,18 @@ with B images in a batch, C channels, K classes and H x W pixels:
     G_IS     image to segmentation: the network we want
     G_SI     segmentation (one-hot masks or softmax maps) to image
     D_S, D_I masks and images to one score per pixel, (B, 1, H, W): 1 is real, 0 is generated
+
+A method needs no command line; its options are the paper's by default:
+
+    >>> import torch
+    >>> from model import CycleGAN
+    >>> ours = CycleGAN(channels=1, n_classes=4, ngf=4, ndf=4, n_blocks=1)
+    >>> x, x_u = 2 * torch.rand(2, 3, 1, 16, 16) - 1  # three images of each kind
+    >>> y = torch.randint(4, (3, 16, 16))
+    >>> list(ours.train().step(x, y, x_u))
+    ['gen_S', 'gen_I', 'cycle_S', 'cycle_I', 'disc_S', 'disc_I', 'D_S', 'D_I']
+    >>> ours.eval().segment(x).shape
+    torch.Size([3, 4, 16, 16])
 """
 
 import copy
@@ -26,6 +38,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import NormedConv2d, NormedConvTranspose2d, ResNetGenerator
 from utils import IGNORE, NonFiniteLoss, count_per_process, total, world_size
+
+WEIGHTS = {  # lambda 1 to 5 of Eq. 8 (Section 3.3)
+    "gen_I": 1.0,
+    "cycle_S": 0.05,
+    "cycle_I": 1.0,
+    "disc_S": 1.0,
+    "disc_I": 1.0,
+}
 
 # Equations. Expectations and norms are means over images, pixels and channels, as in the released
 # code. With several processes, `count_per_process` makes their values' mean the whole batch's.
@@ -123,30 +143,64 @@ class Side(nn.Module):
 class Method(nn.Module):
     """G_IS, the optimizers and the step (Eq. 8, 9) that every method shares.
 
+    channels, n_classes: of the images and masks. ngf, n_blocks, dropout: of the generators. bf16:
+    compute the networks in bfloat16.
+
     A subclass adds its networks, calls `optimize` for them, and defines `weights` and
     `generator_terms`, with discriminators also `discriminator_terms`. A weight of 0 takes its term,
     and the networks that only this term needs, out of the step.
     """
 
     progress = 0.0  # share of the run that is done; the training loop sets it before every step
+    uses_unlabeled = True  # whether a step needs x_u
 
-    def __init__(self, spec, args):
+    def __init__(
+        self,
+        channels: int,
+        n_classes: int,
+        *,
+        ngf: int = 64,
+        n_blocks: int = 9,
+        dropout: float = 0.0,
+        lr: float = 2e-4,
+        betas: tuple[float, float] = (0.5, 0.999),
+        bf16: bool = False,
+    ):
         super().__init__()
-        self.n_classes = len(spec.classes)
-        self.bf16 = args.precision == "bf16"
-        self.G_IS = ResNetGenerator(
-            spec.channels, self.n_classes, args.ngf, args.n_blocks, args.dropout
-        )
+        self.n_classes, self.bf16 = n_classes, bf16
+        self.adam = {"lr": lr, "betas": tuple(betas), "fused": True}
+        self.G_IS = ResNetGenerator(channels, n_classes, ngf, n_blocks, dropout)
         self.weights = {"gen_S": 1.0}
         self.optimizers: dict[str, Optimizer] = {}
         self.sides: dict[str, nn.Module] = {}
         self.pools: dict[str, ReplayPool] = {}
 
-    def optimize(self, side: str, networks: list[nn.Module], terms: Callable, args) -> None:
+    @classmethod
+    def from_args(cls, spec, args) -> "Method":
+        """The method for a dataset that the flags describe."""
+        return cls(spec.channels, len(spec.classes), **cls.options(spec, args))
+
+    @classmethod
+    def options(cls, spec, args) -> dict:
+        """The constructor's options as the flags give them."""
+        keys = "ngf", "n_blocks", "dropout", "lr", "betas"
+        return {key: getattr(args, key) for key in keys} | {"bf16": args.precision == "bf16"}
+
+    def optimize(self, side: str, networks: list[nn.Module], terms: Callable) -> None:
         """Train these networks on the sum of `terms` with Section 3.3's Adam; `side` is G or D."""
         parameters = [parameter for network in networks for parameter in network.parameters()]
-        self.optimizers[side] = Adam(parameters, args.lr, tuple(args.betas), fused=True)
+        self.optimizers[side] = Adam(parameters, **self.adam)
         self.sides[side] = Side(networks, terms)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The segmentation network that is scored and exported."""
+        return self.G_IS
+
+    def sources(self, weights: dict[str, Tensor], same_method: bool) -> dict[str, str]:
+        """By network: the one of another run, with these weights, from which it may start."""
+        names = [name for name, _ in self.named_children()]
+        return {name: name for name in names if same_method or name == "G_IS"}
 
     def compute(self, network: nn.Module, x: Tensor) -> Tensor:
         """The network's output in x's dtype, computed in bfloat16 under --precision bf16."""
@@ -154,8 +208,8 @@ class Method(nn.Module):
             return network(x).to(x.dtype)
 
     def segment(self, x: Tensor) -> Tensor:
-        """Logits (B, K, H, W)."""
-        return self.compute(self.G_IS, x)
+        """Logits (B, K, H, W), in evaluation of the network that is scored."""
+        return self.compute(self.G_IS if self.training else self.evaluated, x)
 
     def generator_terms(
         self, x: Tensor, y: Tensor, x_u: Tensor | None
@@ -178,17 +232,22 @@ class Method(nn.Module):
             descend(self.optimizers["D"], sum(losses.values()), losses)  # Eq. 4 + Eq. 5
         return {name: term.detach() for name, term in (terms | losses).items()}
 
-    def pictures(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-        """The networks' outputs for labeled images: masks (B, H, W) and images (B, C, H, W)."""
-        return {"G_IS(x)": self.segment(x).argmax(1)}
+    def pictures(self, y: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """The networks' outputs, masks (B, H, W) and images (B, C, H, W), for labeled images.
+
+        logits: those of `segment` for the images.
+        """
+        return {"G_IS(x)": logits.argmax(1)}
 
 
 class Supervised(Method):
     """Full (all labels) and Partial (some): G_IS trained with Eq. 1 only."""
 
-    def __init__(self, spec, args):
-        super().__init__(spec, args)
-        self.optimize("G", [self.G_IS], self.generator_terms, args)
+    uses_unlabeled = False
+
+    def __init__(self, channels: int, n_classes: int, **options):
+        super().__init__(channels, n_classes, **options)
+        self.optimize("G", [self.G_IS], self.generator_terms)
 
     def generator_terms(self, x, y, x_u=None):
         """Eq. 1, 2. Unlabeled images are not used."""
@@ -207,31 +266,56 @@ def as_sums(weights: dict[str, float], channels: int, height: int, width: int) -
 
 
 class CycleGAN(Method):
-    """Ours: two generators and two discriminators trained alternately on Eq. 8."""
+    """Ours: two generators and two discriminators trained alternately on Eq. 8.
 
-    def __init__(self, spec, args):
-        super().__init__(spec, args)
-        K, C = self.n_classes, spec.channels
-        self.weights |= {
-            "gen_I": args.lambda1,
-            "cycle_S": args.lambda2,
-            "cycle_I": args.lambda3,
-            "disc_S": args.lambda4,
-            "disc_I": args.lambda5,
-        }
-        self.G_SI = ResNetGenerator(K, C, args.ngf, args.n_blocks, args.dropout, tanh=True)
-        self.D_S = PixelDiscriminator(K, args.ndf, args.disc_norm, args.disc_kernel)
-        self.D_I = PixelDiscriminator(C, args.ndf, args.disc_norm, args.disc_kernel)
-        self.hard_fakes = args.disc_input == "argmax"
-        self.pools = {"y": ReplayPool(args.pool_size), "x": ReplayPool(args.pool_size)}
-        if args.reduction == "sum":
-            self.weights = as_sums(self.weights, C, *args.size)
+    weights: of the terms by name; WEIGHTS has the others. hard_fakes: D_S sees argmax maps of x_u,
+    as released. disc_norm, disc_kernel: as in PixelDiscriminator. pool_size: of past fakes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        n_classes: int,
+        *,
+        weights: dict[str, float] | None = None,
+        ngf: int = 64,
+        ndf: int = 64,
+        n_blocks: int = 9,
+        dropout: float = 0.0,
+        disc_norm: str = "batch",
+        disc_kernel: int = 1,
+        hard_fakes: bool = False,
+        pool_size: int = 0,
+        **options,
+    ):
+        super().__init__(
+            channels, n_classes, ngf=ngf, n_blocks=n_blocks, dropout=dropout, **options
+        )
+        K, C = n_classes, channels
+        self.G_SI = ResNetGenerator(K, C, ngf, n_blocks, dropout, tanh=True)
+        self.D_S = PixelDiscriminator(K, ndf, disc_norm, disc_kernel)
+        self.D_I = PixelDiscriminator(C, ndf, disc_norm, disc_kernel)
+        if unknown := {*(weights or {})} - {"gen_S", *WEIGHTS}:
+            raise ValueError(f"weights of {unknown}: expected those of {', '.join(WEIGHTS)}")
+        self.weights = {"gen_S": 1.0, **WEIGHTS, **(weights or {})}
+        self.hard_fakes = hard_fakes
+        self.pools = {"y": ReplayPool(pool_size), "x": ReplayPool(pool_size)}
         on = self.terms_on()
         paints = on & {"gen_I", "cycle_S", "cycle_I", "disc_I"}
-        self.optimize("G", [self.G_IS, *[self.G_SI] * bool(paints)], self.generator_terms, args)
+        self.optimize("G", [self.G_IS, *[self.G_SI] * bool(paints)], self.generator_terms)
         discriminators = {"disc_S": self.D_S, "disc_I": self.D_I}
         if used := [network for name, network in discriminators.items() if name in on]:
-            self.optimize("D", used, self.discriminator_terms, args)
+            self.optimize("D", used, self.discriminator_terms)
+
+    @classmethod
+    def options(cls, spec, args) -> dict:
+        weights = {"gen_S": 1.0}
+        weights |= {name: getattr(args, f"lambda{i}") for i, name in enumerate(WEIGHTS, 1)}
+        if args.reduction == "sum":
+            weights = as_sums(weights, spec.channels, *args.size)
+        options = {key: getattr(args, key) for key in ("ndf", "disc_norm", "disc_kernel")}
+        options |= {"pool_size": args.pool_size, "hard_fakes": args.disc_input == "argmax"}
+        return super().options(spec, args) | options | {"weights": weights}
 
     def terms_on(self) -> set[str]:
         """The names of the terms whose weight is not 0."""
@@ -291,9 +375,8 @@ class CycleGAN(Method):
             terms["D_I"] = disc(real, fake)
         return terms
 
-    def pictures(self, x, y):
+    def pictures(self, y, logits):
         """The outputs of both generators and of both cycles."""
-        logits = self.segment(x)
         fake_x = self.paint(y)
         return {
             "G_IS(x)": logits.argmax(1),
@@ -358,12 +441,16 @@ class AdvSemi(Method):
 
     threshold, start = 0.2, 0.25  # confidence of D_S; share of the run before the term `semi`
 
-    def __init__(self, spec, args):
-        super().__init__(spec, args)
+    def __init__(self, channels: int, n_classes: int, *, ndf: int = 64, **options):
+        super().__init__(channels, n_classes, **options)
         self.weights |= {"adv": 0.01, "semi_adv": 0.001, "semi": 0.1}
-        self.D_S = FCDiscriminator(self.n_classes, args.ndf)
-        self.optimize("G", [self.G_IS], self.generator_terms, args)
-        self.optimize("D", [self.D_S], self.discriminator_terms, args)
+        self.D_S = FCDiscriminator(n_classes, ndf)
+        self.optimize("G", [self.G_IS], self.generator_terms)
+        self.optimize("D", [self.D_S], self.discriminator_terms)
+
+    @classmethod
+    def options(cls, spec, args) -> dict:
+        return super().options(spec, args) | {"ndf": args.ndf}
 
     def generator_terms(self, x, y, x_u):
         """G_IS's terms with D_S fixed, and the softmax maps of x and x_u.
@@ -434,28 +521,39 @@ def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
 class MeanTeacher(Method):
     """G_IS learns from labels and, under CutMix, from the masks of its own moving average.
 
-    The average is evaluated. --cutmix-on labeled is the control: labeled images with their true
-    masks, mixed and perturbed, and no unlabeled image.
+    The average is evaluated. cutmix_on: "both", "unlabeled", or as the control "labeled", labeled
+    images with their true masks, mixed and perturbed, and no unlabeled image.
     """
 
     decay, ramp_up = 0.99, 0.25  # of the average; share of the run in which `cutmix` grows
 
-    def __init__(self, spec, args):
-        super().__init__(spec, args)
+    def __init__(self, channels: int, n_classes: int, *, cutmix_on: str = "both", **options):
+        super().__init__(channels, n_classes, **options)
         self.weights["cutmix"] = 1.0
-        self.cutmix_on = args.cutmix_on
+        self.cutmix_on, self.uses_unlabeled = cutmix_on, cutmix_on != "labeled"
         self.teacher = copy.deepcopy(self.G_IS).requires_grad_(False)
         self.follow = get_ema_multi_avg_fn(self.decay)
-        self.optimize("G", [self.G_IS], self.generator_terms, args)
+        self.optimize("G", [self.G_IS], self.generator_terms)
 
-    def segment(self, x):
-        """Logits (B, K, H, W), of G_IS while training and of its average in evaluation."""
-        return self.compute(self.G_IS if self.training else self.teacher, x)
+    @classmethod
+    def options(cls, spec, args) -> dict:
+        return super().options(spec, args) | {"cutmix_on": args.cutmix_on}
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The moving average of G_IS."""
+        return self.teacher
+
+    def sources(self, weights, same_method):
+        """As in every method; the average starts from the other run's, or from its G_IS."""
+        has_teacher = any(key.startswith("teacher.") for key in weights)
+        own = {"teacher": "teacher" if has_teacher else "G_IS"}
+        return super().sources(weights, same_method) | own
 
     def generator_terms(self, x, y, x_u):
         """Eq. 1, 2, and `cutmix` on labeled images, unlabeled images or both."""
         terms = {"gen_S": gen_S(self.segment(x), y)}
-        if self.cutmix_on != "labeled":
+        if self.uses_unlabeled:
             with torch.no_grad():
                 y_u = self.compute(self.teacher, x_u).argmax(1)
             both = self.cutmix_on == "both"
@@ -487,4 +585,6 @@ def distribute(model: Method, device: torch.device) -> None:
             module.bias.requires_grad_(False)  # DDP would wait for its gradient
     for name, side in model.sides.items():
         devices = [device] if device.type == "cuda" else None
-        model.sides[name] = DistributedDataParallel(side, device_ids=devices)
+        wrapped = DistributedDataParallel(side, device_ids=devices, gradient_as_bucket_view=True)
+        wrapped.broadcast_buffers = False  # batch norm's are equal; as an argument, deprecated
+        model.sides[name] = wrapped

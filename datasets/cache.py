@@ -208,6 +208,7 @@ def _fill_cache(
                 collate_fn=list,
                 num_workers=workers,
                 worker_init_fn=start_worker,
+                generator=torch.Generator(),  # decoding must not advance training's random numbers
             )
             items = itertools.chain.from_iterable(loaded(decoded))
             text = {"desc": f"decoding {spec.name}", "unit": " images"}

@@ -15,7 +15,7 @@ from pathlib import Path
 from arch.generators import MIN_SIZE
 from datasets.spec import dataset_toml, read_toml
 from datasets.splits import SPLITS, ByFile, rule_of, split_file
-from model import METHODS
+from model import METHODS, WEIGHTS
 from utils import InputError
 
 MODES = ("training", "testing", "predict")
@@ -151,14 +151,15 @@ def build_parser() -> Parser:
     )
     flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
     terms = {
-        "lambda1": (1.0, "L_gen^I (Eq. 3): G_SI(y) is like the image x"),
-        "lambda2": (0.05, "L_cycle^S (Eq. 7): mask to image to the same mask"),
-        "lambda3": (1.0, "L_cycle^I (Eq. 6): image to mask to the same image"),
-        "lambda4": (1.0, "L_disc^S (Eq. 4): predicted masks look true to D_S"),
-        "lambda5": (1.0, "L_disc^I (Eq. 5): generated images look true to D_I"),
+        "gen_I": "L_gen^I (Eq. 3): G_SI(y) is like the image x",
+        "cycle_S": "L_cycle^S (Eq. 7): mask to image to the same mask",
+        "cycle_I": "L_cycle^I (Eq. 6): image to mask to the same image",
+        "disc_S": "L_disc^S (Eq. 4): predicted masks look true to D_S",
+        "disc_I": "L_disc^I (Eq. 5): generated images look true to D_I",
     }
-    for name, (default, term) in terms.items():
-        flag(f"--{name}", type=weight, default=default, metavar="W", help=f"weight of {term}")
+    for i, (name, default) in enumerate(WEIGHTS.items(), 1):
+        about = f"weight of {terms[name]}"
+        flag(f"--lambda{i}", type=weight, default=default, metavar="W", help=about)
     sums = "mean over pixels, or the sum that Eq. 2, 3 and 6 print (a factor on lambda1, 3, 4, 5)"
     flag("--reduction", default="mean", choices=["mean", "sum"], help=sums)
     on = "images that are mixed and perturbed; with labeled, no unlabeled image is used"

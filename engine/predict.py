@@ -58,8 +58,9 @@ def score(trained: Trained, data: Data, batches: Callable) -> int:
     bar = tqdm(total=len(samples), desc=f"testing {folder.name}", unit=" images", disable=None)
 
     def write(x: Tensor, y: Tensor, logits: Tensor) -> None:
-        prediction = logits.argmax(1)
-        columns = {"y": y, **model.pictures(x, y)}
+        columns = {"y": y, **model.pictures(y, logits)}
+        columns = {title: column.cpu() for title, column in columns.items()}
+        x, prediction = x.cpu(), logits.argmax(1).cpu()
         for i, sample in enumerate(itertools.islice(waiting, len(x))):
             in_volume = isinstance(sample.image, Slice)
             if args.native_size or in_volume:

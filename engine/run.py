@@ -217,8 +217,8 @@ class Run:
     def _grid(self) -> Tensor:
         """The fixed images and masks, and the networks' outputs for them."""
         x, y = self.fixed
-        self.model.eval()
-        return picture_grid(x, {"y": y, **self.model.pictures(x, y)}, self.spec)
+        logits = self.model.eval().segment(x)
+        return picture_grid(x, {"y": y, **self.model.pictures(y, logits)}, self.spec)
 
     # Checkpoints
 
@@ -271,18 +271,13 @@ class Run:
             raise InputError(f"checkpoint {path}: {reason}") from error
 
     def _initialize(self, state: dict) -> None:
-        """Load networks of another run's checkpoint: all of the same method, otherwise G_IS.
-
-        A mean teacher starts from the other run's average, or from its G_IS if it has none.
-        """
+        """Load networks of another run's checkpoint: all of the same method, otherwise G_IS."""
         weights = state["model"]
         same = state["settings"].get("method") == self.args.method
-        children = [name for name, _ in self.model.named_children()]
-        names = [name for name in children if same or name in ("G_IS", "teacher")]
-        has_teacher = any(key.startswith("teacher.") for key in weights)
-        for name in names:
-            source = "G_IS." if name == "teacher" and not has_teacher else f"{name}."
-            own = {k.removeprefix(source): v for k, v in weights.items() if k.startswith(source)}
+        sources = self.model.sources(weights, same)
+        for name, source in sources.items():
+            start = f"{source}."
+            own = {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start)}
             network = getattr(self.model, name)
             checkpoint.load_weights(network, own, f"--init {self.args.init}: {name}")
-        print(f"starting from {', '.join(names)} of {self.args.init}")
+        print(f"starting from {', '.join(sources)} of {self.args.init}")

@@ -40,7 +40,7 @@ def load(args: Flags) -> Trained:
     args = args.over({path: layer}, known)
     check_flags(args, before, spec, path)
     device = utils.pick_device(args.device, args.precision)
-    model = METHODS[args.method](spec, args).to(device)
+    model = METHODS[args.method].from_args(spec, args).to(device)
     checkpoint.load_weights(model, state["model"], path)
     return Trained(path, state, args, spec, device, model.eval())
 

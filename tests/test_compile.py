@@ -30,7 +30,7 @@ def batch():
 def losses_and_weights(flags, compiled):
     torch.manual_seed(0)
     args = parse_args([*TINY, *flags])
-    model = METHODS[args.method](SPEC, args).train()
+    model = METHODS[args.method].from_args(SPEC, args).train()
     if compiled:
         utils.compile_networks(model)
     model.progress = 1.0

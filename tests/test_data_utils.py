@@ -293,13 +293,6 @@ def test_workers_that_are_not_forked_map_the_cache_themselves(flags, phantoms):
         assert torch.equal(own, other)
 
 
-def test_the_control_needs_no_unlabeled_image(flags, phantoms):
-    flags.ratio, flags.method, flags.cutmix_on = 1.0, "meanteacher", "labeled"
-    assert len(load_data(flags, EIGHT).unlabeled) == 0
-    flags.cutmix_on = "both"
-    assert "leaves no unlabeled image for --method meanteacher" in error_of(load_data, flags, EIGHT)
-
-
 def test_load_data_splits_as_the_flags_say_and_opens_the_cache(flags, phantoms):
     data = load_data(flags, EIGHT)
     assert data.n_groups == 8
@@ -332,7 +325,7 @@ def test_load_data_takes_a_split_file_whatever_the_ratio(flags, tmp_path):
     assert data.split.ids() == lists
     assert (len(data.labeled), len(data.unlabeled), len(data.val)) == (1, 3, 2)
     Path(flags.split).write_text(json.dumps({**lists, "unlabeled": []}))
-    message = error_of(load_data, flags, EIGHT)
+    message = error_of(load_data, flags, EIGHT, None, True)
     assert message == f"--split {flags.split} leaves no unlabeled image for --method cyclegan"
 
 
@@ -347,11 +340,10 @@ def test_load_data_decodes_only_what_the_split_uses(voc, flags):
     assert len([*Path(flags.cache).iterdir()]) == 1
 
 
-def test_ratio_that_leaves_nothing_unlabeled_is_an_error_but_for_supervised(flags):
+def test_a_ratio_that_leaves_nothing_unlabeled_is_an_error_where_that_is_used(flags):
     flags.ratio = 1.0
-    message = error_of(load_data, flags, EIGHT)
+    message = error_of(load_data, flags, EIGHT, None, True)
     assert message == "--ratio 1 leaves no unlabeled image for --method cyclegan"
-    flags.method = "supervised"
     assert len(load_data(flags, EIGHT).unlabeled) == 0
 
 

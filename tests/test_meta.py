@@ -26,7 +26,7 @@ def build(flags: str) -> model.Method:
     """A method on the meta device, training."""
     small = "--training --dataset acdc --device cpu --ngf 4 --ndf 4 --n-blocks 1".split()
     args = parse_args([*small, *flags.split()])
-    method = METHODS[args.method](load_spec("acdc"), args).to("meta")
+    method = METHODS[args.method].from_args(load_spec("acdc"), args).to("meta")
     for side in method.optimizers:  # the fused one has no meta kernel
         method.optimizers[side] = torch.optim.Adam(method.sides[side].networks.parameters())
     return method.train()

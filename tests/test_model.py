@@ -1,6 +1,7 @@
 """Eq. 1 to 9 and the baselines against numbers worked by hand; where gradients go."""
 
 import copy
+import doctest
 import functools
 import itertools
 import math
@@ -8,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import same
 from torch import nn
 
 import model
@@ -25,13 +27,14 @@ ODD = {"gen_S": 1.0, "gen_I": 0.7, "cycle_S": 0.03, "cycle_I": 1.9, "disc_S": 0.
 ODD_FLAGS = [f"--lambda{i}={ODD[name]}" for i, name in enumerate(TERMS[1:], start=1)]
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 LN2 = math.log(2)
+CUTMIX_ON = ("labeled", "unlabeled", "both")
 
 
 def build(method, *flags):
     """Tiny networks in float64 from one seed; voc.toml keeps the parser's defaults, the paper's."""
     tiny = "--training --dataset voc --ngf 4 --ndf 4 --n-blocks 1 --method".split()
     torch.manual_seed(0)
-    return METHODS[method](SPEC, parse_args([*tiny, method, *flags])).double()
+    return METHODS[method].from_args(SPEC, parse_args([*tiny, method, *flags])).double()
 
 
 def batch(height=16, width=20):
@@ -636,6 +639,11 @@ def teaching(*flags, progress=1.0):
     return ours
 
 
+def test_the_control_uses_no_unlabeled_image():
+    used = {on: build("meanteacher", "--cutmix-on", on).uses_unlabeled for on in CUTMIX_ON}
+    assert used == {"labeled": False, "unlabeled": True, "both": True}
+
+
 def test_mean_teacher_has_its_constants_and_cutmix_on_both_by_default():
     ours = build("meanteacher")
     assert (ours.decay, ours.ramp_up) == (0.99, 0.25)
@@ -643,7 +651,7 @@ def test_mean_teacher_has_its_constants_and_cutmix_on_both_by_default():
     assert ours.cutmix_on == "both"
 
 
-@pytest.mark.parametrize("images", ["labeled", "unlabeled", "both"])
+@pytest.mark.parametrize("images", CUTMIX_ON)
 def test_labeled_images_are_mixed_with_their_true_masks(images):
     ours, (x, y, x_u) = teaching("--cutmix-on", images), batch()
     y_u = ours.teacher(x_u).argmax(1)
@@ -674,7 +682,7 @@ def test_the_average_follows_G_IS_and_is_what_is_evaluated():
     ours.eval()
     assert torch.equal(ours.segment(x), ours.teacher(x))
     assert not torch.equal(ours.segment(x), ours.G_IS(x))
-    assert torch.equal(ours.pictures(x, y)["G_IS(x)"], ours.teacher(x).argmax(1))
+    assert ours.evaluated is ours.teacher
 
 
 @pytest.mark.parametrize(
@@ -881,9 +889,49 @@ def test_pictures_show_masks_and_images_of_every_network():
         "G_SI(G_IS(x))": ours.G_SI(ours.G_IS(x).softmax(1)),
         "G_IS(G_SI(y))": ours.G_IS(ours.G_SI(vectors)).argmax(1),
     }
-    torch.testing.assert_close(ours.pictures(x, y), expected)
-    partial = build("supervised").float()
-    assert torch.equal(partial.pictures(x, y)["G_IS(x)"], partial.G_IS(x).argmax(1))
+    logits = ours.segment(x)
+    torch.testing.assert_close(ours.pictures(y, logits), expected)
+    assert torch.equal(build("supervised").pictures(y, logits)["G_IS(x)"], expected["G_IS(x)"])
+
+
+# Without a command line
+
+
+BY_VALUES = {
+    "supervised": lambda: model.Supervised(1, 4, ngf=4, n_blocks=1, lr=0.01),
+    "cyclegan": lambda: model.CycleGAN(1, 4, ngf=4, ndf=4, n_blocks=1, weights={"gen_I": 0.5}),
+    "advsemi": lambda: model.AdvSemi(1, 4, ngf=4, ndf=4, n_blocks=1, betas=(0.9, 0.99)),
+    "meanteacher": lambda: model.MeanTeacher(1, 4, ngf=4, n_blocks=1, cutmix_on="unlabeled"),
+}
+BY_FLAGS = {
+    "supervised": ["--lr", "0.01"],
+    "cyclegan": ["--lambda1", "0.5"],
+    "advsemi": ["--betas", "0.9", "0.99"],
+    "meanteacher": ["--cutmix-on", "unlabeled"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_of_values_is_the_one_of_equal_flags(method):
+    x, y, x_u = batch()
+    steps = []
+    for make in BY_VALUES[method], lambda: build(method, *BY_FLAGS[method]):
+        torch.manual_seed(0)
+        ours = make().double()
+        torch.manual_seed(1)
+        steps += [[ours.step(x, y, x_u) for _ in range(2)]]
+        steps[-1] += [ours.weights, copies(ours.parameters())]
+    assert same(*steps)
+
+
+def test_weights_of_unknown_terms_are_an_error():
+    with pytest.raises(ValueError, match="gen_X.*expected those of gen_I, cycle_S"):
+        model.CycleGAN(1, 4, weights={"gen_X": 1.0})
+
+
+def test_the_example_of_the_docstring_runs():
+    failed, tried = doctest.testmod(model)
+    assert (failed, tried) == (0, 7)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

@@ -92,7 +92,7 @@ def test_one_step_has_the_papers_six_terms_and_their_gradients(dataset, size):
     y[0, :5], y[2, :, -4:] = VOID, VOID
     flags = "--training --ngf 4 --ndf 4 --n-blocks 2 --dataset".split()
     torch.manual_seed(0)
-    ours = METHODS["cyclegan"](spec, parse_args([*flags, dataset])).double()
+    ours = METHODS["cyclegan"].from_args(spec, parse_args([*flags, dataset])).double()
     for parameter in ours.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, dtype=torch.float64, generator=random)
     names = {"G_IS": [], "G_SI": [], "D_S": [], "D_I": []}

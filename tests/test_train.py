@@ -3,7 +3,6 @@
 import math
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from runs import TINY, error_line, evaluations, last_state, record_steps, run, t
 
 import model
 from engine import checkpoint
-from engine.flags import parse_args
 from engine.signals import stop
 from engine.train import evaluate, train_one_epoch
 from model import METHODS
@@ -238,9 +236,7 @@ def test_a_loss_that_is_not_finite_at_once_leaves_no_checkpoint(capsys, monkeypa
 
 
 def test_a_term_that_is_not_finite_changes_no_weight():
-    args = parse_args(["--training", *TINY])
-    spec = SimpleNamespace(channels=1, classes="abcd")
-    cyclegan = METHODS["cyclegan"](spec, args)
+    cyclegan = METHODS["cyclegan"](1, 4, ngf=2, ndf=2, n_blocks=1)
     x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64)
     before = {key: value.clone() for key, value in cyclegan.state_dict().items()}
     with pytest.raises(NonFiniteLoss, match="gen_S nan"):

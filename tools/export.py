@@ -99,7 +99,7 @@ def export(argv: list[str]) -> int:
     utils.make_folder(file.parent, "FILE")
     model, spec, normalization = trained.model, trained.spec, trained.args.normalization
     model.bf16 = False  # the exported network computes in float32
-    network = getattr(model, "teacher", None) or model.G_IS  # as in model.segment
+    network = model.evaluated
     usual = "float32" if spec.layout == "acdc" else "uint8"
     known = trained.state.get("image_dtype", usual)  # older checkpoints do not say
     trained_on = "float32" if known == "float32" else "uint8"

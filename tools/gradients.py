@@ -57,7 +57,7 @@ def gradients(argv: list[str]) -> int:
     print("| --- | --- | --- | --- |")
     for norm in "PyTorch's", "ours":
         utils.seed_everything(args.seed, args.deterministic)
-        model = METHODS[args.method](spec, args).to(device).train()
+        model = METHODS[args.method].from_args(spec, args).to(device).train()
         if norm == "PyTorch's":
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
