@@ -22,6 +22,9 @@ SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
 def loaded(loader: DataLoader) -> Iterator:
     """The batches of a DataLoader; TrainingError if its processes cannot be started."""
+    if not loader.num_workers:
+        yield from loader
+        return
     try:
         with signals_held():
             batches = iter(loader)

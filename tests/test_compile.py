@@ -1,6 +1,10 @@
 """Compiled steps on a CPU equal eager ones, also with a mask of one class (minutes, so slow)."""
 
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +57,13 @@ def test_a_compiled_step_is_finite_and_equals_an_eager_one_to_rounding(method, p
             assert value.isfinite()
             torch.testing.assert_close(value, theirs[name], rtol=rounding, atol=rounding)
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_missing_compiler_is_one_line(tmp_path):
+    environment = os.environ | {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    flags = [*TINY, "--compile", "--method", "supervised", "--dataset", "phantom"]
+    program = [sys.executable, Path(utils.__file__).with_name("main.py"), *flags]
+    pipes = {"capture_output": True, "text": True, "timeout": 300}
+    ended = subprocess.run(program, cwd=tmp_path, env=environment, **pipes)
+    expected = "error: --compile: found no C++ compiler; install g++, or train without --compile\n"
+    assert (ended.returncode, ended.stderr) == (1, expected)

@@ -293,7 +293,8 @@ def test_a_run_is_not_resumed_or_started_anew_on_another_machine():
 def test_images_that_differ_between_machines_are_an_error(monkeypatch):
     make_uneven()
     spec, args = spec_and_settings("supervised")
-    monkeypatch.setattr(utils, "from_each", lambda ids: [("a", ids), ("b", ids | {"val": []})])
+    other = {"val": []}
+    monkeypatch.setattr(utils, "from_each", lambda own: [("a", own[1]), ("b", own[1] | other)])
     message = error_of(data_utils.load_data, args, spec)
     assert message == "the split's images differ between a and b: val"
 

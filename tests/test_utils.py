@@ -108,6 +108,11 @@ def test_a_share_is_the_count_over_the_processes_and_of_at_least_one(monkeypatch
             RuntimeError("[../gloo/transport] Connection closed\nat line 5"),
             "the connection between the processes failed ([../gloo/transport] Connection closed)",
         ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a process that loads images ended: DataLoader worker (pid 7) is killed by signal: Kil",
+        ),
+        (RuntimeError("Failed to find C compiler. Please"), "--compile: found no C++ compiler"),
     ],
 )
 def test_failures_of_the_machine_have_a_message_of_their_own(error, message):
