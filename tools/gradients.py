@@ -68,7 +68,8 @@ def gradients(argv: list[str]) -> int:
             model.step(x, y, x_u)
             one_class = any(len(mask.unique()) == 1 for mask in y)
             norms[one_class].append(weight.grad.norm().item())
-        medians = [f"{statistics.median(norms[kind]):.3g}" for kind in (True, False) if norms[kind]]
+        values = [norms[kind] for kind in (True, False)]
+        medians = [f"{statistics.median(each):.3g}" if each else "none" for each in values]
         root = model.optimizers["G"].state[weight]["exp_avg_sq"].sqrt().mean().item()
         print(f"| {norm} | {' | '.join(medians)} | {root:.3g} |", flush=True)
     return 0
