@@ -216,6 +216,10 @@ class Data:
         """Labeled and unlabeled images together."""
         return Pairs(self.labeled, self.unlabeled)
 
+    def masks(self) -> list[tuple[Sample, np.ndarray]]:
+        """The labeled and the validation masks, with their samples."""
+        return [*self.labeled.masks(), *self.val.masks()]
+
 
 def load_data(
     args, spec: DatasetSpec, expected_split: str | None = None, uses_unlabeled: bool = False

@@ -11,20 +11,16 @@ if __name__ == "__main__":  # before the slow imports, so that a signal during t
 
     signals.install()
 
-import functools
 import itertools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-import data_utils
 import utils
-from data_utils import Data, load_data, load_part
+from data_utils import Batches, Data, load_data, load_part
 from datasets import labels
 from datasets.spec import DatasetSpec, load_spec
-from datasets.splits import ByFile
 from engine import predict, program, trained
 from engine.flags import Flags, parse_args
 from engine.folder import open_folder
@@ -39,13 +35,7 @@ from utils import InputError
 
 def train(args: Flags) -> int:
     """--training: start a run, or resume an interrupted one."""
-    device = utils.pick_device(args.device, args.precision)
-    spec = load_spec(args.dataset)
-    if args.batch_size % utils.world_size():
-        processes = f"{utils.world_size()} processes"
-        raise InputError(f"--batch-size {args.batch_size} cannot be divided among {processes}")
-    utils.join_processes(device)
-    batches = make_batches(args, device)
+    device, spec = connect(args), load_spec(args.dataset)
     model = build_model(args, spec, device)
     with open_folder(args, spec) as folder:
         data = load_data(args, spec, folder.split_hash, model.uses_unlabeled)
@@ -55,9 +45,10 @@ def train(args: Flags) -> int:
         describe(args, spec, data, device, folder.path)
         with Run(args, spec, data, model, folder) as run:
             distribute_and_compile(model, args, device)
+            options = args.batch_size, device, args.workers, args.normalization
             orientation = spec.orientation if args.augment else None
-            train_batches = batches(data.train, orientation=orientation)
-            val_batches = batches(data.val)
+            train_batches = Batches(data.train, *options, orientation)
+            val_batches = Batches(data.val, *options)
             while not run.ended:
                 if run.evaluation_due:
                     images = itertools.takewhile(lambda _: not stop.signum, val_batches)
@@ -67,15 +58,14 @@ def train(args: Flags) -> int:
             return run.end()
 
 
-def make_batches(args: Flags, device: torch.device) -> Callable:
-    """The function from a dataset to its batches on the device, as the flags say."""
-    return functools.partial(
-        data_utils.Batches,
-        batch_size=args.batch_size,
-        device=device,
-        workers=args.workers,
-        normalization=args.normalization,
-    )
+def connect(args: Flags) -> torch.device:
+    """This process's device, connected to the others; InputError if they cannot share a batch."""
+    device = utils.pick_device(args.device, args.precision)
+    if args.batch_size % utils.world_size():
+        processes = f"{utils.world_size()} processes"
+        raise InputError(f"--batch-size {args.batch_size} cannot be divided among {processes}")
+    utils.join_processes(device)
+    return device
 
 
 def build_model(args: Flags, spec: DatasetSpec, device: torch.device) -> Method:
@@ -100,7 +90,7 @@ def distribute_and_compile(model: Method, args: Flags, device: torch.device) -> 
 def describe(
     args: Flags, spec: DatasetSpec, data: Data, device: torch.device, folder: Path
 ) -> None:
-    """Print a summary of the run, with warnings about data that look incomplete.
+    """Print a summary of the run, with warnings about data that look incomplete or wrong.
 
     InputError if labeled masks contain fewer than two classes, or if masks follow two conventions.
     """
@@ -109,20 +99,19 @@ def describe(
         used = "all are used" if args.split == "standard" else "split in the same proportions"
         about = f"{found} images or exams with masks instead of {spec.name}'s {expected}"
         print(f"{args.data_root}: {about}: {used}")
-    unit = data.split.unit() if isinstance(args.rule, ByFile) else args.rule.unit
-    cuda = device.type == "cuda"
     machine = f"CPU, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name(device) if cuda else machine
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     processes = f"{utils.world_size()} processes, each on " if utils.world_size() > 1 else ""
     height, width = args.size
     length = f"{args.epochs} epochs of {data.train.n_steps(args.batch_size)} steps"
     print(f"method:  {args.method}, {args.rule.flag}, seed {args.seed}, {length}")
-    print(f"data:    {spec.name} in {args.data_root}: {data.split.summary(unit)}")
+    print(f"data:    {spec.name} in {args.data_root}: {data.split.summary(args.rule.unit)}")
     print(f"network: {height}x{width} pixels, ngf {args.ngf}, batches of {args.batch_size}")
     print(f"device:  {processes}{machine}, {args.precision}")
     print(f"files:   {folder}", flush=True)
     labels.check_classes(data.labeled.masks(), spec, data.labeled.ignored_class)
-    labels.check_ignored([*data.labeled.masks(), *data.val.masks()], spec, data.unlabeled.samples)
+    labels.check_ignored(data.masks(), spec, data.unlabeled.samples)
 
 
 # Testing
@@ -135,7 +124,7 @@ def test(args: Flags) -> int:
         data = load_part(best.args, best.spec)
     else:
         data = load_data(best.args, best.spec, best.state["split"])
-    return predict.score(best, data, make_batches(best.args, best.device))
+    return predict.score(best, data)
 
 
 def command(argv: list[str]) -> int:

@@ -51,24 +51,19 @@ class Split:
         exams = [{sample.group for sample in role} for role in (self.labeled, self.unlabeled)]
         return "exam" if len(exams[0]) < len(self.labeled) and not exams[0] & exams[1] else "image"
 
-    def summary(self, unit: str) -> str:
+    def summary(self, unit: str | None = None) -> str:
         """'8 of 75 exams labeled (152 slices), 67 unlabeled (1,282), 25 for validation (468)'."""
-        train = self.labeled + self.unlabeled
-        if unit == "exam":
-            sizes = len(self.labeled), len(self.unlabeled), len(self.val)
-            n_labeled, n_train, n_unlabeled, n_val = (
-                len({sample.group for sample in samples})
-                for samples in (self.labeled, train, self.unlabeled, self.val)
-            )
-            notes = [f" ({size:,})" for size in sizes]
-            notes[0] = notes[0].replace(")", " slices)")
-        else:
-            n_labeled, n_unlabeled, n_val = len(self.labeled), len(self.unlabeled), len(self.val)
-            n_train, unused = len(train), sum(s.mask is not None for s in self.unlabeled)
-            notes = ["", f" ({unused:,} have masks that are not used)" if unused else "", ""]
-        labeled = f"{n_labeled:,} of {n_train:,} {unit}s labeled{notes[0]}"
-        unlabeled = f"{n_unlabeled:,} unlabeled{notes[1]}"
-        return f"{labeled}, {unlabeled}, {n_val:,} for validation{notes[2]}"
+        by_exam = (unit or self.unit()) == "exam"
+        roles = self.labeled, self.unlabeled, self.val, self.labeled + self.unlabeled
+        names = [{s.group if by_exam else s.id for s in samples} for samples in roles]
+        labeled, unlabeled, val, train = (f"{len(each):,}" for each in names)
+        unused = sum(sample.mask is not None for sample in self.unlabeled)
+        notes = ["", f" ({unused:,} have masks that are not used)" if unused else "", ""]
+        if by_exam:
+            notes = [f" ({len(samples):,})" for samples in roles]
+            notes[0] = f" ({len(self.labeled):,} slices)"
+        labeled = f"{labeled} of {train} {'exam' if by_exam else 'image'}s labeled{notes[0]}"
+        return f"{labeled}, {unlabeled} unlabeled{notes[1]}, {val} for validation{notes[2]}"
 
 
 def split(
@@ -279,8 +274,7 @@ class ByFile:
     """--split FILE: lists of ids or groups decide."""
 
     name: str  # of split_file()
-    unit: str
-    kind = "file"
+    kind, unit = "file", None
 
     @property
     def path(self) -> Path:
@@ -317,7 +311,7 @@ def rule_of(settings: Mapping) -> Rule:
     """The rule that --split, --ratio, --labeled and --label-unit state together."""
     kind, unit = settings.get("split"), settings.get("label_unit")
     if kind not in SPLITS:
-        return ByFile(str(kind), unit)
+        return ByFile(str(kind))
     if settings.get("labeled") is not None:
         return ByCount(kind, unit, settings["labeled"])
     return ByRatio(kind, unit, settings.get("ratio"))

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from data_utils import Data, normalize
+from data_utils import Batches, Data, normalize
 from datasets import files, writers
 from datasets.cache import resize
 from datasets.labels import check_ignored
@@ -38,15 +38,13 @@ def mask_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return mask
 
 
-def score(trained: Trained, data: Data, batches: Callable) -> int:
+def score(trained: Trained, data: Data) -> int:
     """--testing: write metrics.json, masks/ and panels/ of a checkpoint's validation images.
 
     Those of --part go to a folder of that name.
-
-    `batches` turns a dataset into batches (x, y) on the device.
     """
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
-    check_ignored([*data.labeled.masks(), *data.val.masks()], spec, data.unlabeled.samples)
+    check_ignored(data.masks(), spec, data.unlabeled.samples)
     folder = results_folder(args.results, trained.path) / (args.part or "")
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
@@ -75,7 +73,8 @@ def score(trained: Trained, data: Data, batches: Callable) -> int:
             save_picture(folder / "panels" / f"{sample.id}.png", panel)
         bar.update(len(x))
 
-    counts = evaluate(model, batches(data.val), len(spec.classes), write)
+    batches = Batches(data.val, args.batch_size, trained.device, args.workers, args.normalization)
+    counts = evaluate(model, batches, len(spec.classes), write)
     bar.close()
     metrics = segmentation_metrics(counts, spec)
     about = {

@@ -402,7 +402,7 @@ def test_real_acdc_has_100_exams_and_1902_slices():
 
 @needs_real_data
 def test_real_acdc_in_the_literatures_split_has_136_labeled_slices():
-    rule = ByFile("acdc_7of70", "exam")
+    rule = ByFile("acdc_7of70")
     parts = rule.apply(index(load_spec("acdc"), REAL / "acdc", rule.kind), load_spec("acdc"), 0)
     assert len(parts.labeled) == 136  # as SSL4MIS counts them
     assert len(parts.labeled + parts.unlabeled) == 1312

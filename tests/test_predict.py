@@ -88,6 +88,20 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     assert panel.width == 4 + columns * (128 + 4)  # each pixel is a square of 8x8
 
 
+def test_a_test_computes_each_output_of_the_networks_once(monkeypatch):
+    assert run("--training", *TINY, "--epochs", "1") == 0
+    used, compute = [], METHODS["cyclegan"].compute
+    names = ["G_IS", "G_SI", "D_S", "D_I"]
+
+    def counted(self, network, x):
+        used.extend(name for name in names if getattr(self, name) is network)
+        return compute(self, network, x)
+
+    monkeypatch.setattr(METHODS["cyclegan"], "compute", counted)
+    assert run("--testing", "--batch-size", "4") == 0  # one batch
+    assert sorted(used) == ["G_IS", "G_IS", "G_SI", "G_SI"]
+
+
 def test_written_masks_give_the_reported_miou(trained):
     assert run("--testing") == 0
     spec = load_spec("tiny.toml")

@@ -50,6 +50,7 @@ def test_deterministic_kernels_are_a_choice():
             utils.seed_everything(0, deterministic)
             assert torch.backends.cudnn.benchmark != deterministic
             assert torch.are_deterministic_algorithms_enabled() == deterministic
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # costs 600 operations
     finally:
         torch.use_deterministic_algorithms(False)
 
