@@ -198,7 +198,7 @@ def _fill_cache(
     volumes = [s.image.path if isinstance(s.image, Slice) else s.id for s in samples]
     rows = itertools.groupby(range(len(samples)), key=volumes.__getitem__)
     files.read_volume.cache_clear()  # the files may have changed
-    problems = []
+    problems: dict[str, str] = {}  # the first of each volume or image
     per_pixel = spec.channels * np.dtype(dtype).itemsize + 1
     try:
         with writing(home, len(samples) * size[0] * size[1] * per_pixel):
@@ -212,14 +212,15 @@ def _fill_cache(
             )
             items = itertools.chain.from_iterable(loaded(decoded))
             text = {"desc": f"decoding {spec.name}", "unit": " images"}
-            for problem in tqdm(items, total=len(samples), disable=None, **text):
+            bar = tqdm(items, total=len(samples), disable=None, **text)
+            for volume, problem in zip(volumes, bar, strict=True):
                 if isinstance(problem, InputError):
-                    problems.append(str(problem))
+                    problems.setdefault(str(volume), str(problem))
                 elif problem:
                     raise problem
     finally:
         files.read_volume.cache_clear()
     if problems:
-        unique = list(dict.fromkeys(problems))
+        unique = list(dict.fromkeys(problems.values()))
         count = f"{len(unique)} bad {'file' if len(unique) == 1 else 'files'}"
         raise InputError(f"{count}: {first_ten(unique)}")

@@ -1,5 +1,6 @@
 """Pictures and NIfTI volumes: find, read, check. What these functions return is cached."""
 
+import glob
 import gzip
 import itertools
 import os
@@ -303,11 +304,11 @@ def visible_files(folder: Path) -> list[Path]:
 
 def image_of_mask(file: Path) -> Path | None:
     """The volume beside which NAME_gt.nii.gz lies, as in ACDC."""
-    if not (is_volume(file) and stem_of(file).endswith("_gt")):
+    if not (is_volume(file) and stem_of(file).lower().endswith("_gt")):
         return None
-    stem = stem_of(file).removesuffix("_gt")
-    images = (file.with_name(stem + ending) for ending in (".nii.gz", ".nii"))
-    return next(filter(Path.is_file, images), None)
+    stem = stem_of(file)[: -len("_gt")]
+    beside = sorted(file.parent.glob(f"{glob.escape(stem)}.*"))
+    return next((p for p in beside if is_volume(p) and stem_of(p) == stem and p.is_file()), None)
 
 
 def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:

@@ -42,6 +42,7 @@ class Score(NamedTuple):
 
 
 MEASURES = Score._fields[4:]
+MM = {"meter": 1000, "micron": 0.001}  # of NIfTI's units of length; "mm" and "unknown" are mm
 
 
 # Scores of one class: boolean volumes that both contain a voxel
@@ -140,8 +141,10 @@ class Assembly:
 
 
 def spacing_of(volume: Path) -> tuple[float, float, float]:
-    """The size of a voxel (z, y, x) in mm, from the header's zooms."""
-    x, y, z = map(float, nibabel.load(volume).header.get_zooms()[:3])
+    """The size of a voxel (z, y, x) in mm, from the header's zooms and their unit."""
+    header = nibabel.load(volume).header
+    mm = MM.get(header.get_xyzt_units()[0], 1)
+    x, y, z = (float(zoom) * mm for zoom in header.get_zooms()[:3])
     return z, y, x
 
 

@@ -362,3 +362,17 @@ def test_bad_volume_is_named_once_whatever_its_slices(tmp_path):
     message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
     assert message.startswith("1 bad file: ")
     assert "; " not in message
+
+
+def test_volumes_with_several_bad_slices_are_counted_once(tmp_path):
+    spec = load_spec("acdc")
+    samples = index(spec, make_acdc(tmp_path, 1, 4))
+    exam = tmp_path / "training" / "patient001"
+    for frame in "01", "12":
+        mask = exam / f"patient001_frame{frame}_gt.nii.gz"
+        volume = nibabel.load(mask)
+        values = np.full(volume.shape, np.nan, np.float32)
+        nibabel.save(nibabel.Nifti1Image(values, volume.affine), mask)
+    message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
+    assert message.startswith("2 bad files: ")
+    assert message.count("not finite") == 2

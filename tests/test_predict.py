@@ -19,6 +19,7 @@ import data_utils
 import engine.predict
 import engine.run
 from datasets.cache import decode, resize
+from datasets.files import find_pictures
 from datasets.layouts import index
 from datasets.phantom import draw_phantom
 from datasets.spec import load_spec
@@ -459,6 +460,18 @@ def test_the_mask_beside_a_volume_is_no_image(capsys, trained):
     assert f"skipped {mask}: the mask of patient001_frame01.nii.gz" in skipped
     written = {path.name for path in MASKS.iterdir()}
     assert written == {"patient001_frame01.nii.gz", "patient001_frame12_gt.nii.gz"}
+
+
+@pytest.mark.parametrize("mask", ["a_GT.NII.GZ", "a_gt.nii", "a_Gt.nii.gz"])
+@pytest.mark.parametrize("image", ["a.NII.GZ", "a.nii", "a.Nii.gz"])
+def test_the_mask_beside_a_volume_is_found_in_any_case(tmp_path, image, mask):
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    for name in image, mask, "a_2.nii.gz", "b_gt.nii.gz":
+        (folder / name).touch()
+    found, other = find_pictures([folder])
+    assert {path.name for path in found} == {image, "a_2.nii.gz", "b_gt.nii.gz"}
+    assert other == [f"{folder / mask}: the mask of {image}"]
 
 
 def test_overlays_show_the_masks_that_lie_beside_them(trained):

@@ -674,6 +674,7 @@ CITY = "leftImg8bit/train/jena/jena_00000{0}_000019_leftImg8bit.png"
         ("JPEGImages/2007_000032.jpg SegmentationClass/2007_000032.png", "2007_000032"),
         ("2007_000032", "2007_000032"),
         ("/data/VOC2012/JPEGImages/2007_000032.jpg\t/x/2007_000032.png", "2007_000032"),
+        (r"JPEGImages\2007_000032.jpg SegmentationClass\2007_000032.png", "2007_000032"),
         (
             f"{CITY.format(1)} gtFine/train/jena/jena_000001_000019_gtFine_labelTrainIds.png",
             "jena_000001_000019",

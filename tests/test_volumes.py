@@ -243,6 +243,16 @@ def test_spacing_is_the_headers_where_the_affine_has_none(tmp_path):
     assert spacing_of(tmp_path / "a.nii.gz") == (10, 1.25, 1.5)
 
 
+@pytest.mark.parametrize(
+    ("unit", "mm"), [("micron", 0.001), ("meter", 1000), ("mm", 1), ("unknown", 1)]
+)
+def test_spacing_is_in_mm_whatever_the_headers_unit(tmp_path, unit, mm):
+    volume = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([0.5, 2, 4, 1]))
+    volume.header.set_xyzt_units(unit, "sec")
+    nibabel.save(volume, tmp_path / "a.nii.gz")
+    assert spacing_of(tmp_path / "a.nii.gz") == pytest.approx((4 * mm, 2 * mm, 0.5 * mm))
+
+
 @pytest.mark.skipif(not REAL_DATA, reason="SEG_REAL_DATA is not set")
 def test_real_exams_against_their_own_slightly_moved_masks():
     spec = load_spec("acdc")

@@ -26,7 +26,7 @@ ACDC = re.compile(r"(patient\d+)_frame(\d+)(?:_slice_(\d+))?")
 def image_of(line: str) -> str:
     """The image that a line names, without folders and extension."""
     pair = re.fullmatch(r"(\S+\.\w+)[\s,]+\S+\.\w+", line)  # an image and its mask
-    return re.sub(ENDINGS, "", (pair[1] if pair else line).split("/")[-1], flags=re.I)
+    return re.sub(ENDINGS, "", re.split(r"[/\\]", pair[1] if pair else line)[-1], flags=re.I)
 
 
 def acdc_ids(lists: dict[str, list[str]], samples: list[Sample]) -> dict[str, list[str]]:
