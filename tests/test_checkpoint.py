@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import error_of, same
+from conftest import error_of
 from torch import nn
 
 from engine import checkpoint
@@ -154,20 +154,3 @@ def test_each_difference_in_the_weights_is_an_error(change):
     named = {"more": "scale", "fewer": "bias", "wider": "weight"}[change]
     with pytest.raises(InputError, match=f"a.pt: .*{named}"):
         checkpoint.load_weights(nn.Linear(2, 3), weights, "a.pt")
-
-
-def test_loaded_optimizer_state_takes_the_parameters_strides():
-    weight = torch.nn.Parameter(torch.randn(4, 3, 3, 3))
-    optimizer = torch.optim.Adam([weight], fused=True)
-    weight.square().sum().backward()
-    optimizer.step()
-    state = optimizer.state_dict()
-    moments = state["state"][0]
-    before = {key: value.clone() for key, value in moments.items()}
-    for key in "exp_avg", "exp_avg_sq":
-        moments[key] = moments[key].to(memory_format=torch.channels_last)
-    optimizer.load_state_dict(state)
-    checkpoint.keep_strides(optimizer)
-    after = optimizer.state[weight]
-    assert same(dict(after), before)
-    assert after["exp_avg"].stride() == after["exp_avg_sq"].stride() == weight.stride()

@@ -720,18 +720,6 @@ def test_distribute_wraps_each_side_and_changes_no_step_of_one_process(tmp_path)
         dist.destroy_process_group()
 
 
-def test_default_weights_are_the_papers():
-    weights = {
-        "gen_S": 1.0,
-        "gen_I": 1.0,
-        "cycle_S": 0.05,
-        "cycle_I": 1.0,
-        "disc_S": 1.0,
-        "disc_I": 1.0,
-    }
-    assert build("cyclegan").weights == weights
-
-
 @pytest.mark.parametrize("method", ["cyclegan", "advsemi", "meanteacher"])
 def test_one_seed_gives_every_method_the_same_first_G_IS(method):
     expected = build("supervised").G_IS.state_dict()

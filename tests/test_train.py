@@ -233,13 +233,3 @@ def test_a_loss_that_is_not_finite_at_once_leaves_no_checkpoint(capsys, monkeypa
     error = error_line(capsys, "--training", *TINY, "--epochs", "1", code=1)
     assert "epoch 1, step 1: a loss is not finite (D_S nan, D_I" in error
     assert "no checkpoint exists" in error
-
-
-def test_a_term_that_is_not_finite_changes_no_weight():
-    cyclegan = METHODS["cyclegan"](1, 4, ngf=2, ndf=2, n_blocks=1)
-    x, y = torch.rand(2, 1, 16, 16), torch.zeros(2, 16, 16, dtype=torch.int64)
-    before = {key: value.clone() for key, value in cyclegan.state_dict().items()}
-    with pytest.raises(NonFiniteLoss, match="gen_S nan"):
-        cyclegan.step(x * math.nan, y, x)
-    weights = {key for key in before if key.endswith(("weight", "bias"))}
-    assert all(torch.equal(cyclegan.state_dict()[key], before[key]) for key in weights)
