@@ -52,15 +52,6 @@ def test_files_that_alone_ignore_pixels_and_lack_objects_are_an_error_that_names
     )
 
 
-def test_ten_such_files_are_named_and_the_rest_counted(tmp_path, capsys):
-    samples = samples_of(tmp_path, [OBJECT] + [HOLLOW] * 13)
-    message = error_of(checked, samples, folder_spec())
-    assert message.startswith("13 mask files hold only ignored pixels (25.0%) and one class: ")
-    assert message.count(".png") == 10
-    assert "; and 3 more; no other mask has any" in message
-    assert capsys.readouterr().out == "masks:   23.2% of the pixels are ignored\n"
-
-
 @pytest.mark.parametrize("masks", [[OBJECT, EMPTY], [CONTOUR, OBJECT], [CONTOUR, EMPTY]])
 def test_contours_and_empty_masks_are_as_they_should_be(tmp_path, capsys, masks):
     checked(samples_of(tmp_path, masks), folder_spec())
