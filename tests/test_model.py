@@ -381,15 +381,6 @@ def test_all_weights_of_0_leave_partial():
         assert ours.step(*batch()) == partial.step(*batch())
 
 
-@pytest.mark.parametrize("off", TERMS[1:])
-def test_a_weight_of_0_leaves_the_other_terms_within_a_millionth_in_float32(off):
-    x, y, x_u = (data.float() if data.is_floating_point() else data for data in batch())
-    every = build("cyclegan").float().step(x, y, x_u)
-    losses = build("cyclegan", f"--lambda{TERMS.index(off)}=0").float().step(x, y, x_u)
-    assert every.keys() - losses.keys() == {off, off.replace("disc_", "D_")} & every.keys()
-    torch.testing.assert_close(losses, {name: every[name] for name in losses}, rtol=0, atol=1e-6)
-
-
 # Hung et al.
 
 
