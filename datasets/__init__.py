@@ -1,1 +1,1 @@
-"""Datasets: descriptions (spec), files on disk (layouts, files), and the drawn one (phantom)."""
+"""Datasets: descriptions, files and masks, splits, the cache of decoded images, phantoms."""

@@ -1,1 +1,1 @@
-"""Training, a run's folder, testing, predicting, and the pictures they draw."""
+"""The program around the method: flags, runs, training, scores, predictions, pictures, logs."""

@@ -12,7 +12,7 @@ from conftest import add_acdc_testing, error_of, folder_spec, made_up, make_fold
 
 from datasets.layouts import index
 from datasets.spec import Sample, Slice, load_spec
-from datasets.splits import ROLES, ByCount, ByRatio, Split, read_split, split, split_file
+from datasets.splits import ROLES, ByCount, ByFile, ByRatio, Split, read_split, split, split_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -212,6 +212,14 @@ def test_a_number_of_labels_is_the_ratio_that_it_makes(unit):
     message = error_of(ByCount("paper", unit, 999).apply, samples, spec, 3)
     n_train = len(train.labeled + train.unlabeled) if unit == "image" else 30
     assert message == f"--labeled 999: acdc has {n_train} training {unit}s with masks"
+
+
+def test_rules_of_one_kind_divide_the_same_parts_in_the_same_way():
+    paper = ByRatio("paper", "image", 0.2), ByCount("paper", "exam", 3)
+    rules = [*paper, ByRatio("image", "image", 0.2), ByFile("a.json"), ByFile("b.json")]
+    kinds = [0, 0, 1, 2, 2]
+    for rule, kind in zip(rules, kinds, strict=True):
+        assert [rule.same_kind(other) for other in rules] == [kind == other for other in kinds]
 
 
 def test_summary_counts_the_units_that_get_labels():
