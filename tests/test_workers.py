@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import chdir
 from pathlib import Path
@@ -221,14 +222,17 @@ def test_a_signal_while_decoding_ends_all_processes_with_one_line(trained, progr
 def test_no_signal_ends_the_start_of_workers_halfway():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda n, _: heard.append(n))
+    thread, end = threading.Thread(target=lambda: end.wait(60)), threading.Event()
+    thread.start()
     try:
         with workers.signals_held():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(thread.ident, signal.SIGTERM)  # any thread of the process gets it
             child = "import signal; print(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
             blocked = subprocess.check_output([sys.executable, "-c", child], text=True)
             assert heard == []
         assert heard == [signal.SIGTERM]
     finally:
+        end.set()
         signal.signal(signal.SIGTERM, before)
     assert all(signal.Signals(n).name in blocked for n in SIGNALS)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
