@@ -11,9 +11,13 @@ EPS = 1e-5  # added to variances, as in PyTorch's norm
 
 
 def varies(mean: Tensor, var: Tensor) -> Tensor:
-    """Whether a plane's variance is more than rounding, (8 epsilon mean)^2; (B, C, 1, 1) bool."""
+    """Whether a plane's variance is more than rounding; (B, C, 1, 1) bool.
+
+    That of the sums of a convolution, whose terms may be larger than what they add up to: 8 epsilon
+    times 1, the size of the terms, or times the mean if that is larger.
+    """
     rounding = 8 * torch.finfo(mean.dtype).eps  # 2^-20 in float32
-    return var > (rounding * mean).square()
+    return var > (rounding * mean.abs().clamp(min=1)).square()
 
 
 class NormalizePlanes(torch.autograd.Function):

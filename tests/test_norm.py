@@ -67,6 +67,19 @@ def test_a_constant_plane_and_its_gradient_are_exactly_0_and_others_are_not(form
         assert largest[~constant].gt(0.1).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_plane_of_sums_that_nearly_cancel_is_constant_up_to_the_rounding_of_their_terms(
+    form, dtype
+):
+    terms = torch.tensor([1.0, -1.0, 1e-3], dtype=dtype)  # each plane's mean is 1e-3
+    noise = torch.randint(-2, 3, (2, 1, 9, 9), generator=torch.Generator().manual_seed(0))
+    x = terms.sum() + torch.finfo(dtype).eps * noise.to(dtype)
+    y, grad = values_and_gradients(form, x, torch.randn_like(x))
+    assert y.eq(0).all()
+    assert grad.eq(0).all()
+
+
 def test_a_plane_of_small_contrast_is_not_taken_for_a_constant_one():
     plane = 1 + 2**-17 * torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     assert NormalizePlanes.apply(plane).std() > 1e-3
