@@ -27,7 +27,7 @@ from engine.folder import open_folder
 from engine.run import Run
 from engine.signals import stop
 from engine.train import evaluate, train_one_epoch
-from model import METHODS, Method, distribute
+from model import METHODS, Method, distribute, move
 from utils import InputError
 
 # Training
@@ -71,9 +71,7 @@ def connect(args: Flags) -> torch.device:
 def build_model(args: Flags, spec: DatasetSpec, device: torch.device) -> Method:
     """The method with initial weights that are the same in every process."""
     utils.seed_everything(args.seed, args.deterministic)
-    model = METHODS[args.method].from_args(spec, args).to(device)
-    if device.type == "cpu":  # convolutions are faster so, most of all backward
-        model.to(memory_format=torch.channels_last)
+    model = move(METHODS[args.method].from_args(spec, args), device)
     if utils.rank():  # dropout and pools differ between processes
         torch.manual_seed(args.seed + 2**33 * utils.rank())
     return model

@@ -578,6 +578,12 @@ METHODS = {
 }
 
 
+def move(model: Method, device: torch.device) -> Method:
+    """Move a method to a device: channels last on a CPU, whose convolutions are faster so."""
+    layout = {"memory_format": torch.channels_last} if device.type == "cpu" else {}
+    return model.to(device, **layout)
+
+
 def distribute(model: Method, device: torch.device) -> None:
     """Average gradients over all processes."""
     for module in model.modules():

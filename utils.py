@@ -43,9 +43,8 @@ def naming(path: Path) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        reason = str(reason) or type(error).__name__
-        raise InputError(f"{path}: {reason}".splitlines()[0]) from error
+        found = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{path}: {found}".splitlines()[0]) from error
 
 
 def read_text(path: Path) -> str:
@@ -274,5 +273,4 @@ def make_folder(path: Path, flag: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{flag} {path}: cannot be written ({reason})") from error
+        raise InputError(f"{flag} {path}: cannot be written ({reason(error)})") from error

@@ -10,7 +10,7 @@ from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
 from datasets.splits import ByFile
 from engine import checkpoint
 from engine.flags import Flags, setting_names
-from model import METHODS, Method
+from model import METHODS, Method, move
 from utils import InputError
 
 
@@ -40,7 +40,7 @@ def load(args: Flags) -> Trained:
     args = args.over({path: layer}, known)
     check_flags(args, before, spec, path)
     device = utils.pick_device(args.device, args.precision)
-    model = METHODS[args.method].from_args(spec, args).to(device)
+    model = move(METHODS[args.method].from_args(spec, args), device)
     checkpoint.load_weights(model, state["model"], path)
     return Trained(path, state, args, spec, device, model.eval())
 

@@ -90,7 +90,7 @@ class Step:
         method = model.METHODS[args.method]
         if plain and args.method == "cyclegan":
             method = PlainCycleGAN
-        self.model = method.from_args(spec, args).to(self.device)
+        self.model = model.move(method.from_args(spec, args), self.device)
         self.model.progress = 1.0  # of the run: all terms are on
         if args.compile:
             utils.compile_networks(self.model)

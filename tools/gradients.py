@@ -26,7 +26,7 @@ from data_utils import Batches, load_data
 from datasets.spec import load_spec
 from engine import program
 from engine.flags import Parser, bounded, parse_args
-from model import METHODS
+from model import METHODS, move
 
 
 class PyTorchsNorm(nn.Module):
@@ -57,7 +57,7 @@ def gradients(argv: list[str]) -> int:
     print("| --- | --- | --- | --- |")
     for norm in "PyTorch's", "ours":
         utils.seed_everything(args.seed, args.deterministic)
-        model = METHODS[args.method].from_args(spec, args).to(device).train()
+        model = move(METHODS[args.method].from_args(spec, args), device).train()
         if norm == "PyTorch's":
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
