@@ -218,7 +218,7 @@ def build_parser() -> Parser:
     flag("--workers", type=bounded(int, 0, 1000), default=2, metavar="N", help=loaders)
 
     flag = parser.group("files")
-    flag("--name", help="run's folder; default: <dataset>_<method>_<ratio>_s<seed>")
+    flag("--name", help="run's folder; default: <dataset>_<method>_<labels>_s<seed>")
     flag("--checkpoints", default="checkpoints", metavar="DIR", help="parent of the run folders")
     flag("--results", default="results", metavar="DIR", help="output of --testing and --predict")
     flag("--cache", default="data/cache", metavar="DIR", help="cache of resized images")
