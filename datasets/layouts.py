@@ -217,7 +217,7 @@ def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
 
 def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
     """The samples under root that a split or part uses, sorted by id; InputError if none."""
-    page = "docs/own_data.md" if spec.layout == "folder" else "README.md"
+    page = "docs/own_data.md" if spec.layout == "folder" else "docs/data.md"
     if spec.layout != "phantom" and not root.is_dir():
         raise InputError(f"--data-root {root}: no such folder; {page} describes the layout")
     parts = parts_of(spec, kind)

@@ -94,7 +94,7 @@ def split(
         val = {s for s in samples if s.part == parts[1] and s.mask is not None}
         if not val:
             missing = f"{spec.name}'s part {parts[1]!r} is missing"
-            raise InputError(f"--split standard: {missing}; see README.md")
+            raise InputError(f"--split standard: {missing}; see docs/data.md")
         train = [s for s in samples if s.part == parts[0]]
     else:
         n_train, n_val = spec.counts if spec.counts and kind == "paper" else (85, 15)
