@@ -1,13 +1,17 @@
-"""The commands, TOML examples and links of README.md and docs/ work."""
+"""The commands, examples and links of README.md and docs/ work; the map names every file."""
 
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from conftest import make_tiny
+from runs import TINY, evaluations, run
 
 import main
+import model
 from datasets.spec import load_spec
+from engine import flags
 from engine.flags import parse_args
 from tools import experiments
 
@@ -17,11 +21,16 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
+def blocks(page: str) -> list[tuple[str, str]]:
+    """The fenced blocks of a page, each with its language."""
+    return FENCE.findall(TEXTS[page])
+
+
 def commands() -> dict[str, str]:
     """The page of each command line of main.py and tools/experiments.py, also under torchrun."""
     found = {}
-    for page, text in TEXTS.items():
-        for _, block in FENCE.findall(text):
+    for page in TEXTS:
+        for _, block in blocks(page):
             for line in block.splitlines():
                 if re.match(r"(python|torchrun) .*(main|experiments)\.py", line):
                     found[line] = page
@@ -32,8 +41,8 @@ def commands() -> dict[str, str]:
 def examples(tmp_path, monkeypatch):
     """A folder with the pages' TOML files, each named by its first line."""
     monkeypatch.chdir(tmp_path)
-    for text in TEXTS.values():
-        for language, block in FENCE.findall(text):
+    for page in TEXTS:
+        for language, block in blocks(page):
             if language == "toml":
                 Path(re.match(r"# (\w+\.toml)", block)[1]).write_text(block)
 
@@ -71,3 +80,35 @@ def test_every_link_leads_somewhere(page):
         if heading:
             titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles}
+
+
+def test_the_new_method_of_the_page_trains_and_is_tested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(model.METHODS, "entropy", None)  # removed afterward
+    monkeypatch.setattr(flags, "build_parser", flags.build_parser.__wrapped__)  # not the cached one
+    make_tiny(20, 4)
+    block = next(block for language, block in blocks("docs/extending.md") if language == "python")
+    exec(block, dict(vars(model)))
+    entropy = [*TINY, "--method", "entropy"]
+    assert run("--training", *entropy, "--epochs", "2", "--lr", "0.01") == 0
+    losses = [line["losses"] for line in evaluations("tiny_entropy_0.2_s0")]
+    assert losses[0].keys() == {"gen_S", "entropy"}
+    assert losses[1]["entropy"] < losses[0]["entropy"]
+    assert run("--testing", *entropy) == 0
+
+
+def test_the_map_names_every_file():
+    page = TEXTS["docs/extending.md"]
+    folder, named = "", []
+    for line in page[page.index("## Map") : page.index("## From")].splitlines():
+        spans = re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("|") else []
+        if line.startswith("| **"):
+            folder = spans[0]
+        else:
+            named += [folder + span for span in spans]
+    expected = {"tools/experiments.toml"}
+    for folder in ("", "arch/", "engine/", "datasets/", "tools/"):
+        expected |= {f"{folder}{path.name}" for path in (ROOT / folder).glob("*.py")}
+        expected.discard(f"{folder}__init__.py")
+    assert {*named} == expected
+    assert len(named) == len({*named})
