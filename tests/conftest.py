@@ -17,6 +17,7 @@ from runs import SIMPLE, SUPERVISED
 import main
 from datasets import files
 from datasets.spec import CONFIG, DatasetSpec, Sample, make_spec
+from engine.signals import stop
 from utils import InputError
 
 # axes turned and flipped
@@ -224,6 +225,14 @@ def acdc(tmp_path) -> Path:
     return make_acdc(tmp_path / "acdc", 2, 3)
 
 
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch) -> None:
+    """A working folder of the test's own, with tiny.toml: 24 phantoms, 20 of them to train on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stop, "signum", 0)
+    make_tiny(20, 4)
+
+
 @pytest.fixture(scope="session")
 def trained_once(tmp_path_factory) -> Path:
     """A folder where a supervised run of one epoch has ended."""
@@ -235,7 +244,7 @@ def trained_once(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def trained(trained_once) -> Path:
+def trained(trained_once, in_tmp) -> Path:
     """The best.pt of a supervised run of one epoch, copied to the working folder."""
     shutil.copytree(trained_once, ".", dirs_exist_ok=True)
     return SIMPLE / "best.pt"

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder, make_tiny, same, write_indexed
+from conftest import make_folder, same, write_indexed
 from PIL import Image
 from runs import (
     SIMPLE,
@@ -52,12 +52,7 @@ CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    """A folder of its own, with tiny.toml: 24 phantoms, 20 to train on, so 4 steps per epoch."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stop, "signum", 0)
-    make_tiny(20, 4)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 # What a run writes
