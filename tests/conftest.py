@@ -98,10 +98,8 @@ def make_voc(root: Path, n: int) -> Path:
     for number, name in enumerate(ids):
         rng = np.random.default_rng(number)
         height, width = ((20, 28), (26, 18))[number % 2]
-        image, mask = (
-            rng.integers(0, 256, (height, width, 3), np.uint8),
-            rng.integers(0, 21, (height, width)),
-        )
+        image = rng.integers(0, 256, (height, width, 3), np.uint8)
+        mask = rng.integers(0, 21, (height, width))
         mask[:, -2:] = 255
         (home / "JPEGImages").mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(home / "JPEGImages" / f"{name}.jpg")
@@ -128,9 +126,7 @@ def make_cityscapes(root: Path, n_train: int, n_val: int) -> Path:
             mask = np.tile(np.arange(34, dtype=np.uint8), (16, 1))
             Image.fromarray(image).save(images / f"{name}_leftImg8bit.png")
             Image.fromarray(np.roll(mask, number, 1)).save(masks / f"{name}_gtFine_labelIds.png")
-            Image.fromarray(image).save(
-                masks / f"{name}_gtFine_color.png"
-            )  # part of the layout, never read
+            Image.fromarray(image).save(masks / f"{name}_gtFine_color.png")  # never read
     return root
 
 

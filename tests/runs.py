@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from engine import checkpoint
@@ -53,6 +54,12 @@ def evaluations(name: str) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     lines = Path("checkpoints", name, "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def curve(folder: str | Path, tag: str = "loss/gen_S") -> list[tuple[int, float]]:
+    """The steps and values of a curve, as TensorBoard shows it."""
+    scalars = EventAccumulator(str(folder)).Reload().Scalars(tag)
+    return [(scalar.step, scalar.value) for scalar in scalars]
 
 
 def split_ids(name: str) -> dict:

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_tiny
 
 from arch.generators import ResNetGenerator
 from arch.norm import InstanceNorm2d
 from tools import gradients
 
 
-def test_both_norms_get_a_row_with_every_column(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    make_tiny(20, 4)
+def test_both_norms_get_a_row_with_every_column(in_tmp, capsys):
     flags = "--dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 0 --device cpu --steps 4"
     assert gradients.gradients(flags.split()) == 0
     title, _, *rows = capsys.readouterr().out.splitlines()

@@ -6,6 +6,7 @@ import tomllib
 
 import pytest
 import torch
+from runs import curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboardX import summary
 
@@ -20,16 +21,14 @@ def test_tensorboard_reads_events_once_logged_and_forgets_those_of_a_killed_proc
     for step in 1, 2, 3:
         first.add(step, summary.scalar("loss/gen_S", step / 2))
     first.add(3, summary.image("validation", torch.rand(3, 8, 9).numpy()))
-    seen = EventAccumulator(str(tmp_path)).Reload()  # before it is closed
-    assert [(e.step, e.value) for e in seen.Scalars("loss/gen_S")] == [(1, 0.5), (2, 1.0), (3, 1.5)]
-    (picture,) = seen.Images("validation")
+    assert curve(tmp_path) == [(1, 0.5), (2, 1.0), (3, 1.5)]  # before it is closed
+    (picture,) = EventAccumulator(str(tmp_path)).Reload().Images("validation")
     assert (picture.step, picture.width, picture.height) == (3, 9, 8)
     monkeypatch.setattr(os, "getpid", lambda: 99999999)
     second = EventLog(tmp_path, 3)  # resumes after step 2
     second.add(3, summary.scalar("loss/gen_S", 7))
     second.close()
-    seen = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in seen.Scalars("loss/gen_S")] == [(1, 0.5), (2, 1.0), (3, 7.0)]
+    assert curve(tmp_path) == [(1, 0.5), (2, 1.0), (3, 7.0)]
 
 
 @pytest.fixture
@@ -61,14 +60,12 @@ def test_without_a_terminal_a_line_a_minute_has_place_losses_speed_and_remaining
     assert lines[-1].endswith(": gen_S 0.250, D_S 1.500, 0.0 images/s, 1:18:21 left")
 
 
-@pytest.mark.parametrize("case", ["a terminal", "the second process"])
+@pytest.mark.parametrize(("terminal", "rank"), [(True, "0"), (False, "1")])
 def test_no_line_is_printed_beside_a_progress_bar_or_by_another_process(
-    tmp_path, capsys, clock, monkeypatch, case
+    tmp_path, capsys, clock, monkeypatch, terminal, rank
 ):
-    if case == "a terminal":
-        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    else:
-        monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setenv("RANK", rank)
     logs = Logs(tmp_path, 0, 4000, 1000)
     clock[0] += 100
     logs.step("epoch 1/2, step 1/200", LOSSES, 10)

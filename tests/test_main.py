@@ -4,21 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_acdc, make_tiny
+from conftest import make_acdc
 from runs import SUPERVISED, TINY, tiny_on
 
 import main
 from datasets.spec import load_spec
 from engine.flags import parse_args
-from engine.signals import stop
 
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    """A folder of its own, with tiny.toml: 24 phantoms, 4 of them validation images."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stop, "signum", 0)
-    make_tiny(20, 4)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def test_processes_start_with_equal_weights_and_draw_other_numbers(monkeypatch):

@@ -27,10 +27,7 @@ ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 LIMIT = 120  # seconds, on a busy machine
 
 
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    """A folder of its own."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def start(*command, **about) -> subprocess.Popen:
@@ -81,7 +78,6 @@ def test_batches_need_no_shared_memory(size, code):
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("needs the right to mount /dev/shm")
-    make_tiny(20, 4)
     command = [sys.executable, ROOT / "main.py", *FLAGS, "--size", "256", "256"]
     script = f'{mount}; exec "$@"'
     program = start("unshare", "-m", "sh", "-c", script, "sh", *command)
@@ -172,7 +168,6 @@ def test_a_failure_in_a_worker_ends_the_program(ended, case):
 
 
 def test_workers_end_when_the_main_process_is_killed():
-    make_tiny(20, 4)
     flags = ["--training", *TINY, "--workers", "2", "--epochs", "9999"]
     program = start(sys.executable, ROOT / "main.py", *flags)
     for line in program.stdout:
@@ -239,7 +234,6 @@ def test_no_signal_ends_the_start_of_workers_halfway():
 
 
 def test_closed_standard_streams_do_no_harm():
-    make_tiny(20, 4)
     script = 'exec "$@" 0<&- 1>&- 2>&-'
     program = start("sh", "-c", script, "sh", sys.executable, ROOT / "main.py", *FLAGS)
     assert program.communicate(timeout=LIMIT) == ("", "")
