@@ -1,14 +1,19 @@
 """What the tests of whole runs share: flags of tiny networks, and helpers around main.main."""
 
+import itertools
 import json
+import signal
 from pathlib import Path
 
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
 from engine import checkpoint
 from engine.flags import parse_args
+from engine.run import Run
+from engine.signals import stop
 from engine.trained import Trained, load
 from model import METHODS
 
@@ -84,3 +89,18 @@ def record_steps(monkeypatch, method: str, observe) -> list:
 
     monkeypatch.setattr(METHODS[method], "step", recorded_step)
     return seen
+
+
+def interrupt(steps: int, *flags) -> None:
+    """Start a training that SIGTERM ends after so many steps."""
+    before_step, counter = Run.before_step, itertools.count(1)
+
+    def counted(self):
+        if next(counter) == steps:
+            stop.signum = signal.SIGTERM
+        before_step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "before_step", counted)
+        assert run("--training", *flags) == 128 + signal.SIGTERM
+    stop.signum = 0

@@ -1,10 +1,8 @@
 """A run's folder: its files, resuming, and what happens when a run is disturbed."""
 
-import itertools
 import json
 import multiprocessing
 import os
-import re
 import resource
 import shutil
 import signal
@@ -28,6 +26,7 @@ from runs import (
     edit_checkpoint,
     error_line,
     evaluations,
+    interrupt,
     last_state,
     record_steps,
     run,
@@ -50,9 +49,11 @@ ROOT = Path(main.__file__).parent
 CPU = torch.device("cpu")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
-
 pytestmark = pytest.mark.usefixtures("in_tmp")
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
 # What a run writes
@@ -75,7 +76,7 @@ def test_a_run_trains_and_is_tested(capsys, method):
     assert run("--training", *flags, "--epochs", "2", "--log-every", "1") == 0
     name = f"tiny_{method}_0.5_s0"
     folder = Path("checkpoints", name)
-    files = {path.name for path in folder.iterdir()}
+    files = names(folder)
     assert {file for file in files if not file.startswith("events.out.tfevents")} == FILES
     assert len(files) == len(FILES) + 1
     lines = evaluations(name)
@@ -133,19 +134,18 @@ def test_evaluations_come_every_so_many_epochs_and_at_the_end():
 
 def test_a_run_without_a_terminal_prints_its_progress(capsys, monkeypatch):
     monkeypatch.setattr("engine.logs.SECONDS_BETWEEN_LINES", 0)
-    assert run("--training", *TINY, "--method", "supervised", "--epochs", "2") == 0
+    assert run("--training", *SUPERVISED, "--epochs", "2") == 0
     printed = capsys.readouterr().out.splitlines()
-    lines = [line for line in printed if ", step " in line]
-    loss_and_speed = r"gen_S \d+\.\d+, \d+\.\d images/s"
-    for line, (epoch, step) in zip(lines, itertools.product("12", "1234"), strict=True):
-        expected = f"epoch {epoch}/2, step {step}/4: {loss_and_speed}, [0-9:]+ left"
-        assert re.fullmatch(expected, line)
+    places = [line.partition(": gen_S ")[0] for line in printed if ", step " in line]
+    assert places == [f"epoch {epoch}/2, step {step}/4" for epoch in "12" for step in "1234"]
+
+
+OWN = '[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n'
 
 
 def test_ones_own_images_need_a_few_lines_of_toml(capsys):
     root = make_folder(Path("pictures"), 8, n_unlabeled=4, n_val=2)
-    table = '[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n'
-    Path("own.toml").write_text(f"ratio = 1\n{table}")
+    Path("own.toml").write_text(f"ratio = 1\n{OWN}")
     flags = [*tiny_on("own.toml"), "--epochs", "1", "--data-root", root]
     assert run("--training", *flags) == 0
     printed = capsys.readouterr().out
@@ -153,38 +153,25 @@ def test_ones_own_images_need_a_few_lines_of_toml(capsys):
     assert "labeled mask" not in printed
     assert run("--testing") == 0
     results = Path("results/own_cyclegan_1_s0")
-    names = {path.name for path in (results / "masks").iterdir()}
-    assert names == {"picture 12.png", "picture 13.png"}
+    assert names(results / "masks") == {"picture 12.png", "picture 13.png"}
     metrics = json.loads((results / "metrics.json").read_text())
     assert list(metrics["iou"]) == ["dark", "bright"]
-    Path("three.toml").write_text(f"ratio = 1\n{table}".replace("bright", 'bright", "third'))
+    Path("three.toml").write_text(f"ratio = 1\n{OWN}".replace("bright", 'bright", "third'))
     assert run("--training", *flags, "--dataset", "three.toml") == 0
     assert "no labeled mask contains third: are the" in capsys.readouterr().out
-    for path in (root / "masks").iterdir():  # as many tools write them: 0 and 255
-        write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
-    wrong = [*flags, "--name", "wrong"]
-    assert "contain at most one class: are the" in error_line(capsys, "--training", *wrong)
-    fix = "ignore = 254\nlabel_ids = [0, 255]\n"
-    Path("own.toml").write_text(f"ratio = 1\n{table}{fix}")
-    masks = root / "val/masks"
-    for path in masks.iterdir():
-        write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
-    assert run("--training", *wrong) == 0  # nothing of the failed attempt is in the way
-
-
-def test_masks_that_a_ratio_leaves_unused_are_counted(capsys):
-    root = make_folder(Path("pictures"), 8, n_unlabeled=4, n_val=2)
-    Path("own.toml").write_text('[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n')
-    flags = [*tiny_on("own.toml"), "--ratio", "0.5", "--epochs", "1", "--data-root", root]
-    assert run("--training", *flags) == 0
-    expected = "4 of 12 images labeled, 8 unlabeled (4 have masks that are not used), 2 for"
-    assert expected in capsys.readouterr().out
+    for folder in "masks", "val/masks":
+        for path in (root / folder).iterdir():  # as many tools write them: 0 and 255
+            write_indexed(path, np.where(np.array(Image.open(path)), 255, 0))
+    other = ["--training", *flags, "--name", "other"]
+    assert "contain at most one class: are the" in error_line(capsys, *other)
+    Path("own.toml").write_text(f"ratio = 1\n{OWN}ignore = 254\nlabel_ids = [0, 255]\n")
+    assert run(*other) == 0  # nothing of the failed attempt is in the way
 
 
 def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     root = make_folder(Path("pictures"), 8, n_unlabeled=4)
     kept = make_folder(Path("kept"), 3)
-    Path("own.toml").write_text('[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n')
+    Path("own.toml").write_text(OWN)
     flags = [*tiny_on("own.toml"), "--ratio", "0.5", "--data-root", root]
     assert run("--training", *flags, "--epochs", "1") == 0
     part = ["--testing", "--part", "test"]
@@ -198,9 +185,7 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     results = Path("results/own_cyclegan_0.5_s0/test")
     metrics = json.loads((results / "metrics.json").read_text())
     assert (metrics["part"], metrics["n_images"]) == ("test", 3)
-    assert {path.name for path in (results / "masks").iterdir()} == {
-        "picture 0.png", "picture 1.png", "picture 2.png",
-    }  # fmt: skip
+    assert names(results / "masks") == {"picture 0.png", "picture 1.png", "picture 2.png"}
     other = make_folder(Path("other/test"), 2).parent  # of another hospital, with nothing else
     assert run(*part, "--data-root", other, "--results", "theirs") == 0
     error = error_line(capsys, "--testing", "--part", "val")
@@ -244,8 +229,7 @@ def test_a_split_file_decides_what_is_labeled_in_training_testing_and_resuming(c
     assert {role: ids[role] for role in expected} == expected
 
     assert run("--testing") == 0
-    masks = Path("results", name, "masks").iterdir()
-    assert sorted(path.stem for path in masks) == expected["val"]
+    assert names(Path("results", name, "masks")) == {f"{id_}.png" for id_ in LISTS["val"]}
     metrics = json.loads(Path("results", name, "metrics.json").read_text())
     assert (metrics["split"], metrics["ratio"]) == (ids["hash"], None)
 
@@ -266,8 +250,8 @@ def test_the_test_images_of_a_split_file_are_scored_by_part(capsys):
     assert "on 2 validation images" in capsys.readouterr().out
     assert run("--testing", "--part", "test") == 0
     assert "on 3 test images" in capsys.readouterr().out
-    masks = Path("results", name, "test", "masks").iterdir()
-    assert sorted(path.stem for path in masks) == split_ids(name)["test"]
+    masks = {f"{id_}.png" for id_ in split_ids(name)["test"]}
+    assert names(Path("results", name, "test", "masks")) == masks
 
 
 def test_a_name_in_config_splits_is_a_split_file(capsys):
@@ -278,10 +262,7 @@ def test_a_name_in_config_splits_is_a_split_file(capsys):
 def test_a_run_with_a_split_file_resumes_with_the_same_lists_alone(capsys):
     write_lists("lists/mine.json")
     flags = ["--training", *SUPERVISED, "--epochs", "4", "--name", "one", "--split"]
-    with pytest.MonkeyPatch.context() as patch:
-        record_steps(patch, "supervised", lambda *_: setattr(stop, "signum", signal.SIGTERM))
-        assert run(*flags, "lists/mine.json") == 128 + signal.SIGTERM
-    stop.signum = 0
+    interrupt(1, *flags[1:], "lists/mine.json")
     write_lists("lists/other.json", labeled=["phantom_0001"])
     assert "--split lists/other.json" in error_line(capsys, *flags, "lists/other.json")
     assert "split was lists/mine.json, is paper" in error_line(capsys, *flags, "paper")
@@ -297,25 +278,6 @@ def test_a_run_with_a_split_file_resumes_with_the_same_lists_alone(capsys):
     assert "which its split.json names; give --name for another folder" in error
 
 
-def test_a_runs_split_json_is_a_split_file():
-    assert run("--training", *SUPERVISED, "--seed", "3", "--name", "first") == 0
-    file = "checkpoints/first/split.json"
-    flags = ["--training", *SUPERVISED, "--seed", "3", "--split", file, "--name", "second"]
-    assert run(*flags) == 0
-    assert split_ids("first") == split_ids("second")
-    assert same(last_state("first")["model"], last_state("second")["model"])
-
-
-def test_a_wrong_split_file_is_one_error_line(capsys):
-    write_lists("lists/mine.json", val=["phantom_0001", "phantom_99"])
-    error = error_line(capsys, "--training", *TINY, "--split", "lists/mine.json")
-    assert "lists/mine.json: not in the dataset: phantom_99" in error
-    write_lists("lists/mine.json", unlabeled=[])
-    error = error_line(capsys, "--training", *TINY, "--split", "lists/mine.json")
-    assert "--split lists/mine.json leaves no unlabeled image for --method cyclegan" in error
-    assert not Path("checkpoints").exists() or not [*Path("checkpoints").iterdir()]
-
-
 # Resuming
 
 
@@ -327,28 +289,19 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(
     flags = [*TINY, "--epochs", "2", "--dropout", "0.5", "--pool-size", "3", "--lr", "0.01"]
     flags += ["--method", method, "--device", device, "--deterministic", "--augment"]
     assert run("--training", *flags, "--name", "whole") == 0
-    steps = []
-
-    def interrupt(*_):
-        steps.append(1)
-        if len(steps) in (2, 7):
-            stop.signum = signal.SIGTERM
-
-    record_steps(monkeypatch, method, interrupt)
-    resumed = ["--training", *flags, "--name", "cut"]
-    assert run(*resumed) == 128 + signal.SIGTERM
+    steps = record_steps(monkeypatch, method, lambda *_: None)
+    flags += ["--name", "cut"]
+    interrupt(2, *flags)
     assert "SIGTERM: saved checkpoints/cut/last.pt" in capsys.readouterr().out
-    stop.signum = 0
 
     def add_keys_of_earlier_versions(state):
         state["schedulers"] = {"G": {"last_epoch": 9}}
         state["progress"]["metrics"] = {"miou": 0.5}
 
     edit_checkpoint(Path("checkpoints/cut/last.pt"), add_keys_of_earlier_versions)
-    assert run(*resumed, "--workers", "1") == 128 + signal.SIGTERM
+    interrupt(5, *flags, "--workers", "1")
     assert "resuming at epoch 1, step 2" in capsys.readouterr().out
-    stop.signum = 0
-    assert run(*resumed, "--log-every", "1") == 0
+    assert run("--training", *flags, "--log-every", "1") == 0
     assert "resuming at epoch 2, step 3" in capsys.readouterr().out
     assert len(steps) == 8
     assert same(last_state("whole"), last_state("cut"))
@@ -356,23 +309,14 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(
 
 
 def test_a_resumed_run_logs_every_step_and_evaluation_once(monkeypatch):
-    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "2", "--log-every", "1"]
-    steps = []
-
-    def interrupt(*_):
-        steps.append(1)
-        if len(steps) == 6:
-            stop.signum = signal.SIGTERM
-
-    record_steps(monkeypatch, "supervised", interrupt)
-    assert run(*flags) == 128 + signal.SIGTERM
+    flags = [*SUPERVISED, "--epochs", "2", "--log-every", "1"]
+    interrupt(6, *flags)
     assert not stop.training
     log = SIMPLE / "metrics.jsonl"
     (line,) = log.read_text().splitlines()
     log.write_text(f"{line}\n{line.replace('1', '2', 1)}\n")  # killed before last.pt was written
-    stop.signum = 0
     monkeypatch.setattr(os, "getpid", lambda: 99999999)  # in the name of the event file
-    assert run(*flags) == 0
+    assert run("--training", *flags) == 0
     assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1, 2]
     events = EventAccumulator(str(SIMPLE)).Reload()
     assert [event.step for event in events.Scalars("loss/gen_S")] == [*range(1, 9)]
@@ -394,8 +338,7 @@ def test_checkpoints_are_written_when_due(monkeypatch, minutes, n_saved):
     monkeypatch.setattr(
         engine.run.Run, "_save", lambda self, name: (saved.append(name), save(self, name))
     )
-    flags = [*TINY, "--method", "supervised", "--epochs", "2", "--save-every", minutes]
-    assert run("--training", *flags) == 0
+    assert run("--training", *SUPERVISED, "--epochs", "2", "--save-every", minutes) == 0
     assert saved.count("last.pt") == n_saved
 
 
@@ -412,23 +355,19 @@ def test_a_finished_run_changes_nothing_and_overwrite_starts_anew(capsys, traine
 
 
 OTHER = {  # numbers, a list, a switch, choices, a rule, and settings that are None
-    "epochs": "2", "dropout": "0.1", "betas": ["0.1", "0.2"], "augment": [], "method": "advsemi",
+    "epochs": "2", "dropout": "0.1", "betas": "0.1 0.2", "augment": "", "method": "advsemi",
     "disc_norm": "instance", "split": "image", "labeled": "3", "init": "other.pt",
-}  # fmt: skip
-FREE = {
-    "device": "cpu", "compile": [], "workers": "1", "data_root": "moved", "eval_every": "7",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_setting_that_differs_is_an_error_that_names_it(capsys, trained, key):
-    value = OTHER[key] if isinstance(OTHER[key], list) else [OTHER[key]]
-    flag = "--" + key.replace("_", "-")
     flags = ["--training", *SUPERVISED, "--name", SIMPLE.name]
+    changed = [*flags, "--" + key.replace("_", "-"), *OTHER[key].split()]
     before = trained.with_name("last.pt").read_bytes()
-    error = error_line(capsys, *flags, flag, *value)
-    now = vars(parse_args([*flags, flag, *value]))[key]
-    assert f"{key} was {parse_args(flags).settings[key]}, is {now}" in error
+    error = error_line(capsys, *changed)
+    expected = f"{key} was {parse_args(flags).settings[key]}, is {vars(parse_args(changed))[key]}"
+    assert expected in error
     assert "give --name for another folder, or --overwrite to start over" in error
     assert trained.with_name("last.pt").read_bytes() == before
 
@@ -441,21 +380,23 @@ def test_a_description_of_the_data_that_differs_is_an_error_that_names_it(capsys
 
 
 def test_a_run_from_before_a_key_of_the_description_has_its_default(capsys, trained):
-    last = trained.with_name("last.pt")
-    state = torch.load(last, weights_only=True)
-    assert state["dataset"].pop("orientation") == "any"
-    state["dataset"]["any_orientation"] = True  # its name before --augment
-    del state["settings"]["augment"], state["settings"]["reduction"]
-    assert state["dataset"].pop("group") is None
-    torch.save(state, last)
+    def make_older(state):
+        assert state["dataset"].pop("orientation") == "any"
+        state["dataset"]["any_orientation"] = True  # its name before --augment
+        del state["settings"]["augment"], state["settings"]["reduction"]
+        assert state["dataset"].pop("group") is None
+
+    edit_checkpoint(trained.with_name("last.pt"), make_older)
     assert run("--training", *SUPERVISED, "--name", SIMPLE.name) == 0
     assert "is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("key", FREE)
-def test_flags_of_machine_and_files_may_change(capsys, trained, key):
-    value = FREE[key] if isinstance(FREE[key], list) else [FREE[key]]
-    assert run("--training", *SUPERVISED, "--" + key.replace("_", "-"), *value) == 0
+@pytest.mark.parametrize(
+    "flags",
+    ["--device cpu", "--compile", "--workers 1", "--data-root moved", "--eval-every 7"],
+)
+def test_flags_of_machine_and_files_may_change(capsys, trained, flags):
+    assert run("--training", *SUPERVISED, *flags.split()) == 0
     assert "is finished" in capsys.readouterr().out
 
 
@@ -471,29 +412,20 @@ def test_flags_of_machine_and_files_may_change(capsys, trained, key):
         lambda state: state.update(processes=[]),
     ],
 )
-def test_a_run_does_not_resume_from_a_strangers_checkpoint(capsys, change):
-    flags = ["--training", *SUPERVISED, "--epochs", "2"]
-    assert run(*flags) == 0
-    path = SIMPLE / "last.pt"
-    edit_checkpoint(path, lambda state: state["progress"].update(evaluated=1))
+def test_a_run_does_not_resume_from_a_strangers_checkpoint(capsys, trained, change):
+    path = trained.with_name("last.pt")
+    edit_checkpoint(path, lambda state: state["progress"].update(evaluated=0))
     edit_checkpoint(path, change)
     before = path.read_bytes()
-    assert f"{path}: a run cannot resume from it" in error_line(capsys, *flags)
+    error = error_line(capsys, "--training", *SUPERVISED)
+    assert f"{path}: a run cannot resume from it" in error
     assert path.read_bytes() == before
 
 
-def test_optimizer_state_with_other_strides_resumes_to_the_same_weights(monkeypatch):
-    flags = ["--training", *TINY, "--epochs", "3", "--lr", "0.01", "--name"]
-    assert run(*flags, "whole") == 0
-    with pytest.MonkeyPatch.context() as patch:
-        observed = record_steps(patch, "cyclegan", lambda model, *_: model)
-        record_steps(
-            patch,
-            "cyclegan",
-            lambda *_: setattr(stop, "signum", signal.SIGTERM) if len(observed) == 5 else None,
-        )
-        assert run(*flags, "cut") == 128 + signal.SIGTERM
-    stop.signum = 0
+def test_optimizer_state_with_other_strides_resumes_to_the_same_weights():
+    flags = [*TINY, "--epochs", "3", "--lr", "0.01", "--name"]
+    assert run("--training", *flags, "whole") == 0
+    interrupt(6, *flags, "cut")
     changed = []
 
     def contiguous(state):
@@ -506,7 +438,7 @@ def test_optimizer_state_with_other_strides_resumes_to_the_same_weights(monkeypa
 
     edit_checkpoint(Path("checkpoints/cut/last.pt"), contiguous)
     assert any(changed)
-    assert run(*flags, "cut") == 0
+    assert run("--training", *flags, "cut") == 0
     assert same(last_state("whole")["model"], last_state("cut")["model"])
 
 
@@ -557,12 +489,15 @@ def test_init_takes_over_the_networks_that_both_have(capsys):
 # Folders that are in use, not runs, or cut short
 
 
-def test_a_run_killed_before_its_first_checkpoint_leaves_no_log(trained):
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew_and_leaves_no_log(
+    capsys, trained
+):
     for name in "last.pt", "best.pt", "metrics.jsonl":
         (SIMPLE / name).unlink()
     (before,) = trained.parent.glob("events.out.tfevents*")
     before.rename(f"{before}.before")
     assert run("--training", *SUPERVISED) == 0
+    assert "resuming" not in capsys.readouterr().out
     (events,) = trained.parent.glob("events.out.tfevents*")
     assert not events.name.endswith(".before")
     assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
@@ -608,33 +543,20 @@ def test_a_run_killed_in_its_first_evaluation_resumes(monkeypatch, killed_in):
 
 
 def test_a_damaged_log_is_named_when_a_run_resumes(capsys, trained):
-    flags = ["--training", *SUPERVISED, "--epochs", "2", "--decay-epoch", "1", "--overwrite"]
-    steps = itertools.count(1)  # 4 an epoch
-    with pytest.MonkeyPatch.context() as patch:
-        late = lambda *_: next(steps) == 6 and setattr(stop, "signum", signal.SIGTERM)  # noqa: E731
-        record_steps(patch, "supervised", late)
-        assert run(*flags) == 128 + signal.SIGTERM
-    stop.signum = 0
+    flags = [*SUPERVISED, "--epochs", "2", "--decay-epoch", "1"]
+    interrupt(6, *flags, "--overwrite")
     for name in "metrics.jsonl", "manifest.json":
         whole = (SIMPLE / name).read_text()
         (SIMPLE / name).write_text(whole[:-20])
-        assert f"{SIMPLE / name}: " in error_line(capsys, *flags[:-1])
+        assert f"{SIMPLE / name}: " in error_line(capsys, "--training", *flags)
         (SIMPLE / name).write_text(whole)
-    assert run(*flags[:-1]) == 0
+    assert run("--training", *flags) == 0
 
 
 def test_overwriting_that_was_cut_short_can_be_done_again(trained):
     for name in "last.pt", "best.pt", "split.json":
         (SIMPLE / name).unlink()
     assert run("--training", *SUPERVISED, "--overwrite") == 0
-
-
-def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(capsys, trained):
-    for name in "last.pt", "best.pt", "metrics.jsonl":
-        (SIMPLE / name).unlink()
-    assert run("--training", *SUPERVISED) == 0
-    assert "resuming" not in capsys.readouterr().out
-    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
 
 
 def test_a_start_that_fails_leaves_no_folder(capsys):
@@ -666,7 +588,7 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(caps
     holder.join()
     assert (folder / "lock").is_file()
     assert run(*flags) == 0
-    assert {path.name for path in folder.iterdir() if "events" not in path.name} == FILES
+    assert {name for name in names(folder) if "events" not in name} == FILES
 
 
 def test_a_lock_is_released_however_its_body_ends():
@@ -697,25 +619,22 @@ def full_disk(size: int):
     ("size", "file"), [(1500, "cache"), (2000, "events"), (200_000, "best.pt")]
 )
 def test_a_full_disk_is_one_error_line_and_the_last_checkpoint_stays(capsys, size, file):
-    flags = ["--training", *TINY, "--ngf", "8", "--epochs", "1", "--name", "one"]
+    flags = [*TINY, "--ngf", "8", "--epochs", "1", "--name", "one"]
     flags += ["--batch-size", "2", "--log-every", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        record_steps(patch, "cyclegan", lambda *_: setattr(stop, "signum", signal.SIGTERM))
-        assert run(*flags) == 128 + signal.SIGTERM
-    stop.signum = 0
+    interrupt(1, *flags)
     last = Path("checkpoints/one/last.pt")
     before = last.read_bytes()
     assert len(before) > 200_000
     if file == "cache":
         shutil.rmtree("data")
     with full_disk(size):
-        error = error_line(capsys, *flags, code=1)
+        error = error_line(capsys, "--training", *flags, code=1)
     assert file in error
     assert "cannot be written (File too large)" in error
     assert "MiB are needed" in error
     assert last.read_bytes() == before
     assert not list(Path("checkpoints/one").glob(".*"))
-    assert run(*flags) == 0
+    assert run("--training", *flags) == 0
 
 
 # Signals
