@@ -72,7 +72,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_trains_and_is_tested(capsys, method):
+def test_a_run_trains_and_is_tested(capsys, monkeypatch, method):
+    monkeypatch.setattr("engine.logs.SECONDS_BETWEEN_LINES", 0)
     flags = [*TINY, "--method", method, "--ratio", "0.5"]
     assert run("--training", *flags, "--epochs", "2", "--log-every", "1") == 0
     name = f"tiny_{method}_0.5_s0"
@@ -91,6 +92,8 @@ def test_a_run_trains_and_is_tested(capsys, method):
     assert "optimizers" not in state
 
     printed = capsys.readouterr().out
+    places = [line.partition(": gen_S ")[0] for line in printed.splitlines() if ", step " in line]
+    assert places == [f"epoch {epoch}/2, step {step}/2" for epoch in "12" for step in "12"]
     means = "mIoU {miou:.4f}"  # the other two are equal
     assert all(means.format(**line) in printed for line in lines)
     assert f"after the last epoch {means.format(**lines[-1])}" in printed
@@ -131,14 +134,6 @@ def test_tensorboard_holds_losses_metrics_and_settings():
 def test_evaluations_come_every_so_many_epochs_and_at_the_end():
     assert run("--training", *SUPERVISED, "--epochs", "5", "--eval-every", "2", "--name", "a") == 0
     assert [line["epoch"] for line in evaluations("a")] == [2, 4, 5]
-
-
-def test_a_run_without_a_terminal_prints_its_progress(capsys, monkeypatch):
-    monkeypatch.setattr("engine.logs.SECONDS_BETWEEN_LINES", 0)
-    assert run("--training", *SUPERVISED, "--epochs", "2") == 0
-    printed = capsys.readouterr().out.splitlines()
-    places = [line.partition(": gen_S ")[0] for line in printed if ", step " in line]
-    assert places == [f"epoch {epoch}/2, step {step}/4" for epoch in "12" for step in "1234"]
 
 
 OWN = '[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n'
@@ -218,20 +213,24 @@ def write_lists(path: str, **changes) -> None:
 
 
 def test_a_split_file_decides_what_is_labeled_in_training_testing_and_resuming(capsys):
-    write_lists("lists/mine.json")
+    write_lists("lists/mine.json", test=["phantom_0004", "phantom_0006", "phantom_0010"])
     flags = ["--training", *SUPERVISED, "--split", "lists/mine.json"]
     assert run(*flags) == 0
     printed = capsys.readouterr().out
     assert "supervised, --split lists/mine.json, seed 0" in printed
     assert "2 of 5 images labeled, 3 unlabeled (3 have masks that are not used), 2 for" in printed
-    name = "tiny_supervised_mine_s0"
-    expected = {role: sorted(ids) for role, ids in LISTS.items()}
-    ids = split_ids(name)
-    assert {role: ids[role] for role in expected} == expected
+    ids = split_ids("tiny_supervised_mine_s0")
+    assert {role: ids[role] for role in LISTS} == {role: sorted(LISTS[role]) for role in LISTS}
 
-    assert run("--testing") == 0
-    assert names(Path("results", name, "masks")) == {f"{id_}.png" for id_ in LISTS["val"]}
-    metrics = json.loads(Path("results", name, "metrics.json").read_text())
+    results = Path("results/tiny_supervised_mine_s0")
+    for part, folder, role, title in (
+        ([], results, "val", "on 2 validation images"),
+        (["--part", "test"], results / "test", "test", "on 3 test images"),
+    ):
+        assert run("--testing", *part) == 0
+        assert title in capsys.readouterr().out
+        assert names(folder / "masks") == {f"{name}.png" for name in ids[role]}
+    metrics = json.loads((results / "metrics.json").read_text())
     assert (metrics["split"], metrics["ratio"]) == (ids["hash"], None)
 
     assert run(*flags) == 0
@@ -239,20 +238,6 @@ def test_a_split_file_decides_what_is_labeled_in_training_testing_and_resuming(c
     for mode in flags, ["--testing", "--split", "lists/mine.json"]:
         error = error_line(capsys, *mode, "--ratio", "0.2")
         assert "--ratio: lists/mine.json says which images are labeled" in error
-
-
-def test_the_test_images_of_a_split_file_are_scored_by_part(capsys):
-    write_lists("mine.json", test=["phantom_0004", "phantom_0006", "phantom_0010"])
-    assert run("--training", *SUPERVISED, "--epochs", "1", "--split", "mine.json") == 0
-    name = "tiny_supervised_mine_s0"
-    assert split_ids(name)["test"] == ["phantom_0004", "phantom_0006", "phantom_0010"]
-    Path("mine.json").unlink()  # the run has its own copy
-    assert run("--testing") == 0
-    assert "on 2 validation images" in capsys.readouterr().out
-    assert run("--testing", "--part", "test") == 0
-    assert "on 3 test images" in capsys.readouterr().out
-    masks = {f"{id_}.png" for id_ in split_ids(name)["test"]}
-    assert names(Path("results", name, "test", "masks")) == masks
 
 
 def test_a_name_in_config_splits_is_a_split_file(capsys):
