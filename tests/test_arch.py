@@ -1,7 +1,5 @@
 """The networks of Section 3.3: sizes, first weights, shapes, and the formulas written out here."""
 
-import itertools
-
 import pytest
 import torch
 from torch import nn
@@ -25,9 +23,9 @@ def with_random_parameters(network):
     return network
 
 
-def image(height=16, width=20, n=2):
+def image(height=16, width=20):
     random = torch.Generator().manual_seed(1)
-    return torch.randn(n, 3, height, width, dtype=torch.float64, generator=random)
+    return torch.randn(2, 3, height, width, dtype=torch.float64, generator=random)
 
 
 def mirror(x, before, after_y, after_x):
@@ -42,6 +40,10 @@ def mirror(x, before, after_y, after_x):
 def normalize(x, over):
     mean = x.mean(over, keepdim=True)
     return (x - mean) / ((x - mean).square().mean(over, keepdim=True) + 1e-5).sqrt()
+
+
+def leaky(x):
+    return torch.where(x > 0, x, 0.2 * x)
 
 
 def generator_by_hand(parameters, x, n_blocks):
@@ -67,10 +69,6 @@ def generator_by_hand(parameters, x, n_blocks):
     return conv(mirror(x, 3, 3, 3))
 
 
-def convolutions(network):
-    return [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
-
-
 @pytest.mark.parametrize(
     ("build", "count"),
     [
@@ -91,32 +89,6 @@ def test_parameter_counts_at_the_papers_width(build, count):
     assert sum(p.numel() for p in build().parameters()) == count
 
 
-@pytest.mark.parametrize("n_blocks", [0, 2])
-def test_generator_equals_section_3_3_written_out(n_blocks):
-    G, x = with_random_parameters(tiny(n_blocks)), image()
-    expected = generator_by_hand(G.parameters(), x, n_blocks)
-    torch.testing.assert_close(G(x), expected, rtol=1e-9, atol=1e-9)
-
-
-def test_tanh_generator_is_tanh_of_the_logits_and_neither_holds_a_softmax():
-    logits, G_SI = tiny(), tiny(tanh=True)
-    with_random_parameters(logits)
-    G_SI.double().load_state_dict(logits.state_dict())
-    x = image()
-    assert logits(x).min() < -1  # a softmax's output is within [0, 1]
-    assert logits(x).max() > 1
-    torch.testing.assert_close(G_SI(x), logits(x).tanh())
-
-
-def test_instance_norm_has_no_parameters_and_no_memory():
-    G, x = tiny().double(), image()
-    weights = nn.ModuleList(convolutions(G)).parameters()
-    assert set(G.parameters()) == set(weights)
-    assert list(G.buffers()) == []
-    torch.testing.assert_close(G(x), torch.cat([G(x[:1]), G(x[1:])]))  # image by image
-    torch.testing.assert_close(G.train()(x), G.eval()(x))
-
-
 @pytest.mark.parametrize(
     "build",
     [
@@ -128,27 +100,35 @@ def test_instance_norm_has_no_parameters_and_no_memory():
 )
 def test_first_weights_have_mean_0_and_deviation_002_and_biases_are_0(build):
     torch.manual_seed(0)
-    for conv in convolutions(build()):
-        n = conv.weight.numel()
-        assert abs(conv.weight.mean()) < 5 * 0.02 / n**0.5  # five standard errors
-        assert abs(conv.weight.std() - 0.02) < 5 * 0.02 / (2 * n) ** 0.5
-        assert conv.bias.eq(0).all()
+    for conv in build().modules():
+        if isinstance(conv, nn.Conv2d | nn.ConvTranspose2d):
+            n = conv.weight.numel()
+            assert abs(conv.weight.mean()) < 5 * 0.02 / n**0.5  # five standard errors
+            assert abs(conv.weight.std() - 0.02) < 5 * 0.02 / (2 * n) ** 0.5
+            assert conv.bias.eq(0).all()
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 19), (18, 31), (21, 16)])
-def test_generator_keeps_any_size_from_16(height, width):
-    assert tiny()(image(height, width).float()).shape == (2, 4, height, width)
+# Generators
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "below", "right"), [(16, 20, 0, 0), (17, 20, 3, 0), (18, 23, 2, 1)]
+    ("n_blocks", "height", "width", "below", "right"),
+    [(0, 16, 20, 0, 0), (2, 16, 16, 0, 0), (1, 17, 20, 3, 0), (1, 18, 31, 2, 1), (1, 21, 18, 3, 2)],
 )
-def test_only_what_4_does_not_divide_is_padded_by_reflection_right_and_below(
-    height, width, below, right
+def test_generator_equals_section_3_3_written_out_padded_by_reflection_right_and_below(
+    n_blocks, height, width, below, right
 ):
-    G, x = with_random_parameters(tiny()), image(height, width)
-    expected = generator_by_hand(G.parameters(), mirror(x, 0, below, right), 1)
-    torch.testing.assert_close(G(x), expected[..., :height, :width], rtol=1e-9, atol=1e-9)
+    G, x = with_random_parameters(tiny(n_blocks)), image(height, width)
+    expected = generator_by_hand(G.parameters(), mirror(x, 0, below, right), n_blocks)
+    expected = expected[..., :height, :width]
+    torch.testing.assert_close(G(x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(G.eval()(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_tanh_generator_is_tanh_of_the_logits():
+    logits, G_SI = with_random_parameters(tiny()), tiny(tanh=True).double()
+    G_SI.load_state_dict(logits.state_dict())
+    torch.testing.assert_close(G_SI(image()), logits(image()).tanh())
 
 
 @pytest.mark.parametrize("size", [(15, 16), (16, 15), (3, 200)])
@@ -163,25 +143,9 @@ def test_dropout_exists_only_where_asked_for_once_a_residual_block():
 
     assert rates(tiny(n_blocks=3)) == []
     assert rates(tiny(n_blocks=3, dropout=0.25)) == [0.25] * 3
-    G, x = tiny(dropout=0.5), image().float()
-    assert not torch.equal(G(x), G(x))
-    G.eval()
-    assert torch.equal(G(x), G(x))
 
 
-@pytest.mark.parametrize(
-    "network", [tiny(n_blocks=2), PixelDiscriminator(3, 4)], ids=["generator", "discriminator"]
-)
-def test_parameters_are_registered_in_the_order_of_data_flow(network):
-    used = []
-
-    def hook(module, _):
-        used.extend(module.parameters(recurse=False))
-
-    for module in network.modules():
-        module.register_forward_pre_hook(hook)
-    network(image().float())
-    assert list(map(id, used)) == list(map(id, network.parameters()))
+# Discriminators
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5])
@@ -190,44 +154,24 @@ def test_discriminator_equals_section_3_3_written_out(norm, over, kernel):
     D, x = with_random_parameters(PixelDiscriminator(3, 4, norm, kernel)), image(5, 7)
     if norm == "batch":  # no bias before the norm nor in the last convolution
         w1, b1, w2, gain, shift, w3 = D.parameters()
-        b2 = b3 = x.new_zeros(1)
+        b2 = b3 = None
     else:
         w1, b1, w2, b2, w3, b3 = D.parameters()
         gain, shift = x.new_ones(1), x.new_zeros(1)
-
-    def pixel_wise(w, x, b):  # zeros around the input
-        p = kernel // 2
-        around = x.new_zeros(len(x), x.shape[1], 5 + 2 * p, 7 + 2 * p)
-        around[..., p : p + 5, p : p + 7] = x
-        value = b.view(1, -1, 1, 1)
-        for i, j in itertools.product(range(kernel), repeat=2):
-            shifted = around[..., i : i + 5, j : j + 7]
-            value = value + torch.einsum("oi,bihw->bohw", w[:, :, i, j], shifted)
-        return value
-
-    def leaky(x):
-        return torch.where(x > 0, x, 0.2 * x)
-
-    hidden = leaky(pixel_wise(w1, x, b1))
-    hidden = normalize(pixel_wise(w2, hidden, b2), over)
-    hidden = hidden * gain.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
-    torch.testing.assert_close(D(x), pixel_wise(w3, leaky(hidden), b3))
+    around = kernel // 2  # zeros
+    hidden = leaky(F.conv2d(x, w1, b1, padding=around))
+    hidden = normalize(F.conv2d(hidden, w2, b2, padding=around), over)
+    hidden = leaky(hidden * gain.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1))
+    torch.testing.assert_close(D(x), F.conv2d(hidden, w3, b3, padding=around))
 
 
-def test_discriminator_judges_each_pixel_by_itself_at_the_inputs_size():
-    D, x = with_random_parameters(PixelDiscriminator(3, 4)).eval(), image(17, 19)
-    changed = x.clone()
-    changed[1, :, 3, 5] += 1
-    assert D(x).shape == (2, 1, 17, 19)
-    assert (D(x) != D(changed)).nonzero().tolist() == [[1, 0, 3, 5]]
-
-
-def test_a_discriminator_of_kernel_3_sees_7x7_pixels_and_keeps_the_size():
-    D, x = with_random_parameters(PixelDiscriminator(3, 4, kernel=3)).eval(), image(17, 19)
+@pytest.mark.parametrize(("kernel", "reach"), [(1, 0), (3, 3)])
+def test_a_judgment_sees_one_pixel_or_with_kernel_3_a_neighborhood_of_7x7(kernel, reach):
+    D, x = with_random_parameters(PixelDiscriminator(3, 4, kernel=kernel)).eval(), image(17, 19)
     changed = x.clone()
     changed[1, :, 8, 9] += 1
-    assert D(x).shape == (2, 1, 17, 19)
-    where = [[1, 0, i, j] for i in range(5, 12) for j in range(6, 13)]
+    rows, columns = range(8 - reach, 9 + reach), range(9 - reach, 10 + reach)
+    where = [[1, 0, i, j] for i in rows for j in columns]
     assert (D(x) != D(changed)).nonzero().tolist() == where
 
 
@@ -249,7 +193,7 @@ def test_fully_convolutional_discriminator_equals_five_convolutions_up_sampled(h
     assert [w.shape[0] for w in weights[::2]] == [2, 4, 8, 16, 1]
     for i in range(0, 10, 2):
         hidden = F.conv2d(hidden, weights[i], weights[i + 1], stride=2, padding=1)
-        hidden = torch.where(hidden > 0, hidden, 0.2 * hidden) if i < 8 else hidden
+        hidden = leaky(hidden) if i < 8 else hidden
 
     def spread(values, n):  # linear along the last axis, ends on ends
         at = torch.arange(n, dtype=torch.float64) * (values.shape[-1] - 1) / (n - 1)
@@ -258,45 +202,7 @@ def test_fully_convolutional_discriminator_equals_five_convolutions_up_sampled(h
         return values[..., low] + (at - low) * (values[..., high] - values[..., low])
 
     expected = spread(spread(hidden, columns).mT, rows).mT[..., :height, :width]
-    assert expected.std() > 0.01 or hidden[0].numel() == 1
     torch.testing.assert_close(D(x), expected)
-
-
-def test_fully_convolutional_discriminator_is_unbounded_and_has_no_norm():
-    D, x = with_random_parameters(FCDiscriminator(3, 2)), image(64, 64)
-    assert not any("Norm" in type(m).__name__ for m in D.modules())
-    assert D(10 * x).abs().max() > 1
-    torch.testing.assert_close(D(x), torch.cat([D(x[:1]), D(x[1:])]))
-
-
-@pytest.mark.parametrize(
-    "network", [tiny(), tiny(tanh=True), PixelDiscriminator(3, 4), FCDiscriminator(3, 4)]
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_networks_answer_in_the_type_of_their_input(network, dtype):
-    assert network.to(dtype)(image(17, 18).to(dtype)).dtype == dtype
-
-
-def nodes_of(loss):
-    """The names of all nodes of a loss's graph."""
-    names, waiting = set(), [loss.grad_fn]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            names.add(type(node).__name__)
-            waiting += [following for following, _ in node.next_functions]
-    return names
-
-
-@pytest.mark.parametrize(
-    "network",
-    [tiny(n_blocks=2), PixelDiscriminator(3, 4), PixelDiscriminator(3, 4, "instance")],
-    ids=["generator", "batch norm", "instance norm"],
-)
-def test_no_activation_overwrites_a_view_which_autograd_would_copy(network):
-    assert "CopySlices" not in nodes_of(network(image().float()).sum())
 
 
 @pytest.mark.parametrize(
@@ -304,17 +210,14 @@ def test_no_activation_overwrites_a_view_which_autograd_would_copy(network):
 )
 def test_biases_that_instance_norm_cancels_are_kept_but_left_out(build):
     network, x = with_random_parameters(build()), image()
-    cancelled = [
-        module.bias
-        for module, norm in zip(network.modules(), [*network.modules()][1:], strict=False)
-        if isinstance(norm, InstanceNorm2d)
-    ]
+    modules = [*network.modules()]
+    before_norm = zip(modules, modules[1:], strict=False)
+    cancelled = [conv.bias for conv, norm in before_norm if isinstance(norm, InstanceNorm2d)]
     assert len(cancelled) > 0
     before = network(x)
     for bias in cancelled:
         bias.data.add_(1)
     assert torch.equal(network(x), before)
     before.sum().backward()
-    others = [p for p in network.parameters() if not any(p is bias for bias in cancelled)]
-    assert all(p.grad is not None for p in others)
-    assert all(bias.grad is None for bias in cancelled)
+    without_gradient = {p for p in network.parameters() if p.grad is None}
+    assert without_gradient == {*cancelled}
