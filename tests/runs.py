@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from engine import checkpoint
+from engine import checkpoint, program
 from engine.flags import parse_args
 from engine.run import Run
 from engine.signals import stop
@@ -28,9 +28,9 @@ def tiny_on(dataset: str | Path) -> list[str]:
     return ["--dataset", str(dataset), *TINY[2:]]
 
 
-def run(*flags) -> int:
-    """The exit code of a command line."""
-    return main.main(list(map(str, flags)))
+def run(*flags, tool=main.command) -> int:
+    """The exit code of a command line of main.py, or of a tool."""
+    return program.execute(tool, list(map(str, flags)))
 
 
 def load_with(flags: list[str]) -> Trained:
@@ -38,10 +38,10 @@ def load_with(flags: list[str]) -> Trained:
     return load(parse_args(flags))
 
 
-def error_line(capsys, *flags, code: int = 2) -> str:
+def error_line(capsys, *flags, code: int = 2, tool=main.command) -> str:
     """The error line, the only one, of a command that must end with this exit code."""
     capsys.readouterr()
-    assert run(*flags) == code
+    assert run(*flags, tool=tool) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("error: ")
