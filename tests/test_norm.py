@@ -33,51 +33,28 @@ def test_values_and_gradients_are_those_of_pytorchs_norm(form, shape, dtype, off
         torch.testing.assert_close(own, reference, rtol=0, atol=rounding)
 
 
-def test_gradient_is_the_derivative():
-    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(NormalizePlanes.apply, x)
-
-
 def test_statistics_of_bfloat16_are_float32():
     x = (torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) + 20).bfloat16()
     expected = nn.functional.instance_norm(x.double())
     torch.testing.assert_close(NormalizePlanes.apply(x).double(), expected, rtol=0, atol=2**-7)
 
 
-def rounded_planes(dtype):
-    """Planes of one value each, up to rounding of relative size epsilon, beside a varied one."""
-    random = torch.Generator().manual_seed(0)
-    level = torch.tensor([1e-6, 0.1, -3.0, 1e4, 0.0], dtype=dtype).view(1, 5, 1, 1)
-    noise = torch.randint(-2, 3, (2, 5, 9, 9), generator=random).to(dtype)
-    planes = level * (1 + torch.finfo(dtype).eps * noise)
-    planes[1, 3] = torch.randn(9, 9, dtype=dtype, generator=random)
-    constant = torch.ones(2, 5, dtype=torch.bool)
-    constant[1, 3] = False
-    return planes, constant
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_constant_plane_and_its_gradient_are_exactly_0_and_others_are_not(form, dtype):
-    x, constant = rounded_planes(dtype)
+    random, eps = torch.Generator().manual_seed(0), torch.finfo(dtype).eps
+    level = torch.tensor([1e-6, 0.1, -3.0, 1e4, 0.0, 1e-3], dtype=dtype).view(1, 6, 1, 1)
+    noise = eps * torch.randint(-2, 3, (2, 6, 9, 9), generator=random).to(dtype)
+    x = level * (1 + noise)  # planes of one value each, up to rounding
+    x[:, 5] += noise[:, 5]  # sums of terms as large as 1 that nearly cancel
+    x[1, 3] = torch.randn(9, 9, dtype=dtype, generator=random)
+    constant = torch.ones(2, 6, dtype=torch.bool)
+    constant[1, 3] = False
     y, grad = values_and_gradients(form, x, torch.randn_like(x))
     for result in y, grad:
         largest = result.abs().amax((2, 3))
         assert largest[constant].eq(0).all()
         assert largest[~constant].gt(0.1).all()
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_plane_of_sums_that_nearly_cancel_is_constant_up_to_the_rounding_of_their_terms(
-    form, dtype
-):
-    terms = torch.tensor([1.0, -1.0, 1e-3], dtype=dtype)  # each plane's mean is 1e-3
-    noise = torch.randint(-2, 3, (2, 1, 9, 9), generator=torch.Generator().manual_seed(0))
-    x = terms.sum() + torch.finfo(dtype).eps * noise.to(dtype)
-    y, grad = values_and_gradients(form, x, torch.randn_like(x))
-    assert y.eq(0).all()
-    assert grad.eq(0).all()
 
 
 def test_a_plane_of_small_contrast_is_not_taken_for_a_constant_one():
