@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import itertools
 import re
 import shlex
 from pathlib import Path
@@ -25,12 +24,12 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line[1:-1].split("|")]
 
 
-def tables() -> list[list[dict[str, str]]]:
-    """Every table of the page, its rows by column title."""
+def table_rows() -> list[dict[str, str]]:
+    """The rows of all tables of the page, by column title."""
     found = []
     for block in re.findall(r"(?:^\|.*\n)+", TEXT, re.MULTILINE):
         titles, _, *rows = map(cells, block.splitlines())
-        found.append([dict(zip(titles, row, strict=True)) for row in rows])
+        found += [dict(zip(titles, row, strict=True)) for row in rows]
     return found
 
 
@@ -38,7 +37,7 @@ def code(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-ROWS = list(itertools.chain.from_iterable(tables()))
+ROWS = table_rows()
 CHECKED = [row for row in ROWS if "checked by" in row]
 SPANS = sorted({*code(TEXT)})
 

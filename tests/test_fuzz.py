@@ -22,7 +22,6 @@ from datasets.cache import open_cache
 from datasets.layouts import index
 from datasets.spec import CONFIG, DatasetSpec, load_spec, read_toml
 from engine.flags import build_parser, parse_args
-from engine.signals import stop
 from utils import InputError
 
 PARSER = build_parser()
@@ -84,10 +83,7 @@ tables = st.builds(
 
 
 @pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    """A folder of its own, with tiny.toml: 8 phantoms."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stop, "signum", 0)
+def eight_phantoms(in_tmp) -> None:
     make_tiny(6, 2)
 
 

@@ -52,7 +52,7 @@ def test_voc_palette_is_the_official_one():
 
 
 def test_toml_file_is_a_dataset_named_by_its_table_or_its_stem(tmp_path):
-    spec = load_spec(write_table(tmp_path / "mine.toml", TABLE))
+    spec = load_spec(write_table(tmp_path / "mine.TOML", TABLE))
     assert (spec.name, spec.classes) == ("mine", ("sky", "tree", "cat"))
     assert (spec.palette[1], spec.counts) == ((0, 128, 0), None)
     assert load_spec(write_table(tmp_path / "mine.toml", {**TABLE, "name": "sky"})).name == "sky"

@@ -78,9 +78,3 @@ def test_another_encoding_is_one_line_that_names_file_and_remedy(tmp_path, name,
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     message = error_of(utils.read_text, tmp_path / "a.txt")
     assert message == f"{tmp_path / 'a.txt'}: No such file or directory"
-
-
-def test_a_toml_with_a_mark_describes_a_dataset_whatever_the_case_of_its_ending(tmp_path):
-    path = tmp_path / "own.TOML"
-    path.write_bytes(codecs.BOM_UTF8 + b'[dataset]\nlayout = "folder"\nclasses = ["a", "b"]\n')
-    assert load_spec(str(path)).classes == ("a", "b")
