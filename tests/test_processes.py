@@ -35,10 +35,6 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
-def command(*flags: str) -> list[str]:
-    return [*TORCHRUN, main.__file__, "--training", *FLAGS, *flags]
-
-
 FORK = """
 import os, sys
 sys.path.insert(0, {root!r})
@@ -201,7 +197,8 @@ def test_a_signal_stops_all_and_one_process_may_go_on():
     flags = "--dataset tiny.toml --epochs 400 --eval-every 400 --save-every 0".split()
     last = Path("checkpoints/tiny_cyclegan_0.2_s0/last.pt")
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen(command(*flags), env=ONE_THREAD, **streams)
+    command = [*TORCHRUN, main.__file__, "--training", *FLAGS, *flags]
+    process = subprocess.Popen(command, env=ONE_THREAD, **streams)
     while not last.is_file() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -286,14 +283,11 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            ["--training", *FLAGS, "--dataset", "phantom", "--batch-size", "5"],
-            "--batch-size 5 cannot be divided among 2 processes",
-        ),
-        (["--testing"], "--testing and --predict run in one process"),
-        (["--predict", "one.png"], "--testing and --predict run in one process"),
+        ("--training --dataset tiny.toml --batch-size 5", "5 cannot be divided among 2 processes"),
+        ("--testing", "--testing and --predict run in one process"),
+        ("--predict one.png", "--testing and --predict run in one process"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(monkeypatch, capsys, flags, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert message in error_line(capsys, *flags)
+    assert message in error_line(capsys, *flags.split())
