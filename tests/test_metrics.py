@@ -26,21 +26,12 @@ def counted(n_classes: int, truth, prediction) -> torch.Tensor:
     return matrix.counts
 
 
-def test_confusion_matrix_has_truth_in_rows_and_leaves_ignored_pixels_out():
-    counts = counted(
-        3, truth=[[[0, 0, 1], [2, IGNORE, IGNORE]]], prediction=[[[0, 1, 1], [0, 0, 2]]]
-    )
-    assert counts.dtype == torch.int64
-    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
-
-
-def test_confusion_matrix_accumulates():
-    rng, matrix = torch.Generator().manual_seed(0), ConfusionMatrix(4)
-    truth, prediction = (torch.randint(4, (6, 5, 7), generator=rng) for _ in range(2))
-    for part in slice(0, 1), slice(1, 4), slice(4, 6):
-        matrix.update(prediction[part], truth[part])
-    assert matrix.counts.sum() == truth.numel()
-    assert torch.equal(matrix.counts, counted(4, truth.tolist(), prediction.tolist()))
+def test_confusion_matrix_adds_up_with_truth_in_rows_and_without_ignored_pixels():
+    matrix = ConfusionMatrix(3)
+    for prediction in [0, 1, 1, 2, 0], [0, 0, 1, 2, 0]:
+        matrix.update(torch.tensor(prediction), torch.tensor([0, 0, 1, IGNORE, 2]))
+    assert matrix.counts.dtype == torch.int64
+    assert matrix.counts.tolist() == [[3, 1, 0], [0, 2, 0], [2, 0, 0]]
 
 
 def test_metrics_agree_with_torchmetrics_on_masks_with_ignored_pixels():
@@ -48,23 +39,17 @@ def test_metrics_agree_with_torchmetrics_on_masks_with_ignored_pixels():
     truth, prediction = (torch.randint(5, (3, 20, 30), generator=rng) for _ in range(2))
     truth[torch.rand(truth.shape, generator=rng) < 0.3] = IGNORE
     found = segmentation_metrics(counted(5, truth.tolist(), prediction.tolist()), metric_spec(5))
-    of_classes = {"num_classes": 5, "average": "none", "ignore_index": IGNORE}
-    expected_iou = multiclass_jaccard_index(prediction, truth, **of_classes)
-    torch.testing.assert_close(torch.tensor([*found["iou"].values()]), expected_iou)
-    torch.testing.assert_close(
-        torch.tensor([*found["dice"].values()]),
-        multiclass_f1_score(prediction, truth, **of_classes),
-    )
-    accuracy = multiclass_accuracy(
-        prediction, truth, num_classes=5, average="micro", ignore_index=IGNORE
-    )
+
+    def expected(metric, average: str = "none") -> torch.Tensor:
+        return metric(prediction, truth, num_classes=5, average=average, ignore_index=IGNORE)
+
+    iou, dice = expected(multiclass_jaccard_index), expected(multiclass_f1_score)
+    torch.testing.assert_close(torch.tensor([*found["iou"].values()]), iou)
+    torch.testing.assert_close(torch.tensor([*found["dice"].values()]), dice)
+    accuracy = expected(multiclass_accuracy, "micro")
     assert found["pixel_accuracy"] == pytest.approx(accuracy.item())
-    assert (
-        found["miou"]
-        == found["miou_all"]
-        == found["miou_official"]
-        == pytest.approx(expected_iou.mean().item())
-    )
+    means = [found[key] for key in ("miou", "miou_all", "miou_official")]
+    assert means == [pytest.approx(iou.mean().item())] * 3
 
 
 def test_metrics_by_hand_where_truth_is_void_or_ignored():
@@ -74,24 +59,18 @@ def test_metrics_by_hand_where_truth_is_void_or_ignored():
     assert found["iou"] == {"a": 1 / 2, "b": 0, "c": None}
     assert found["dice"] == {"a": 2 / 3, "b": 0, "c": None}
     assert (found["miou"], found["pixel_accuracy"]) == (1 / 4, 1 / 2)
-    assert found["miou_all"] == pytest.approx(
-        1 / 6
-    )  # the void pixel counts: b and c are 0 / 2 and 0 / 1
+    # the void pixel counts: b and c are 0 / 2 and 0 / 1
+    assert found["miou_all"] == pytest.approx(1 / 6)
 
 
 def test_void_predicted_on_a_real_class_is_a_miss():
-    counts = counted(3, truth=[[0, 0], [1, 1]], prediction=[[0, 2], [1, 1]])
+    counts = counted(3, truth=[0, 0, 1, 1, 2], prediction=[0, 2, 1, 1, 1])
+    before = counts.clone()
     found = segmentation_metrics(counts, metric_spec(3, scored=[0, 1], void=2))
+    assert torch.equal(counts, before)  # the void pixel is still there
     assert found["iou"] == {"a": 1 / 2, "b": 1, "c": None}
     assert found["dice"]["a"] == 2 / 3
     assert (found["miou"], found["pixel_accuracy"], found["miou_official"]) == (3 / 4, 3 / 4, 1)
-
-
-def test_metrics_do_not_change_the_counts():
-    counts = counted(3, truth=[0, 1, 2, 2], prediction=[0, 1, 2, 1])
-    before = counts.clone()
-    segmentation_metrics(counts, metric_spec(3, scored=[0, 1], void=2))
-    assert torch.equal(counts, before)
 
 
 def test_official_miou_does_not_see_foreground_missed_as_background():
@@ -123,16 +102,17 @@ def test_nothing_counted_gives_none_everywhere():
     assert {*found["iou"].values(), *found["dice"].values()} == {None}
 
 
-def test_means_are_one_line_and_0_where_nothing_was_counted():
-    metrics = {"miou": 0.12345, "miou_all": None, "miou_official": 1, "constant": None}
-    expected = "mIoU 0.1235, every class 0.0000, as released 1.0000"
-    assert format_means(metrics) == expected
-
-
-def test_means_equal_to_the_first_are_not_repeated():
-    metrics = {"miou": 0.25, "miou_all": 0.25, "miou_official": 0.5, "constant": None}
-    assert format_means(metrics) == "mIoU 0.2500, as released 0.5000"
-    assert format_means({**metrics, "miou_official": 0.25}) == "mIoU 0.2500"
+@pytest.mark.parametrize(
+    ("means", "line"),
+    [
+        ((0.12345, None, 1), "mIoU 0.1235, every class 0.0000, as released 1.0000"),
+        ((0.25, 0.25, 0.5), "mIoU 0.2500, as released 0.5000"),
+        ((0.25, 0.25, 0.25), "mIoU 0.2500"),
+    ],
+)
+def test_means_are_one_line_without_those_that_equal_the_first(means, line):
+    metrics = dict(zip(("miou", "miou_all", "miou_official"), means, strict=True))
+    assert format_means({**metrics, "constant": None}) == line
 
 
 def test_foreground_means_leave_out_a_scored_background_alone():
@@ -141,9 +121,8 @@ def test_foreground_means_leave_out_a_scored_background_alone():
     found = segmentation_metrics(counts, metric_spec(3, **classes))
     assert found["miou_foreground"] == (1 / 2 + 1) / 2
     assert found["dice_foreground"] == pytest.approx((2 / 3 + 1) / 2)
-    assert ["without", "background", "75.00", "83.33"] in [
-        line.split() for line in format_metrics(found).splitlines()
-    ]
+    rows = [line.split() for line in format_metrics(found).splitlines()]
+    assert ["without", "background", "75.00", "83.33"] in rows
     for spec in metric_spec(3), metric_spec(3, scored=[1, 2], **classes):
         assert "miou_foreground" not in segmentation_metrics(counts, spec)
 
@@ -152,18 +131,16 @@ def test_a_single_predicted_class_is_said_to_be_what_that_scores():
     counts = counted(3, truth=[0, 0, 1, 2], prediction=[0, 0, 0, 0])
     found = segmentation_metrics(counts, metric_spec(3))
     assert found["constant"] == "a"
-    expected = "predicts a alone: mIoU 0.167 is what that scores"
-    assert format_metrics(found).splitlines()[-1] == expected
+    last_line = format_metrics(found).splitlines()[-1]
+    assert last_line == "predicts a alone: mIoU 0.167 is what that scores"
     assert format_means(found) == "mIoU 0.1667, predicts a alone"
     counts = counted(3, truth=[0, 0, 1, 2], prediction=[0, 0, 0, 1])
     assert segmentation_metrics(counts, metric_spec(3))["constant"] is None
 
 
 def test_printed_table_is_in_percent_with_a_dash_for_none():
-    found = segmentation_metrics(
-        counted(4, truth=[0, 0, 1, 1], prediction=[0, 0, 1, 2]), metric_spec(4)
-    )
-    table = format_metrics(found)
+    counts = counted(4, truth=[0, 0, 1, 1], prediction=[0, 0, 1, 2])
+    table = format_metrics(segmentation_metrics(counts, metric_spec(4)))
     rows = [line.rsplit(None, 2) for line in table.splitlines()]
     assert ["b", "50.00", "66.67"] in rows
     assert ["d", "-", "-"] in rows
