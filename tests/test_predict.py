@@ -332,18 +332,6 @@ def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeyp
     assert torch.equal(torch.stack(ends), torch.tensor([-1.0, 1.0]))
 
 
-def test_a_volumes_slices_are_predicted_as_pictures_are(trained):
-    volume = noise(21, 34, 2, dtype=np.float32)
-    write_volume(Path("v.nii.gz"), volume)
-    for z in range(2):
-        Image.fromarray(volume[:, :, z].T).save(f"p{z}.tif")
-    assert run("--predict", "v.nii.gz", "p0.tif", "p1.tif") == 0
-    labels = labels_of(MASKS / "v.nii.gz")
-    assert labels.any()
-    for z in range(2):
-        assert np.array_equal(labels[:, :, z].T, pixels_of(MASKS / f"p{z}.png"))
-
-
 def test_masks_of_large_pictures_need_one_class_of_logits_at_a_time(monkeypatch):
     logits = torch.randn(21, 8, 8)
     expected = torch.nn.functional.interpolate(logits[None], (50, 30), mode="bilinear").argmax(1)[0]
@@ -361,23 +349,24 @@ def test_masks_of_large_pictures_need_one_class_of_logits_at_a_time(monkeypatch)
     assert max(sizes) == 50 * 30
 
 
-def test_a_film_is_segmented_frame_by_frame(capsys, trained):
-    film, affine = noise(21, 34, 2, 3, dtype=np.float32), np.diag([1.5, 2, 10, 1])
-    write_volume(Path("film.nii.gz"), film, affine)
-    frames = [f"frame{t}.nii.gz" for t in range(3)]
-    for t, frame in enumerate(frames):
-        write_volume(Path(frame), film[..., t], affine)
+def test_each_slice_of_each_frame_of_a_film_is_predicted_as_a_picture_is(capsys, trained):
+    film = noise(21, 34, 2, 3, dtype=np.float32)
+    write_volume(Path("film.nii.gz"), film, np.diag([1.5, 2, 10, 1]))
+    pictures = {}
+    for z, t in np.ndindex(2, 3):
+        pictures[z, t] = f"film_t0{t}_s0{z}"
+        Image.fromarray(film[:, :, z, t].T).save(f"{pictures[z, t]}.tif")
     assert run("--predict", "film.nii.gz", "--overlay") == 0
     printed = capsys.readouterr().out
-    assert run("--predict", *frames) == 0
+    assert stems(OVERLAYS) == {*pictures.values()}
+    assert run("--predict", *(f"{name}.tif" for name in pictures.values())) == 0
     labels = nibabel.load(MASKS / "film.nii.gz")
     assert labels.shape == film.shape
     assert labels.header.get_zooms() == nibabel.load("film.nii.gz").header.get_zooms()
     values = np.asarray(labels.dataobj)
     assert len(np.unique(values)) > 1
-    for t, frame in enumerate(frames):
-        assert np.array_equal(values[..., t], labels_of(MASKS / frame))
-    assert stems(OVERLAYS) == {f"film_t0{t}_s0{z}" for t in range(3) for z in range(2)}
+    for (z, t), name in pictures.items():
+        assert np.array_equal(values[:, :, z, t].T, pixels_of(MASKS / f"{name}.png"))
     ml = [0.03 * (values[..., t] == 1).sum() for t in range(3)]
     assert f"right ventricle {min(ml):.1f} to {max(ml):.1f} ml" in printed
     assert "film.nii.gz: " in printed

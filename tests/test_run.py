@@ -118,22 +118,21 @@ def test_a_runs_config_repeats_it():
     assert same(last_state("tiny_cyclegan_0.2_s0")["model"], last_state("again")["model"])
 
 
-def test_tensorboard_holds_losses_metrics_and_settings():
-    assert run("--training", *TINY, "--epochs", "2", "--log-every", "3", "--name", "one") == 0
+def test_evaluations_come_every_so_many_epochs_and_at_the_end_and_tensorboard_shows_them():
+    flags = ["--epochs", "3", "--eval-every", "2", "--log-every", "5", "--name", "one"]
+    assert run("--training", *TINY, *flags) == 0
+    lines = evaluations("one")
+    assert [line["epoch"] for line in lines] == [2, 3]
+    assert curve("checkpoints/one", "val/miou") == [
+        (line["step"], pytest.approx(line["miou"])) for line in lines
+    ]
+    assert [step for step, _ in curve("checkpoints/one")] == [5, 10]
     events = EventAccumulator("checkpoints/one").Reload()
+    assert [event.step for event in events.Images("validation")] == [8, 12]
     text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| lambda2 | 0.05 |" in text
     assert "| labeled images | 4 |" in text
     assert "_hparams_/session_start_info" in events.summary_metadata
-    assert [event.step for event in events.Images("validation")] == [4, 8]
-    assert [step for step, _ in curve("checkpoints/one")] == [3, 6]
-    miou = [value for _, value in curve("checkpoints/one", "val/miou")]
-    assert miou == pytest.approx([line["miou"] for line in evaluations("one")])
-
-
-def test_evaluations_come_every_so_many_epochs_and_at_the_end():
-    assert run("--training", *SUPERVISED, "--epochs", "5", "--eval-every", "2", "--name", "a") == 0
-    assert [line["epoch"] for line in evaluations("a")] == [2, 4, 5]
 
 
 OWN = '[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n'
@@ -327,16 +326,15 @@ def test_checkpoints_are_written_when_due(monkeypatch, minutes, n_saved):
     assert saved.count("last.pt") == n_saved
 
 
-def test_a_finished_run_changes_nothing_and_overwrite_starts_anew(capsys, trained):
-    flags = ["--training", *SUPERVISED]
+@pytest.mark.parametrize(  # flags of the machine and of files may differ
+    "flags", ["", "--device cpu", "--compile", "--workers 1", "--data-root moved", "--eval-every 7"]
+)
+def test_a_finished_run_changes_nothing(capsys, trained, flags):
     last = trained.with_name("last.pt")
     before = last.stat().st_mtime_ns
-    assert run(*flags) == 0
+    assert run("--training", *SUPERVISED, *flags.split()) == 0
     assert "is finished after 1 epochs: best mIoU" in capsys.readouterr().out
     assert last.stat().st_mtime_ns == before
-    assert run(*flags, "--overwrite") == 0
-    assert last.stat().st_mtime_ns > before
-    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
 
 
 OTHER = {  # numbers, a list, a switch, choices, a rule, and settings that are None
@@ -373,15 +371,6 @@ def test_a_run_from_before_a_key_of_the_description_has_its_default(capsys, trai
 
     edit_checkpoint(trained.with_name("last.pt"), make_older)
     assert run("--training", *SUPERVISED, "--name", SIMPLE.name) == 0
-    assert "is finished" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "flags",
-    ["--device cpu", "--compile", "--workers 1", "--data-root moved", "--eval-every 7"],
-)
-def test_flags_of_machine_and_files_may_change(capsys, trained, flags):
-    assert run("--training", *SUPERVISED, *flags.split()) == 0
     assert "is finished" in capsys.readouterr().out
 
 
@@ -538,15 +527,14 @@ def test_a_damaged_log_is_named_when_a_run_resumes(capsys, trained):
     assert run("--training", *flags) == 0
 
 
-def test_overwriting_that_was_cut_short_can_be_done_again(trained):
-    for name in "last.pt", "best.pt", "split.json":
+@pytest.mark.parametrize("gone", ["", "last.pt best.pt split.json"])
+def test_overwrite_starts_anew_also_where_it_was_cut_short_before(trained, gone):
+    for name in gone.split():
         (SIMPLE / name).unlink()
+    (SIMPLE / "old.txt").touch()
     assert run("--training", *SUPERVISED, "--overwrite") == 0
-
-
-def test_a_start_that_fails_leaves_no_folder(capsys):
-    error_line(capsys, "--training", "--dataset", "voc", "--data-root", "none", "--name", "one")
-    assert not Path("checkpoints/one").exists()
+    assert not (SIMPLE / "old.txt").exists()
+    assert [line["epoch"] for line in evaluations(SIMPLE.name)] == [1]
 
 
 def hold(folder: Path, ready) -> None:
@@ -716,9 +704,6 @@ def test_the_manifest_names_command_versions_and_machine_and_keeps_what_it_held(
     assert (manifest["command"], manifest["device"]) == ("main.py --training", "cpu")
     assert (manifest["torch"], manifest["gpu"]) == (version("torch"), None)
     assert {"torchvision", "numpy", "python", "platform", "commit"} <= manifest.keys()
-
-
-def test_without_git_the_manifest_has_no_commit(monkeypatch):
-    monkeypatch.setenv("PATH", "nowhere")
+    monkeypatch.setenv("PATH", "nowhere")  # without git
     write_manifest(Path("."), CPU)
     assert json.loads(Path("manifest.json").read_text())["commit"] is None
