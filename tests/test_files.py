@@ -627,6 +627,8 @@ def test_a_written_mask_reads_back_whatever_the_values_of_the_classes(tmp_path):
     writers.save_prediction(tmp_path / "m", tmp_path / "a.nii.gz", mask[None].byte(), spec)
     written = np.asarray(nibabel.load(tmp_path / "m.nii.gz").dataobj)
     assert written[:, 0, 0].tolist() == [9, 200, 3, 7]
+    writers.save_prediction(tmp_path / "new" / "a.b", Path("a.b.jpg"), mask[None], spec)
+    assert files.read_mask(tmp_path / "new" / "a.b.png").tolist() == [[9, 200, 3, 7]]
 
 
 @pytest.mark.parametrize("values", [(0, 500, 600), (-1, 0, 32767), (-32768, 255, 7)])
@@ -658,9 +660,3 @@ def test_prediction_of_a_volume_has_its_header_and_affine(tmp_path):
     assert (written.get_data_dtype(), written.header.get_xyzt_units()) == (np.uint8, ("mm", "sec"))
     assert written.header["cal_max"] == 0
     np.testing.assert_allclose(written.affine, ACDC_AFFINE, rtol=1e-6)
-
-
-def test_prediction_of_a_picture_is_an_indexed_png(tmp_path):
-    masks = torch.tensor([[[0, 1], [20, 2]]], dtype=torch.uint8)
-    writers.save_prediction(tmp_path / "new" / "a.b", Path("a.b.jpg"), masks, VOC)
-    assert files.read_mask(tmp_path / "new" / "a.b.png").tolist() == masks[0].tolist()
