@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed import DistNetworkError
 
 import main
 from engine import program
@@ -16,10 +17,15 @@ from utils import TrainingError
     ("raised", "message"),
     [
         (MemoryError(), "out of memory; in training, half the --batch-size"),
-        (RuntimeError("CUDA error: out of memory"), "out of memory; in training, half"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory; in training"),
+        (RuntimeError("[enforce fail] not enough memory"), "out of memory; in training"),
         (PermissionError(13, "Permission denied", "a/b.png"), "a/b.png: Permission denied"),
         (TrainingError("no more"), "no more"),
         (BrokenPipeError(32, "Broken pipe"), "standard output: Broken pipe"),
+        (DistNetworkError("reset"), "the connection between the processes failed (reset)"),
+        (RuntimeError("gloo/a: closed\nb"), "the connection between the processes failed (gloo/a:"),
+        (RuntimeError("DataLoader worker (pid 7) "), "a process that loads images ended: DataLoad"),
+        (RuntimeError("Failed to find C compiler. Please"), "--compile: found no C++ compiler"),
     ],
 )
 def test_a_failure_of_the_machine_is_one_error_line_and_exit_code_1(capsys, raised, message):
@@ -27,7 +33,8 @@ def test_a_failure_of_the_machine_is_one_error_line_and_exit_code_1(capsys, rais
         raise raised
 
     assert program.execute(failing, []) == 1
-    assert capsys.readouterr().err.startswith(f"error: {message}")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
 
 
 def test_the_first_process_of_each_machine_prints_errors(capsys, monkeypatch):
@@ -39,14 +46,15 @@ def test_the_first_process_of_each_machine_prints_errors(capsys, monkeypatch):
         assert len(capsys.readouterr().err.splitlines()) == n_lines
 
 
-def test_a_defect_of_the_program_is_a_traceback(capsys):
+@pytest.mark.parametrize("bug", [ValueError("shapes differ"), RuntimeError("/data/gloomy: gone")])
+def test_a_defect_of_the_program_is_a_traceback(capsys, bug):
     def failing(_argv):
-        raise ValueError("shapes differ")
+        raise bug
 
     assert program.execute(failing, []) == 1
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
-    assert error.endswith("ValueError: shapes differ\n")
+    assert error.endswith(f"{type(bug).__name__}: {bug}\n")
 
 
 def test_any_file_name_can_be_printed():
