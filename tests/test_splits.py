@@ -252,11 +252,11 @@ def test_an_exams_slice_without_a_mask_is_never_labeled():
         (acdc_like(8), load_spec("acdc"), 0.05, "paper", "exam",
          "--ratio 0.05 of 6 training exams leaves no labeled exam"),
         (made_up(40), load_spec("acdc"), 0.5, "standard", "image",
-         "--split standard: acdc's part 'test' is missing; see README.md"),
+         "--split standard: acdc's part 'test' is missing"),
     ],
 )  # fmt: skip
 def test_too_few_masks_are_named(samples, spec, ratio, kind, unit, message):
-    assert error_of(split, samples, ratio, 0, spec, kind, unit) == message
+    assert message in error_of(split, samples, ratio, 0, spec, kind, unit)
 
 
 # Split files
