@@ -196,16 +196,6 @@ def make_tiny(n_train: int, n_val: int) -> None:
     Path("tiny.toml").write_text(f"[dataset]{table}")
 
 
-class Parts:
-    """Stands for a split of 3 labeled, 7 unlabeled and 2 validation images."""
-
-    def ids(self) -> dict[str, list[str]]:
-        return {"labeled": ["a"] * 3, "unlabeled": ["b"] * 7, "val": ["c"] * 2}
-
-    def hash(self) -> str:
-        return "0"
-
-
 @pytest.fixture
 def voc(tmp_path) -> Path:
     return make_voc(tmp_path / "voc", 4)
