@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,10 +29,10 @@ LIMIT = 120  # seconds, on a busy machine
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
-def start(*command, **about) -> subprocess.Popen:
+def start(*command) -> subprocess.Popen:
     """A program in its own session."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENV}
-    return subprocess.Popen(command, start_new_session=True, **streams, **about)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, start_new_session=True, env=ENV, **streams)
 
 
 def processes(session: int) -> list[str]:
@@ -51,22 +50,17 @@ def wait_for(condition, limit: float = LIMIT) -> None:
         time.sleep(0.02)
 
 
-def make_volumes(depth: int) -> None:
-    """deep.toml and two volumes of many small slices."""
+def test_no_descriptor_is_needed_per_slice():
     for number in range(2):
-        mask = np.zeros((12, 10, depth), np.uint8)
+        mask = np.zeros((12, 10, 300), np.uint8)
         mask[3 + number : 8, 2:6] = 1
         write_volume(Path(f"deep/images/{number}.nii.gz"), mask * np.float32(90))
         write_volume(Path(f"deep/masks/{number}.nii.gz"), mask)
     table = '[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\nchannels = 1\n'
     Path("deep.toml").write_text(table)
-
-
-def test_no_descriptor_is_needed_per_slice():
-    make_volumes(300)
     flags = [*FLAGS, "--dataset", "deep.toml", "--data-root", "deep", "--batch-size", "60"]
-    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))  # noqa: E731
-    program = start(sys.executable, ROOT / "main.py", *flags, preexec_fn=few)
+    script = 'ulimit -n 64; exec "$@"'
+    program = start("sh", "-c", script, "sh", sys.executable, ROOT / "main.py", *flags)
     out, err = program.communicate(timeout=LIMIT)
     assert program.returncode == 0, err
     assert "after the last epoch" in out
