@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import utils
 from datasets.cache import Cache, open_cache
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Sample
 from datasets.splits import ByFile, Split
-from datasets.workers import loaded, start_worker
+from datasets.workers import image_loader, loaded
 from utils import IGNORE, InputError, first_ten
 
 # Batches
@@ -168,15 +168,13 @@ class Batches:
         self.data, self.device, self.normalization = data, device, normalization
         self.orientation = orientation
         self.items: list = []  # of the pass under way; the DataLoader's sampler
-        self.loader = DataLoader(
+        self.loader = image_loader(
             data,
-            batch_size // utils.world_size(),
+            workers,
+            batch_size=batch_size // utils.world_size(),
             sampler=self.items,
-            num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_stacked,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # reading must not advance training's random numbers
         )
 
     def __iter__(self) -> Iterator[list[Tensor]]:

@@ -90,7 +90,8 @@ def describe(
 ) -> None:
     """Print a summary of the run, with warnings about data that look incomplete or wrong.
 
-    InputError if labeled masks contain fewer than two classes, or if masks follow two conventions.
+    InputError if the labeled or the validation masks contain fewer than two classes, or if masks
+    follow two conventions.
     """
     expected, found = args.rule.n_expected(spec, data.split.val), data.n_groups
     if expected not in (None, found):
@@ -102,7 +103,8 @@ def describe(
         machine = torch.cuda.get_device_name(device)
     processes = f"{utils.world_size()} processes, each on " if utils.world_size() > 1 else ""
     height, width = args.size
-    length = f"{args.epochs} epochs of {data.train.n_steps(args.batch_size)} steps"
+    n_steps = data.train.n_steps(args.batch_size)
+    length = f"{utils.counted(args.epochs, 'epoch')} of {utils.counted(n_steps, 'step')}"
     print(f"method:  {args.method}, {args.rule.flag}, seed {args.seed}, {length}")
     print(f"data:    {spec.name} in {args.data_root}: {data.split.summary(args.rule.unit)}")
     print(f"network: {height}x{width} pixels, ngf {args.ngf}, batches of {args.batch_size}")
@@ -110,6 +112,8 @@ def describe(
     print(f"files:   {folder}", flush=True)
     labels.check_classes(data.labeled.masks(), spec, data.labeled.ignored_class)
     labels.check_ignored(data.masks(), spec, data.unlabeled.samples)
+    advice = "choose images that have objects, with --split FILE or another --seed"
+    labels.check_classes(data.val.masks(), spec, role="validation", advice=advice)
 
 
 # Testing

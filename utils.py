@@ -35,6 +35,11 @@ def first_ten(items: Iterable[str]) -> str:
     return "; ".join(items[:10]) + more
 
 
+def counted(n: int, noun: str) -> str:
+    """'1 epoch', '1,200 epochs'."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Turn any exception inside but MemoryError into an InputError that names the file."""
@@ -218,6 +223,9 @@ def failure(error: Exception) -> str | None:
     if str(error).startswith("DataLoader worker (pid"):
         advice = "if it ran out of memory, give fewer --workers; checkpoints are intact"
         return f"a process that loads images ended: {str(error).partition('. ')[0]}; {advice}"
+    if str(error).startswith("DataLoader timed out"):
+        found = str(error).replace("DataLoader timed out", "loading a batch of images timed out")
+        return f"{found}; is the disk reachable? Checkpoints are intact"
     if "InvalidCxxCompiler" in str(error) or "Failed to find C compiler" in str(error):
         return "--compile: found no C++ compiler; install g++, or train without --compile"
     if isinstance(error, dist.DistError) or "gloo/" in str(error):

@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from datasets import files
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice
-from datasets.workers import loaded, start_worker
-from utils import InputError, first_ten, make_folder, writing
+from datasets.workers import image_loader, loaded
+from utils import InputError, counted, first_ten, make_folder, writing
 
 TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
 READERS = (files, draw_phantom)  # the code that what a cache holds depends on, with decode()
@@ -202,13 +202,11 @@ def _fill_cache(
     per_pixel = spec.channels * np.dtype(dtype).itemsize + 1
     try:
         with writing(home, len(samples) * size[0] * size[1] * per_pixel):
-            decoded = DataLoader(
+            decoded = image_loader(
                 Decoder(samples, spec, size, home, dtype),
+                workers,
                 batch_sampler=[list(group) for _, group in rows],  # a worker reads a whole volume
                 collate_fn=list,
-                num_workers=workers,
-                worker_init_fn=start_worker,
-                generator=torch.Generator(),  # decoding must not advance training's random numbers
             )
             items = itertools.chain.from_iterable(loaded(decoded))
             text = {"desc": f"decoding {spec.name}", "unit": " images"}
@@ -222,5 +220,4 @@ def _fill_cache(
         files.read_volume.cache_clear()
     if problems:
         unique = list(dict.fromkeys(problems.values()))
-        count = f"{len(unique)} bad {'file' if len(unique) == 1 else 'files'}"
-        raise InputError(f"{count}: {first_ten(unique)}")
+        raise InputError(f"{counted(len(unique), 'bad file')}: {first_ten(unique)}")

@@ -24,8 +24,14 @@ def count_pixels(masks: Masks) -> dict[Path | int, np.ndarray]:
     return counts
 
 
-def check_classes(masks: Masks, spec: DatasetSpec, ignored_class: int = IGNORE) -> None:
-    """Print the classes that the labeled masks lack; InputError if they have fewer than two.
+def check_classes(
+    masks: Masks,
+    spec: DatasetSpec,
+    ignored_class: int = IGNORE,
+    role: str = "labeled",
+    advice: str = ADVICE,
+) -> None:
+    """Print the classes that the masks lack; InputError if they have fewer than two.
 
     Ignored pixels are of `ignored_class`.
     """
@@ -33,9 +39,9 @@ def check_classes(masks: Masks, spec: DatasetSpec, ignored_class: int = IGNORE) 
     seen[ignored_class] += seen[IGNORE]
     absent = [name for k, name in enumerate(spec.classes) if not seen[k]]
     if len(absent) >= len(spec.classes) - 1:
-        raise InputError(f"the labeled masks contain at most one class: {ADVICE}")
+        raise InputError(f"the {role} masks contain at most one class: {advice}")
     if absent:
-        print(f"no labeled mask contains {first_ten(absent)}: {ADVICE}")
+        print(f"no {role} mask contains {first_ten(absent)}: {advice}")
 
 
 def check_ignored(masks: Masks, spec: DatasetSpec, unused: Iterable[Sample] = ()) -> None:

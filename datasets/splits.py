@@ -7,7 +7,7 @@ gives their Split.
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,6 +164,19 @@ def read_lists(path: Path) -> dict[str, list[str]]:
     return lists
 
 
+def check_groups(path: Path, chosen: Mapping[str, Iterable[Sample]]) -> None:
+    """InputError if a group is on two of the sides training, validation and test."""
+    groups = {role: {sample.group for sample in samples} for role, samples in chosen.items()}
+    sides = {
+        "training": groups["labeled"] | groups["unlabeled"],
+        "validation": groups["val"],
+        "test": groups.get("test", set()),
+    }
+    for one, other in itertools.combinations(sides, 2):
+        if both := sorted(sides[one] & sides[other]):
+            raise InputError(f"{path}: in {one} and {other}: {first_ten(both)}")
+
+
 def read_split(path: Path, samples: list[Sample]) -> Split:
     """The split that a split.json lists.
 
@@ -187,14 +200,7 @@ def read_split(path: Path, samples: list[Sample]) -> Split:
     for one, other in itertools.combinations(chosen, 2):
         if both := sorted(s.id for s in chosen[one] & chosen[other]):
             raise InputError(f"{path}: both {one} and {other}: {first_ten(both)}")
-    sides = {
-        "training": chosen["labeled"] | chosen["unlabeled"],
-        "validation": chosen["val"],
-        "test": chosen.get("test", set()),
-    }
-    for one, other in itertools.combinations(sides, 2):
-        if both := sorted({s.group for s in sides[one]} & {s.group for s in sides[other]}):
-            raise InputError(f"{path}: in {one} and {other}: {first_ten(both)}")
+    check_groups(path, chosen)
     for role, used in chosen.items():
         unmasked = sorted(s.id for s in used if s.mask is None)
         if unmasked and role != "unlabeled":

@@ -13,11 +13,25 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from utils import TrainingError, reason
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+LONGEST = 1800  # seconds without a batch after which a process, or the disk it reads, hangs
+
+
+def image_loader(data: Dataset, n_workers: int, **options) -> DataLoader:
+    """A DataLoader that never waits forever and leaves training's random numbers alone."""
+    return DataLoader(
+        data,
+        num_workers=n_workers,
+        timeout=LONGEST if n_workers else 0,
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),
+        **options,
+    )
 
 
 def loaded(loader: DataLoader) -> Iterator:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datasets.files import depth_of, read_volume
 from datasets.spec import DatasetSpec, Sample
-from utils import IGNORE
+from utils import IGNORE, counted
 
 
 class Score(NamedTuple):
@@ -183,9 +183,9 @@ class VolumeScores:
 
     def title(self) -> str:
         """What was scored, and what was not."""
-        exams = len({exam for exam, _ in self.volumes.values()})
-        exams = f"{exams} exam" if exams == 1 else f"{exams} exams"
-        title = f"{len(self.volumes)} volumes of {exams}, each scored at its masks' own size"
+        exams = counted(len({exam for exam, _ in self.volumes.values()}), "exam")
+        volumes = counted(len(self.volumes), "volume")
+        title = f"{volumes} of {exams}, each scored at its masks' own size"
         if self.n_incomplete:
             title += f" ({self.n_incomplete} others have slices elsewhere and are not scored)"
         return f"{title}, mean ± standard deviation"

@@ -9,7 +9,7 @@ from runs import error_line, run, tiny_on
 
 from datasets.cache import decode
 from datasets.files import read_sample
-from datasets.labels import check_ignored
+from datasets.labels import check_classes, check_ignored
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Sample, Slice
 
@@ -32,6 +32,24 @@ def samples_of(root: Path, masks: list[np.ndarray]) -> list[Sample]:
 
 def checked(samples: list[Sample], spec: DatasetSpec, *unused: Sample) -> None:
     check_ignored([(sample, read_sample(sample, spec)[1]) for sample in samples], spec, unused)
+
+
+@pytest.mark.parametrize("part", ["masks", "val/masks"])
+def test_labeled_and_validation_masks_with_one_class_only_are_an_error(tmp_path, capsys, part):
+    root, table = make_folder(tmp_path / "data", 6, 2, 2), tmp_path / "own.toml"
+    for path in (root / part).iterdir():
+        write_indexed(path, np.zeros((20, 24), np.uint8))
+    table.write_text(TABLE)
+    message = error_line(capsys, "--training", *tiny_on(table), "--data-root", root)
+    role = {"masks": "labeled", "val/masks": "validation"}[part]
+    assert message.startswith(f"error: the {role} masks contain at most one class: ")
+
+
+def test_a_class_that_no_mask_contains_is_printed(tmp_path, capsys):
+    samples = samples_of(tmp_path, [OBJECT])
+    spec = folder_spec(classes=["dark", "bright", "third"])
+    check_classes([(samples[0], OBJECT)], spec, role="validation", advice="look")
+    assert capsys.readouterr().out == "no validation mask contains third: look\n"
 
 
 CONTOUR, OBJECT, HOLLOW, EMPTY = drawn(0, 255, 1), drawn(0, 1), drawn(0, 255, 0, 0), drawn(0)

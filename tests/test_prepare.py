@@ -666,6 +666,7 @@ def test_labeled_images_are_left_out_of_the_unlabeled_ones(tmp_path, capsys):
         ({"val": "\n"}, "val.txt: lists no image"),
         ({"labeled": "patient001_frame01_slice_4"}, "--labeled: not in the dataset: patient001_f"),
         ({"val": "patient009_frame01"}, "--val: not in the dataset: patient009_frame01"),
+        ({"val": "patient001_frame02"}, "out.json: in training and validation: patient001"),
     ],
 )
 def test_wrong_lists_are_one_error_line(tmp_path, capsys, changes, message):

@@ -95,12 +95,16 @@ CASES = {
     "kill in training": ("Pairs", "__getitem__", "os.kill(os.getpid(), 9)"),
     "kill in evaluation": ("Stored", "__getitem__", "os.kill(os.getpid(), 9)"),
     "kill in decoding": ("Decoder", "__getitem__", "os.kill(os.getpid(), 9)"),
+    "hang in training": ("Pairs", "__getitem__", "time.sleep(200)"),
+    "hang in decoding": ("Decoder", "__getitem__", "time.sleep(200)"),
     "cannot be sent": ("Pairs", "__getitem__", "setattr(Reduce, 'dumps', None)"),
 }
 SCRIPT = """
 import json, os, subprocess, sys, time
-import data_utils, datasets.cache, main
+import data_utils, datasets.cache, datasets.workers, main
 from multiprocessing.reduction import ForkingPickler as Reduce
+
+datasets.workers.LONGEST = 20
 
 def raise_(error):
     raise error
@@ -158,6 +162,7 @@ def test_a_failure_in_a_worker_ends_the_program(ended, case):
     assert err.count("\n") == 1
     kind = case.partition(" in ")[0]
     reasons = {"memory": "out of memory", "disk": "Input/output error"}
+    reasons["hang"] = "loading a batch of images timed out after 20 seconds"
     assert reasons.get(kind, "a process that loads images ended") in err
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import utils
 from datasets.layouts import index
 from datasets.spec import Sample, load_spec
+from datasets.splits import check_groups
 from engine.flags import Parser
 from utils import InputError, first_ten
 
@@ -105,6 +106,8 @@ def make_split(argv: list[str]) -> int:
         if both := sorted({*lists[one]} & {*lists[other]}):
             raise InputError(f"--{one} and --{other} both list {first_ten(both)}")
     if samples:
+        by_id = {sample.id: sample for sample in samples}
+        check_groups(args.out, {role: map(by_id.get, ids) for role, ids in lists.items()})
         lists = {role: whole_exams(ids, samples) for role, ids in lists.items()}
     utils.make_folder(args.out.parent, "--out")
     rows = [f" {json.dumps(role)}: {json.dumps(names)}" for role, names in lists.items()]
