@@ -5,20 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
 from runs import SUPERVISED, TINY, edit_checkpoint, error_line, load_with
 
 from engine.flags import parse_args
-from engine.signals import stop
 from engine.trained import find_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    """A folder of its own, with tiny.toml: 24 phantoms, 4 of them validation images."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(stop, "signum", 0)
-    make_tiny(20, 4)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def find(*flags) -> Path:
@@ -54,19 +46,17 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
     assert find("--ratio", "0.50", "--dataset", "some/tiny.toml") == half
     os.utime(old.with_name("last.pt"))  # a resumed run is recent, whenever best.pt was written
     assert find() == old
-    for flags in ["--seed", "2"], ["--dataset", "voc"], ["--name", "removed"]:
-        error = error_line(capsys, "--testing", *flags)
-        assert f"checkpoints contains no trained run {' '.join(flags)}" in error
-    error = error_line(capsys, "--testing", "--dataset", "../camvid.toml")
-    assert "start one with python main.py --training --dataset ../camvid.toml" in error
+    for flags in "--seed 2", "--dataset ../camvid.toml", "--name removed":
+        error = error_line(capsys, "--testing", *flags.split())
+        advice = f"start one with python main.py --training {flags}"
+        assert f"checkpoints contains no trained run {flags}: {advice}" in error
     error = error_line(capsys, "--testing", "--name", "unfinished")
     assert "checkpoints/unfinished: not evaluated yet; resume it" in error
 
 
 def test_a_dataset_is_found_by_the_name_in_its_file(trained):
-    config = trained.with_name("config.toml")
-    assert load_with(["--testing", "--dataset", str(config)]).path == trained
-    assert load_with(["--testing", "--dataset", "gone/tiny.toml"]).path == trained
+    for dataset in str(trained.with_name("config.toml")), "gone/tiny.toml":
+        assert load_with(["--testing", "--dataset", dataset]).path == trained
 
 
 def test_a_checkpoint_may_be_given_as_a_file_or_as_a_runs_folder():
@@ -111,15 +101,10 @@ def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained
         (lambda state: state["settings"].update(overwrite=True), "unknown key 'overwrite'"),
         (lambda state: state["settings"].update(size=torch.ones(2)), "--size"),
         (lambda state: state["settings"].update({7: 7}), "lacks settings"),
-        (lambda state: state.pop("settings"), "lacks settings"),
         (lambda state: state["dataset"].update(layout="cubes"), "layout"),
         (lambda state: state["dataset"].update(scored=torch.ones(2)), "scored"),
         (lambda state: state["dataset"].pop("classes"), "classes"),
-        (
-            lambda state: state["dataset"].update(classes=[*"abcde"], palette=[[0, 0, 0]] * 5),
-            "does not fit the networks",
-        ),
-        (lambda state: state["model"].popitem(), "does not fit the networks"),
+        (lambda state: state["dataset"].update(classes=[*"abcde"], palette=[[0] * 3] * 5), "fit"),
         (lambda state: state["model"].update(more=torch.ones(3)), "more is (3,), expected none"),
         (lambda state: state.update(split="other"), "holds other images"),
         (lambda state: state.update(format=3), "format 2"),
@@ -138,7 +123,6 @@ def test_an_earlier_versions_checkpoint_is_one_error_line(capsys, trained):
         edit_checkpoint(path, lambda state: state.update(format=1, config=state.pop("settings")))
     commands = {
         ("--testing",): trained,
-        ("--predict", "one.png"): trained,
         ("--training", *SUPERVISED): last,
         ("--training", *TINY, "--name", "more", "--init", str(trained)): trained,
     }
