@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import error_of, folder_spec, make_folder, write_indexed, write_volume
-from runs import error_line, run, tiny_on
+from runs import SUPERVISED, TINY, error_line, run, tiny_on
 
 from datasets.cache import decode
 from datasets.files import read_sample
@@ -34,40 +34,22 @@ def checked(samples: list[Sample], spec: DatasetSpec, *unused: Sample) -> None:
     check_ignored([(sample, read_sample(sample, spec)[1]) for sample in samples], spec, unused)
 
 
-@pytest.mark.parametrize("part", ["masks", "val/masks"])
-def test_labeled_and_validation_masks_with_one_class_only_are_an_error(tmp_path, capsys, part):
-    root, table = make_folder(tmp_path / "data", 6, 2, 2), tmp_path / "own.toml"
-    for path in (root / part).iterdir():
-        write_indexed(path, np.zeros((20, 24), np.uint8))
-    table.write_text(TABLE)
-    message = error_line(capsys, "--training", *tiny_on(table), "--data-root", root)
-    role = {"masks": "labeled", "val/masks": "validation"}[part]
-    assert message.startswith(f"error: the {role} masks contain at most one class: ")
+CONTOUR, OBJECT, HOLLOW = drawn(0, 255, 1), drawn(0, 1), drawn(0, 255, 0, 0)
+EMPTY, WHITE = drawn(0), drawn(0, 255)
 
 
-def test_a_class_that_no_mask_contains_is_printed(tmp_path, capsys):
-    samples = samples_of(tmp_path, [OBJECT])
-    spec = folder_spec(classes=["dark", "bright", "third"])
-    check_classes([(samples[0], OBJECT)], spec, role="validation", advice="look")
-    assert capsys.readouterr().out == "no validation mask contains third: look\n"
-
-
-CONTOUR, OBJECT, HOLLOW, EMPTY = drawn(0, 255, 1), drawn(0, 1), drawn(0, 255, 0, 0), drawn(0)
-
-
-@pytest.mark.parametrize("hollow", [drawn(0, 255), drawn(1, 255), drawn(255, 0, 0)])
+@pytest.mark.parametrize(
+    ("hollow", "share"), [((0, 255), "50.0%"), ((1, 255), "50.0%"), ((255, 0, 0), "33.3%")]
+)
 @pytest.mark.parametrize("changes", [{}, {"classes": ["a", "b", "c"]}])
 def test_files_that_alone_ignore_pixels_and_lack_objects_are_an_error_that_names_them(
-    tmp_path, hollow, changes
+    tmp_path, hollow, share, changes
 ):
-    samples = samples_of(tmp_path, [OBJECT, hollow, EMPTY, OBJECT])
-    share = f"{(hollow == 255).mean():.1%}"
+    samples = samples_of(tmp_path, [OBJECT, drawn(*hollow), EMPTY, OBJECT])
     message = error_of(checked, samples, folder_spec(**changes))
     found = f"1 mask file holds only ignored pixels ({share}) and one class: {samples[1].mask}; "
     assert message.startswith(found)
-    assert message.endswith(
-        "; save it as the class's index, or as 254 with ignore = 254 to ignore it"
-    )
+    assert message.endswith("index, or as 254 with ignore = 254 to ignore it")
 
 
 @pytest.mark.parametrize("masks", [[OBJECT, EMPTY], [CONTOUR, OBJECT], [CONTOUR, EMPTY]])
@@ -124,6 +106,13 @@ def test_an_object_that_resizing_loses_is_an_object(tmp_path, capsys):
     checked(samples, spec)
 
 
+def test_a_class_that_no_mask_contains_is_printed(tmp_path, capsys):
+    samples = samples_of(tmp_path, [OBJECT])
+    spec = folder_spec(classes=["dark", "bright", "third"])
+    check_classes([(samples[0], OBJECT)], spec, role="validation", advice="look")
+    assert capsys.readouterr().out == "no validation mask contains third: look\n"
+
+
 @pytest.mark.parametrize("value", [255, 1])
 def test_the_slices_of_a_volume_are_one_file(tmp_path, value):
     samples, spec = [], folder_spec(channels=1)
@@ -135,36 +124,40 @@ def test_the_slices_of_a_volume_are_one_file(tmp_path, value):
         write_volume(tmp_path / f"{name}_gt.nii", labels)
         files = tmp_path / f"{name}.nii", tmp_path / f"{name}_gt.nii"
         samples += [Sample(f"{name}{z}", name, *(Slice(f, z) for f in files)) for z in range(3)]
-    if value == 255:
-        message = error_of(checked, samples, spec)
-        assert message.startswith("1 mask file holds only ignored pixels (22.2%) and one class: ")
-        assert f": {tmp_path / 'b_gt.nii'}; " in message
-    else:
+    if value == 1:
         checked(samples, spec)
+    else:
+        found = f"1 mask file holds only ignored pixels (22.2%) and one class: {files[1]}; "
+        assert error_of(checked, samples, spec).startswith(found)
 
 
 @pytest.fixture
-def mixed(tmp_path, monkeypatch) -> list[str]:
+def mixed(in_tmp) -> list[str]:
     """The flags of a training on eight masks of 0 and 1, with val/ and test/ like them."""
-    monkeypatch.chdir(tmp_path)
     root = make_folder(Path("pictures"), 8, n_val=2)
     make_folder(Path("more"), 2).rename(root / "test")
     for path in (root / "test").rglob("*.png"):
         path.rename(path.with_stem(f"test {path.stem}"))
     Path("own.toml").write_text(TABLE)
-    flags = "--epochs", "1", "--method", "supervised", "--data-root", str(root)
-    return [*tiny_on("own.toml"), *flags]
+    return [*tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root", str(root)]
 
 
-def whiten(folder: str, step: int = 1) -> None:
-    """Save every so manieth mask of a folder with 255 in place of 1."""
+def replace(folder: str, mask: np.ndarray, step: int = 1) -> None:
+    """Save this mask in place of every so manieth one of a folder."""
     for path in sorted(Path("pictures", folder).iterdir())[::step]:
-        write_indexed(path, np.where(np.asarray(drawn(0, 1)), 255, 0))
+        write_indexed(path, mask)
 
 
-@pytest.mark.parametrize("whitened", [("masks", 2), ("val/masks", 1), ("val/masks", 2)])
-def test_no_training_starts_with_masks_of_two_conventions(mixed, capsys, whitened):
-    whiten(*whitened)
+@pytest.mark.parametrize(("part", "role"), [("masks", "labeled"), ("val/masks", "validation")])
+def test_labeled_and_validation_masks_with_one_class_only_are_an_error(mixed, capsys, part, role):
+    replace(part, EMPTY)
+    message = error_line(capsys, "--training", *mixed)
+    assert message.startswith(f"error: the {role} masks contain at most one class: ")
+
+
+@pytest.mark.parametrize(("part", "step"), [("masks", 2), ("val/masks", 1), ("val/masks", 2)])
+def test_no_training_starts_with_masks_of_two_conventions(mixed, capsys, part, step):
+    replace(part, WHITE, step)
     line = error_line(capsys, "--training", *mixed)
     assert "only ignored pixels (50.0%) and one class: pictures/" in line
     assert not [*Path("checkpoints").glob("*/last.pt")]
@@ -176,8 +169,8 @@ def test_no_test_is_scored_silently_with_masks_of_two_conventions(mixed, capsys)
     capsys.readouterr()
     assert run(*part) == 0
     assert "masks:" not in capsys.readouterr().out
-    whiten("test/masks", 2)
+    replace("test/masks", WHITE, 2)
     assert "1 mask file holds only ignored pixels" in error_line(capsys, *part)
-    whiten("test/masks")
+    replace("test/masks", WHITE)
     assert run(*part) == 0
     assert "2 mask files hold only ignored pixels" in capsys.readouterr().out
