@@ -34,7 +34,7 @@ def holds(picture: torch.Tensor, color: tuple[int, int, int]) -> bool:
 def test_colorize_gives_each_pixel_its_class_color():
     colors = colorize(torch.tensor([[[0, 1], [2, IGNORE]]] * 2), PALETTE)
     assert colors.shape == (2, 3, 2, 2)
-    expected = torch.tensor([[0, 0, 0], [70, 130, 180], [240, 200, 80], [224, 224, 192]]) / 255
+    expected = torch.tensor([*PALETTE[:3], IGNORED]) / 255
     torch.testing.assert_close(colors[1].flatten(1).T, expected)
 
 
@@ -46,24 +46,21 @@ def test_picture_grid_has_one_row_per_image_and_one_column_per_picture_of_square
     mask[1, 0, 0] = 2
     grid = picture_grid(x, {"y": mask, "rec": x + 0.5}, SPEC)
     assert (grid.shape[0], grid.shape[2]) == (3, 3 * (192 + 4) + 4)
-    pictures = [[cell(grid, i, j, 128, 192) for j in range(3)] for i in range(2)]
     squares = colorize(mask, PALETTE).repeat_interleave(32, -1).repeat_interleave(32, -2)
     for i in range(2):
-        torch.testing.assert_close(pictures[i][1], squares[i])
-    assert pictures[0][0][:, :64].min() == 1  # the image's brightest pixels
-    assert pictures[0][0][:, 64:].max() == 0  # and its darkest
-    assert pictures[1][0].max() == 0  # the second image's, by its own scale
-    assert pictures[0][2][:, :64].min() == 1  # 1.25 on the image's scale: clamped
-    assert (pictures[0][2][:, 64:] == 0.5).all()  # 0.25
+        torch.testing.assert_close(cell(grid, i, 1, 128, 192), squares[i])
+    first, second, rec = (cell(grid, i, j, 128, 192) for i, j in ((0, 0), (1, 0), (0, 2)))
+    assert first[:, :64].min() == 1  # the image's brightest pixels
+    assert first[:, 64:].max() == 0  # and its darkest
+    assert second.max() == 0  # by its own scale
+    assert rec[:, :64].min() == 1  # 1.25 on the image's scale: clamped
+    assert (rec[:, 64:] == 0.5).all()  # 0.25
 
 
-@pytest.mark.parametrize(("size", "zoom"), [((200, 130), 1), ((127, 300), 2), ((16, 20), 8)])
-def test_every_picture_of_a_grid_is_at_least_128_pixels_wide_and_high(size, zoom):
-    x = torch.rand(2, 3, *size)
-    grid = picture_grid(x, {"y": torch.zeros(2, *size, dtype=torch.int64)}, SPEC)
-    height, width = zoom * size[0], zoom * size[1]
-    assert grid.shape[-1] == 2 * (width + 4) + 4
-    assert grid.shape[-2] > 2 * (height + 4) + 4
+def test_every_picture_of_a_grid_is_at_least_128_pixels_wide_and_high():
+    grid = picture_grid(torch.rand(2, 3, 127, 300), {"y": torch.zeros(2, 127, 300)}, SPEC)
+    assert grid.shape[-1] == 2 * (600 + 4) + 4
+    assert grid.shape[-2] > 2 * (254 + 4) + 4
 
 
 @pytest.mark.parametrize("width", [128, 130, 200, 256, 500, 2000])
@@ -165,7 +162,6 @@ def overlay(folder, picture: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
     [
         (torch.tensor([[[0, 100], [200, 40]]]).to(torch.uint8), [0, 128, 255, 50]),
         (torch.tensor([[[-3.0, -1], [7, 2]]]), [0, 51, 255, 127.5]),  # darkest to brightest
-        (torch.zeros(1, 2, 2), [0, 0, 0, 0]),
         (torch.full((1, 2, 2), 100.0), [0, 0, 0, 0]),
     ],
 )
