@@ -12,11 +12,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    add_acdc_testing,
-    error_of,
-    made_up,
-)
+from conftest import add_acdc_testing, error_of, made_up
 
 import data_utils
 from data_utils import Batches, Pairs, Stored, load_data, normalize
@@ -27,7 +23,6 @@ from datasets.splits import ByFile, rule_of, split
 from utils import IGNORE
 
 CPU = torch.device("cpu")
-ROOT = Path(data_utils.__file__).parent
 REAL = Path(os.environ.get("SEG_REAL_DATA", "/nonexistent"))
 needs_real_data = pytest.mark.skipif(
     "SEG_REAL_DATA" not in os.environ, reason="SEG_REAL_DATA names no folder"
@@ -43,12 +38,6 @@ def stored(first: int, n: int) -> Stored:
     rows = {sample.id: row for row, sample in enumerate(samples)}
     cache = Cache(pixels.reshape(30, 1, 1, 1), pixels.reshape(30, 1, 1), rows)
     return Stored(cache, tuple(samples[first : first + n]))
-
-
-def test_stored_gives_its_samples_in_order_whatever_their_rows():
-    cache = stored(0, 30).cache
-    backward = Stored(cache, tuple(made_up(30)[5:2:-1]))
-    assert [(int(image), int(mask)) for image, mask in backward] == [(5, 5), (4, 4), (3, 3)]
 
 
 def test_ignored_pixels_are_kept_or_become_the_ignored_class():
@@ -74,52 +63,36 @@ def test_images_of_many_classes_are_those_with_the_most_values_spread_out():
     assert pictures.of_many_classes(99) == [0, 1, 2, 3, 4, 5]
 
 
-def drawn(n: int, n_u: int, seed: int = 0, epoch: int = 0, batch_size: int = 1) -> list[list[int]]:
+def drawn(n: int, n_u: int, seed: int = 0, epoch: int = 0, *batch_size: int) -> list[list[int]]:
     """The numbers of x, y and x_u in an epoch over samples 0 to n and 10 to 10 + n_u."""
     pairs = Pairs(stored(0, n), stored(10, n_u))
-    items = [pairs[rows] for rows in pairs.epoch(seed, epoch, batch_size)]
+    items = [pairs[rows] for rows in pairs.epoch(seed, epoch, *batch_size)]
     return [[int(number) for number in column] for column in zip(*items, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("n", "n_u", "longer", "shorter"), [(4, 10, 2, 0), (10, 4, 0, 2), (1, 10, 2, 0), (5, 5, 0, 2)]
-)
-def test_epoch_passes_once_over_the_longer_list_and_cycles_the_shorter(n, n_u, longer, shorter):
-    columns = drawn(n, n_u)
-    start = {0: 0, 2: 10}
-    every = list(range(start[longer], start[longer] + max(n, n_u)))
-    assert sorted(columns[longer]) == every
-    cycled = columns[shorter]
-    whole = set(range(start[shorter], start[shorter] + min(n, n_u)))
-    for i in range(0, len(cycled), len(whole)):
-        one_pass = cycled[i : i + len(whole)]
-        assert len({*one_pass}) == len(one_pass)
-        assert {*one_pass} <= whole
-    assert len(cycled) == max(n, n_u)
+@pytest.mark.parametrize(("n", "n_u"), [(4, 10), (10, 4), (1, 10), (5, 5), (5, 20), (6, 0)])
+def test_epoch_passes_once_over_the_longer_list_and_cycles_the_shorter(n, n_u):
+    x, y, *x_u = drawn(n, n_u)
+    assert x == y
+    for numbers, start, count in [(x, 0, n), *((u, 10, n_u) for u in x_u)]:
+        assert len(numbers) == max(n, n_u)
+        for i in range(0, len(numbers), count):
+            one_pass = numbers[i : i + count]
+            assert len({*one_pass}) == len(one_pass)
+            assert {*one_pass} <= {*range(start, start + count)}
+
+
+def test_each_pass_has_its_own_order():
+    x, _, x_u = drawn(5, 20)
+    assert x_u != sorted(x_u)
+    assert len({tuple(x[i : i + 5]) for i in range(0, 20, 5)}) > 1
 
 
 def test_last_batch_is_filled_up_by_a_next_pass():
-    x_u = drawn(3, 7, batch_size=5)[2]
+    x_u = drawn(3, 7, 0, 0, 5)[2]
     assert len(x_u) == 10
     assert sorted(x_u[:7]) == list(range(10, 17))
     assert len({*x_u[7:]}) == 3
-
-
-def test_each_pass_over_the_shorter_list_has_its_own_order():
-    cycled = drawn(5, 20)[0]
-    assert len({tuple(cycled[i : i + 5]) for i in range(0, 20, 5)}) > 1
-
-
-def test_epoch_without_unlabeled_images_yields_pairs():
-    x, y = drawn(6, 0)
-    assert x == y
-    assert sorted(x) == list(range(6))
-    assert x != list(range(6))
-
-
-def test_image_and_mask_stay_together():
-    x, y, _ = drawn(4, 10)
-    assert x == y
 
 
 def test_order_follows_from_seed_and_epoch_alone():
@@ -133,6 +106,9 @@ def test_order_follows_from_seed_and_epoch_alone():
         other = drawn(4, 10, seed, epoch)
         assert other[0] != before[0]
         assert other[2] != before[2]
+
+
+# Normalization
 
 
 def test_normalize_by_hand_for_each_image_and_channel():
@@ -162,12 +138,7 @@ def test_released_normalization_of_bytes_is_fixed_and_of_floats_between_their_ex
     torch.testing.assert_close(normalize(floats, "half"), expected)
 
 
-def test_normalized_images_lie_within_one_and_have_range_one():
-    x = normalize(torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 1000)
-    assert x.abs().max() <= 1
-    torch.testing.assert_close(x.amax((2, 3)) - x.amin((2, 3)), torch.ones(4, 3))
-    torch.testing.assert_close(x.mean((2, 3)), torch.zeros(4, 3), atol=1e-6, rtol=0)
-
+# Batches
 
 PHANTOM = load_spec("phantom")
 SAMPLES = index(PHANTOM, Path())[:11]
@@ -184,30 +155,14 @@ def of(cache: Cache, rows: list[int]) -> Stored:
 
 
 @pytest.mark.parametrize("normalization", ["range", "half"])
-def test_batches_are_normalized_as_the_flag_says(phantoms, normalization):
-    images = torch.tensor(phantoms.images[:2])
-    x, _ = next(iter(Batches(of(phantoms, [0, 1]), 2, CPU, normalization=normalization)))
-    assert torch.equal(x, normalize(images, normalization))
-
-
-def test_batches_come_in_order_and_end_with_a_smaller_one(phantoms):
+def test_batches_come_in_order_normalized_and_end_with_a_smaller_one(phantoms, normalization):
     rows = [3, 1, 4, 0, 5, 9, 2]
-    batches = list(Batches(of(phantoms, rows), 3, CPU))
+    batches = list(Batches(of(phantoms, rows), 3, CPU, normalization=normalization))
     assert [len(x) for x, _ in batches] == [3, 3, 1]
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
-    assert torch.equal(x, normalize(torch.from_numpy(phantoms.images[rows])))
+    assert torch.equal(x, normalize(torch.from_numpy(phantoms.images[rows]), normalization))
     assert np.array_equal(y, phantoms.masks[rows])
-
-
-def test_batches_of_an_epoch_hold_x_y_and_x_u(phantoms):
-    pairs = Pairs(of(phantoms, [0, 1]), of(phantoms, [2, 3, 4, 5, 6]))
-    batches = list(Batches(pairs, 2, CPU).of(pairs.epoch(0, 0)))
-    assert [len(batch) for batch in batches] == [3, 3, 3]
-    x_u = torch.cat([batch[2] for batch in batches])
-    images = normalize(torch.tensor(phantoms.images[2:7]))
-    rows = [int((images == image).flatten(1).all(1).nonzero()) for image in x_u]
-    assert sorted(rows) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -223,12 +178,6 @@ def test_each_process_gets_its_part_of_every_batch(phantoms, monkeypatch, n):
     for i, whole in enumerate([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]):
         together = [shard[i] for shard in shards if i < len(shard)]
         assert sorted(sum(together, [])) == whole
-
-
-def test_reading_batches_leaves_torchs_generator_alone(phantoms):
-    before = torch.get_rng_state()
-    list(Batches(of(phantoms, [0, 1, 2]), 2, CPU))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 class ReadBy(torch.utils.data.Dataset):
@@ -316,17 +265,11 @@ def test_load_data_takes_the_kind_of_split_and_the_label_unit(acdc, flags):
     assert len({s.group for s in data.split.labeled}) == 1
 
 
-def test_load_data_takes_a_split_file_whatever_the_ratio(flags, tmp_path):
-    flags.split = str(tmp_path / "split.json")
-    names = [f"phantom_{i:04d}" for i in range(8)]
-    lists = {"labeled": names[:1], "unlabeled": names[1:4], "val": names[5:7]}
-    Path(flags.split).write_text(json.dumps(lists))
-    data = load_data(flags, EIGHT)
-    assert data.split.ids() == lists
-    assert (len(data.labeled), len(data.unlabeled), len(data.val)) == (1, 3, 2)
-    Path(flags.split).write_text(json.dumps({**lists, "unlabeled": []}))
-    message = error_of(load_data, flags, EIGHT, None, True)
-    assert message == f"--split {flags.split} leaves no unlabeled image for --method cyclegan"
+def write_split(folder: Path, lists: dict) -> str:
+    """A split.json, for --split."""
+    path = folder / "split.json"
+    path.write_text(json.dumps(lists))
+    return str(path)
 
 
 def test_load_data_decodes_only_what_the_split_uses(voc, flags):
@@ -334,17 +277,20 @@ def test_load_data_decodes_only_what_the_split_uses(voc, flags):
     spec, flags.data_root = load_spec("voc"), str(voc)
     parts = load_data(flags, spec).split
     next(voc.rglob("2007_000004.jpg")).write_bytes(b"junk")  # of val.txt
-    flags.split = str(voc / "split.json")
-    Path(flags.split).write_text(json.dumps(parts.ids()))
+    flags.split = write_split(voc, parts.ids())
     assert load_data(flags, spec).split.ids() == parts.ids()
     assert len([*Path(flags.cache).iterdir()]) == 1
 
 
-def test_a_ratio_that_leaves_nothing_unlabeled_is_an_error_where_that_is_used(flags):
+def test_a_split_that_leaves_nothing_unlabeled_is_an_error_where_that_is_used(flags, tmp_path):
     flags.ratio = 1.0
     message = error_of(load_data, flags, EIGHT, None, True)
     assert message == "--ratio 1 leaves no unlabeled image for --method cyclegan"
-    assert len(load_data(flags, EIGHT).unlabeled) == 0
+    data = load_data(flags, EIGHT)
+    assert len(data.unlabeled) == 0
+    flags.split = write_split(tmp_path, data.split.ids())
+    message = error_of(load_data, flags, EIGHT, None, True)
+    assert message == f"--split {flags.split} leaves no unlabeled image for --method cyclegan"
 
 
 def test_only_labeled_masks_train_ignored_pixels_as_background(voc, flags):
@@ -364,16 +310,13 @@ def test_another_split_than_expected_is_refused_before_decoding(flags, tmp_path,
     monkeypatch.setattr(data_utils, "open_cache", lambda *_: pytest.fail("images were decoded"))
     flags.seed = 4
     message = error_of(load_data, flags, EIGHT, expected.hash())
-    found = f"--data-root {flags.data_root}: holds other images than the run started with"
-    found += ", which its split.json names"
-    assert message == f"{found}; give --name for another folder, or --overwrite to start over"
-    flags.split = str(tmp_path / "split.json")
+    started = "than the run started with, which its split.json names"
+    remedy = "; give --name for another folder, or --overwrite to start over"
+    assert message == f"--data-root {flags.data_root}: holds other images {started}{remedy}"
     lists = {**expected.ids(), "unlabeled": expected.ids()["unlabeled"][1:]}
-    Path(flags.split).write_text(json.dumps(lists))
-    flags.training = False
+    flags.split, flags.training = write_split(tmp_path, lists), False
     message = error_of(load_data, flags, EIGHT, expected.hash())
-    found = f"--split {flags.split}: lists other images than the run started with"
-    assert message == f"{found}, which its split.json names"
+    assert message == f"--split {flags.split}: lists other images {started}"
 
 
 # The real datasets, where SEG_REAL_DATA names their folder
@@ -477,18 +420,13 @@ def test_augmented_images_differ_in_contrast_and_brightness_within_the_networks_
 
 
 def test_batches_augment_labeled_and_unlabeled_images_and_draw_nothing_without(phantoms):
-    pairs = Pairs(of(phantoms, [0, 1]), of(phantoms, [2, 3]))
-    items = [(0, 0), (1, 1)]
-    (plain,) = Batches(pairs, 2, CPU).of(items)
-    torch.manual_seed(3)
+    pairs, items = Pairs(of(phantoms, [0, 1]), of(phantoms, [2, 3])), [(0, 0), (1, 1)]
     state = torch.get_rng_state()
-    (again,) = Batches(pairs, 2, CPU).of(items)
+    ((x, y, x_u),) = Batches(pairs, 2, CPU).of(items)
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(map(torch.equal, plain, again))
-    x, y, x_u = plain
-    torch.manual_seed(3)
+    assert torch.equal(torch.cat([x, x_u]), normalize(torch.tensor(phantoms.images[:4])))
     expected = *data_utils.augment(x, "any", y), data_utils.augment(x_u, "any")[0]
-    torch.manual_seed(3)
+    torch.set_rng_state(state)
     (augmented,) = Batches(pairs, 2, CPU, orientation="any").of(items)
     assert all(map(torch.equal, augmented, expected))
     assert not torch.equal(x_u, augmented[2])
