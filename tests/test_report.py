@@ -598,3 +598,23 @@ def test_the_committed_report_is_that_of_the_kept_log(log):
         assert path.read_bytes() == (RESULTS / path.name).read_bytes(), path.name
     for name in re.findall(r"!\[.*?\]\((.*?)\)", (RESULTS / f"{log.stem}.md").read_text()):
         assert (RESULTS / name).is_file(), name
+
+
+def test_scores_of_whole_volumes_are_over_the_seeds_that_have_them():
+    for seed, dice in enumerate([0.5, 0.7, None]):
+        folder = make_run("partial", seed, [0.5])
+        mean = {"dice": dice, "hd95_mm": 12.0 + seed, "assd_mm": None}
+        volumes = {} if dice is None else {"volumes": {"all": {"mean": mean}}}
+        epoch = json.loads((folder / "metrics.jsonl").read_text())["epoch"]
+        results = runs.results_of(folder)
+        results.mkdir(parents=True)
+        (results / "metrics.json").write_text(json.dumps({"epoch": epoch} | volumes))
+    row = table_of(report_of(), "### Scores of whole volumes")["partial, 10%"]
+    assert row == {
+        "experiment": "partial, 10%",
+        "n": "2",
+        "Dice": "0.6000 ± 0.1414",
+        "HD95, mm": "12.50 ± 0.71",
+        "ASSD, mm": "-",
+    }
+    assert rows_of_csv("reduced_volumes.csv")[0]["dice"] == "0.6"

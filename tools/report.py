@@ -13,6 +13,8 @@ from datasets.splits import ROLES
 from tools.plan import DATASETS, EXPERIMENTS, paper_iou, paper_scores, references
 from tools.runs import PAPER, Run, as_flags, read_runs
 
+VOLUME_MEASURES = {"dice": "Dice", "hd95_mm": "HD95, mm", "assd_mm": "ASSD, mm"}
+
 # Statistics: runs to rows
 
 
@@ -114,6 +116,22 @@ def class_rows(runs: list[Run]) -> list[dict]:
     return rows
 
 
+def volume_rows(runs: list[Run]) -> list[dict]:
+    """One row per cell whose runs were tested on whole volumes: scores over seeds."""
+    rows = []
+    for (dataset, ratio, name), seeds in by_cell(runs).items():
+        means = [run.volumes["all"]["mean"] for run in seeds.values() if run.volumes]
+        if not means:
+            continue
+        row = {"dataset": dataset, "ratio": ratio, "labels": [*seeds.values()][0].labels}
+        row |= {"name": name, "n": len(means)}
+        for measure in VOLUME_MEASURES:
+            known = [mean[measure] for mean in means if mean[measure] is not None]
+            row[measure], row[f"{measure}_sd"] = mean_and_sd(known) if known else (None, None)
+        rows.append(row)
+    return rows
+
+
 # Rows to text
 
 
@@ -142,6 +160,13 @@ def class_iou(row: dict) -> str:
     """IoU (the paper's), and the number of runs with the class if others lack it."""
     note = f" (n = {row['n']})" if 0 < row["n"] < row["of"] else ""
     return number(row["iou"]) + note + (f" ({number(row['paper'])})" if row["paper"] else "")
+
+
+def volume_score(row: dict, measure: str) -> str:
+    """Mean ± standard deviation: Dice with four digits, distances with two."""
+    digits = 4 if measure == "dice" else 2
+    values = [row[measure], row[f"{measure}_sd"]]
+    return " ± ".join(f"{value:.{digits}f}" for value in values if value is not None) or "-"
 
 
 def markdown(titles: list[str], rows: Iterable[list[str]]) -> str:
@@ -180,9 +205,9 @@ def commits_of(runs: list[Run]) -> str:
 def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
     """The tables of one dataset, from the rows of all datasets."""
     rows = [[row for row in table if row["dataset"] == dataset] for table in tables]
-    scores, differences, classes = rows
+    scores, differences, classes, volumes = rows
     columns = dict.fromkeys(row["labels"] for row in scores)  # few labels first
-    for table in scores, differences:
+    for table in scores, differences, volumes:
         table.sort(key=lambda row: [*EXPERIMENTS].index(row["name"]))
     text = f"## {DATASETS.get(dataset, dataset)}\n\n"
     shared = {}
@@ -212,11 +237,21 @@ def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
     cells = {(f"{row['name']}, {row['labels']}", row["class"]): class_iou(row) for row in classes}
     names = dict.fromkeys(row["class"] for row in classes)
     text += f"### IoU of each class{table}\n\n{grid('experiment', cells, names)}" if cells else ""
+    lines = []
+    for row in volumes:
+        scores = [volume_score(row, measure) for measure in VOLUME_MEASURES]
+        lines.append([f"{row['name']}, {row['labels']}", str(row["n"]), *scores])
+    titles = ["experiment", "n", *VOLUME_MEASURES.values()]
+    about = (
+        "Mean over volumes at their own size and over classes without background, then over seeds."
+    )
+    if lines:
+        text += f"### Scores of whole volumes\n\n{about}\n\n{markdown(titles, lines)}"
     return text
 
 
 def page(scale: str, runs: list[Run], tables: list[list[dict]], figures: dict[str, dict]) -> str:
-    """The report, from score_rows, difference_rows, class_rows, and each dataset's captions."""
+    """The report, from the rows of its tables and the captions of each dataset's figures."""
     text = f"""# Results: {scale}
 
 mIoU (Section 4.2 of the paper) on the validation set after the last epoch: mean ± sample standard \
@@ -240,8 +275,8 @@ def write(source: Path, scale: str, out: Path) -> None:
 
     runs, others = read_runs(source, scale)
     utils.make_folder(out, "--out")
-    tables = [score_rows(runs), difference_rows(runs, scale), class_rows(runs)]
-    for end, rows in zip(("", "_differences", "_classes"), tables, strict=True):
+    tables = [score_rows(runs), difference_rows(runs, scale), class_rows(runs), volume_rows(runs)]
+    for end, rows in zip(("", "_differences", "_classes", "_volumes"), tables, strict=True):
         if rows:
             utils.write_atomically(out / f"{scale}{end}.csv", csv_text(rows))
     captions: dict[str, dict[str, str]] = {}
