@@ -227,6 +227,27 @@ def test_volumes_of_a_test_are_those_that_a_prediction_writes(capsys):
     assert {"all", "ED", "ES"} < summary.keys()
 
 
+def test_a_folder_of_volumes_is_scored_by_patient_and_no_png_holds_large_labels(capsys):
+    for stem in "P1_a", "P1_b", "P2_a", "P3_a":
+        image = noise(18, 20, 2, dtype=np.int16)
+        write_volume(Path("scans/images", f"{stem}.nii.gz"), image)
+        mask = np.where(image > 128, 500, 0).astype(np.int16)
+        write_volume(Path("scans/masks", f"{stem}.nii.gz"), mask)
+    table = "[dataset]\nlayout = 'folder'\nclasses = ['background', 'bright']\nchannels = 1\n"
+    table += "counts = [1, 2]\ngroup = '(.+)_'\nlabel_ids = [0, 500]\n"
+    Path("scans.toml").write_text(table)
+    assert run("--training", *tiny_on("scans.toml"), *PARTIAL, "--data-root", "scans") == 0
+    for command in ["--testing"], ["--predict", "scans/images"]:
+        capsys.readouterr()
+        assert run(*command) == 0
+        expected = "PNG masks hold class indices: label_ids 500 needs more than 8 bits"
+        assert expected in capsys.readouterr().out
+    rows = rows_of(Path("results/scans_supervised_0.5_s0/volumes.csv"))
+    volumes = {name.partition("_s0")[0] for name in split_ids("scans_supervised_0.5_s0")["val"]}
+    assert {row["volume"] for row in rows} == volumes
+    assert {(row["exam"], row["phase"]) for row in rows} == {(name[:2], "") for name in volumes}
+
+
 # --predict
 
 
