@@ -9,16 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import runs
 import scipy.stats
-from conftest import make_tiny
 from matplotlib.lines import Line2D
 from PIL import Image
 
 import main
-from datasets.spec import CONFIG, load_spec
-from engine import program
+from datasets.spec import load_spec
 from engine.flags import parse_args, setting_names
-from tools import experiments, figures, plan, report, runs
+from engine.folder import to_toml
+from tools import figures, plan, report
+from tools.experiments import experiments
+from tools.runs import read_folder, read_runs, results_of
 
 TABLE_1 = """
 full    1   0.5543 0.5551 0.8982
@@ -35,53 +37,46 @@ ours    0.1 0.2543 0.3923 0.8463
 TABLE_2 = {"cycle_S": 0.2627, "cycle_I": 0.2733, "disc_S": 0.2614, "disc_I": 0.2543}
 RESULTS = Path(main.__file__).parent / "docs" / "results"
 
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_tiny(20, 4)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def run(line: str) -> int:
-    return program.execute(experiments.experiments, line.split())
+    return runs.run(*line.split(), tool=experiments)
 
 
-def toml(table: dict) -> str:
-    items = {key: value for key, value in table.items() if value is not None}
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in items.items())
+def error_line(capsys, line: str) -> str:
+    return runs.error_line(capsys, *line.split(), tool=experiments)
 
 
-def make_run(name: str, seed: int, mious: list[float | None], **other) -> Path:
+def make_run(
+    name: str, seed: int = 0, mious=(0.5,), *, dataset="acdc", ratio=0.1, scale="reduced",
+    finished=True, changes=None, digest="", versions=None, **settings,
+) -> Path:  # fmt: skip
     """A run's folder with its last evaluations, one per epoch of 10 steps.
 
-    `other`: dataset, ratio, scale, finished, changes of the [dataset] table, hash of the split, and
-    settings to record, None to leave one out.
+    `changes` of the [dataset] table, `digest`: the hash of its split, `versions`: its manifest,
+    `settings`: those that are not the plan's, None to leave one out.
     """
-    changes, digest = other.pop("changes", {}), other.pop("hash", str(seed))
-    dataset, scale = other.pop("dataset", "acdc"), other.pop("scale", "reduced")
-    finished = other.pop("finished", True)
-    ratio = 1.0 if name == "full" else other.pop("ratio", 0.1)
+    ratio = 1.0 if name == "full" else ratio
     experiment = name if name in plan.EXPERIMENTS else "ours"
     args = parse_args(plan.run_flags((dataset, experiment, ratio), scale, seed, []))
-    settings = args.settings | other
-    machine = {"data_root": "/home/me/data", "workers": 3, "eval_every": args.eval_every}
+    settings = args.settings | settings | {"data_root": "/home/me/data", "workers": 3}
     spec = load_spec(dataset)
-    table = asdict(spec) | changes
     folder = Path(f"checkpoints/{scale}/{spec.name}_{name}_{ratio:g}_s{seed}")
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(f"{toml(settings | machine)}[dataset]\n{toml(table)}")
+    table = to_toml(asdict(spec) | (changes or {}))
+    (folder / "config.toml").write_text(f"{to_toml(settings)}[dataset]\n{table}")
     split = {"labeled": ["a"] * (3 + seed), "unlabeled": ["b"] * 5, "val": ["c"] * 2}
-    split["hash"] = f"{ratio} {digest}"
+    split["hash"] = digest or f"{ratio} {seed}"
     (folder / "split.json").write_text(json.dumps(split))
-    manifest = {"command": "main.py --data-root /home/me/data", "platform": "mine", "torch": "2"}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    lines = []
+    manifest = {"command": "main.py --data-root /home/me/data", "platform": "mine"}
+    (folder / "manifest.json").write_text(json.dumps(manifest | (versions or {"torch": "2"})))
     first = args.epochs - len(mious) + 1 if finished else 1
-    for epoch, miou in enumerate(mious, first):
-        iou = {label: (miou or 0) + k / 1000 for k, label in enumerate(spec.classes)}
-        line = {"epoch": epoch, "step": 10 * epoch, "miou": miou, "iou": iou, "answers": {}}
-        lines.append(json.dumps(line) + "\n")
-    (folder / "metrics.jsonl").write_text("".join(lines))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for epoch, miou in enumerate(mious, first):
+            iou = {label: (miou or 0) + k / 1000 for k, label in enumerate(spec.classes)}
+            line = {"epoch": epoch, "step": 10 * epoch, "miou": miou, "iou": iou, "answers": {}}
+            file.write(json.dumps(line) + "\n")
     return folder
 
 
@@ -140,21 +135,16 @@ def test_columns_of_tables_3_and_4_average_to_table_1_except_in_three_cells():
 # Statistics
 
 
-def test_mean_deviation_and_interval_of_a_worked_example():
+def test_mean_deviation_and_intervals_of_a_worked_example():
     values = [0.5, 0.6, 0.85]  # mean 0.65; squares 0.0225 + 0.0025 + 0.04 = 0.065, over 2: 0.0325
     mean, sd = report.mean_and_sd(values)
     assert (mean, sd) == (pytest.approx(0.65), pytest.approx(0.0325**0.5))
-    reach = 4.302653 * 0.0325**0.5 / 3**0.5  # t of 2 degrees of freedom at 97.5%
-    assert report.interval(values) == (pytest.approx(0.65 - reach), pytest.approx(0.65 + reach))
     expected = scipy.stats.t.interval(0.95, 2, loc=mean, scale=scipy.stats.sem(values))
     assert report.interval(values) == pytest.approx(expected)
-    assert report.mean_and_sd([0.5]) == (0.5, None)
-    assert report.interval([0.5]) == (None, None)
-
-
-@pytest.mark.parametrize(("values", "text"), [([3], "3"), ([5, 3, 5], "3 to 5"), ([4, 4], "4")])
-def test_a_span_is_the_lowest_and_highest_value(values, text):
-    assert report.span(values) == text
+    low, high = report.interval(values, overlap=25 / 75)  # Nadeau and Bengio's
+    reach = scipy.stats.t.ppf(0.975, 2) * (0.0325 * (1 / 3 + 1 / 3)) ** 0.5
+    assert (low, high) == pytest.approx((0.65 - reach, 0.65 + reach))
+    assert (report.mean_and_sd([0.5]), report.interval([0.5])) == ((0.5, None), (None, None))
 
 
 # Tables
@@ -168,21 +158,15 @@ def test_scores_are_over_seeds_beside_the_papers_number():
     make_run("full", 0, [0.1, 0.2, 0.9])
     rows = table_of(report_of(), "### mIoU")
     assert list(rows) == ["full", "partial", "ours"]
-    assert rows["full"] == {
-        "experiment": "full", "10%": "-", "20%": "-", "100%": "0.9000 (n = 1); paper 0.8982",
-        "flags": "`--method supervised`",
-    }  # fmt: skip
+    assert list(rows["full"].values())[1:4] == ["-", "-", "0.9000 (n = 1); paper 0.8982"]
     assert rows["partial"] == {
         "experiment": "partial", "10%": "0.6500 ± 0.1803 (n = 3); paper 0.8418",
         "20%": "0.7500 (n = 1); paper 0.8642", "100%": "-", "flags": "`--method supervised`",
     }  # fmt: skip
     row = rows_of_csv("reduced.csv")[0]
-    expected = {
-        "labels": "10%", "name": "partial", "paper": "0.8418", "n": "3", "last": "0.65",
-        "last_sd": f"{0.0325**0.5:.6f}", "best": "0.716667", "labeled": "3 to 5",
-        "unlabeled": "5", "val": "2", "steps": "500",
-    }  # fmt: skip
-    assert {key: row[key] for key in expected} == expected
+    keys = ("last", "last_sd", "best", "labeled", "unlabeled", "val", "steps")
+    expected = ["0.65", f"{0.0325**0.5:.6f}", "0.716667", "3 to 5", "5", "2", "500"]
+    assert [row[key] for key in keys] == expected
 
 
 def test_differences_are_paired_by_seed():
@@ -202,17 +186,9 @@ def test_differences_are_paired_by_seed():
     assert rows["ours minus partial"]["50%"] == "-"
     assert rows["ours_kernel3 minus partial"]["50%"] == "-0.0300 (n = 1)"
     assert len(rows) == 2
-    (row,) = [row for row in rows_of_csv("reduced_differences.csv") if row["ratio"] == "0.2"]
-    assert [row[key] for key in ("name", "minus", "n", "last", "best")] == [
-        "ours", "partial", "2", "0.07", "-0.4",
-    ]  # fmt: skip
-
-
-def test_the_interval_of_overlapping_splits_is_nadeau_and_bengios():
-    values = [0.031, 0.052, 0.011, 0.044]
-    low, high = report.interval(values, overlap=25 / 75)
-    sd, t = statistics.stdev(values), scipy.stats.t.ppf(0.975, 3)
-    assert high - low == pytest.approx(2 * t * sd * (1 / 4 + 1 / 3) ** 0.5)
+    row = next(row for row in rows_of_csv("reduced_differences.csv") if row["ratio"] == "0.2")
+    found = [row[key] for key in ("name", "minus", "n", "last", "best")]
+    assert found == ["ours", "partial", "2", "0.07", "-0.4"]
 
 
 def test_experiments_are_compared_with_those_of_the_plan():
@@ -231,27 +207,22 @@ def test_experiments_are_compared_with_those_of_the_plan():
         assert plan.references(name, scale) == expected, (scale, name)
 
 
-def test_every_method_has_its_classes_beside_tables_3_and_4():
+def test_classes_are_beside_those_of_tables_3_and_4():
     for seed, miou in enumerate([0.3, 0.4]):
         make_run("ours", seed, [0.9, miou], dataset="cityscapes")
-    make_run("meanteacher", 0, [0.5], dataset="cityscapes")
-    make_run("partial", 0, [0.4, 0.5], dataset="voc", ratio=0.3)
+    make_run("partial", dataset="voc", ratio=0.3)
     page = report_of()
-    rows = table_of(page, "### IoU of each class (Table 4)")
-    assert list(rows) == ["ours, 10%", "meanteacher, 10%"]
-    assert list(rows["ours, 10%"])[1:] == list(load_spec("cityscapes").classes[:19])
-    assert (rows["ours, 10%"]["road"], rows["ours, 10%"]["bicycle"]) == (
-        "0.3500 (0.9369)", "0.3680 (0.2611)",
-    )  # fmt: skip
-    assert rows["meanteacher, 10%"]["bicycle"] == "0.5180"
-    rows = table_of(page, "### IoU of each class (Table 3)")
-    assert list(rows["partial, 30%"])[1] == "aeroplane"  # Table 3 has no background
-    assert rows["partial, 30%"]["aeroplane"] == "0.5010 (0.5798)"
+    ours = table_of(page, "### IoU of each class (Table 4)")["ours, 10%"]
+    assert list(ours)[1:] == list(load_spec("cityscapes").classes[:19])
+    assert (ours["road"], ours["bicycle"]) == ("0.3500 (0.9369)", "0.3680 (0.2611)")
+    partial = table_of(page, "### IoU of each class (Table 3)")["partial, 30%"]
+    assert list(partial)[1] == "aeroplane"  # Table 3 has no background
+    assert partial["aeroplane"] == "0.5010 (0.5798)"
 
 
 def test_a_class_that_does_not_occur_is_left_out_of_its_mean():
     for seed in range(2):
-        path = make_run("partial", seed, [0.5], dataset="phantom") / "metrics.jsonl"
+        path = make_run("partial", seed, dataset="phantom") / "metrics.jsonl"
         line = json.loads(path.read_text())
         line["iou"] |= {"myocardium": None, "left ventricle": None if seed else 0.25}
         path.write_text(json.dumps(line))
@@ -269,33 +240,42 @@ def test_an_evaluation_without_a_scored_class_counts_as_0():
     assert (row["last"], row["best"]) == ("0.0", "0.4")
 
 
-def test_unfinished_runs_are_named_and_in_no_mean():
-    make_run("partial", 0, [0.5, 0.6, 0.7, 0.8])
-    make_run("partial", 1, [0.1, 0.2], finished=False)
-    make_run("ours", 0, [0.3], finished=False)
+def test_a_section_has_the_shared_flags_the_commits_and_the_unfinished_runs():
+    make_run("partial", 0, [0.5, 0.6, 0.7, 0.8], versions={"commit": None})
+    make_run("partial", 1, [0.1, 0.2], finished=False, versions={"commit": "c" * 40 + "-dirty"})
+    make_run("ours_kernel3", 0, [0.3], finished=False, versions={"commit": "a" * 40})
+    make_run("ours_kernel3", 1, versions={"commit": "b" * 40})
     make_run("hung", 0, [], finished=False)
     page = report_of()
+    assert "\nAll runs: `--size 64 64 --epochs 50 --decay-epoch 12 --ngf 16 --ndf 16`\n" in page
+    commits = "hung unknown; partial unknown, ccccccc-dirty; ours_kernel3 aaaaaaa, bbbbbbb"
+    assert f"\nCommits: {commits}\n" in page
     names = "acdc_hung_0.1_s0 (epoch 0 of 50), acdc_partial_0.1_s1 (epoch 2 of 50), "
-    assert f"\nUnfinished, and in no mean: {names}acdc_ours_0.1_s0 (epoch 1 of 50)\n" in page
+    names += "acdc_ours_kernel3_0.1_s0 (epoch 1 of 50)"
+    assert f"\nUnfinished, and in no mean: {names}\n" in page
     rows = table_of(page, "### mIoU")
-    assert {name: row["10%"] for name, row in rows.items()} == {
-        "partial": "0.8000 (n = 1); paper 0.8418"
+    assert {name: (row["10%"], row["flags"]) for name, row in rows.items()} == {
+        "partial": ("0.8000 (n = 1); paper 0.8418", "`--method supervised`"),
+        "ours_kernel3": ("0.5000 (n = 1)", "`--method cyclegan --disc-kernel 3`"),
     }
+
+
+def test_scores_of_whole_volumes_are_over_the_seeds_that_have_them():
+    for seed, dice in enumerate([0.5, 0.7, None]):
+        results = results_of(make_run("partial", seed))
+        results.mkdir(parents=True)
+        mean = {"dice": dice, "hd95_mm": 12.0 + seed, "assd_mm": None}
+        volumes = {} if dice is None else {"volumes": {"all": {"mean": mean}}}
+        (results / "metrics.json").write_text(json.dumps({"epoch": 50} | volumes))
+    row = table_of(report_of(), "### Scores of whole volumes")["partial, 10%"]
+    assert row == {
+        "experiment": "partial, 10%", "n": "2", "Dice": "0.6000 ± 0.1414",
+        "HD95, mm": "12.50 ± 0.71", "ASSD, mm": "-",
+    }  # fmt: skip
+    assert rows_of_csv("reduced_volumes.csv")[0]["dice"] == "0.6"
 
 
 # Settings
-
-
-def test_flags_are_the_shared_ones_once_and_then_those_of_each_experiment():
-    make_run("partial", 0, [0.5])
-    make_run("ours_kernel3", 0, [0.5])
-    page = report_of()
-    assert "\nAll runs: `--size 64 64 --epochs 50 --decay-epoch 12 --ngf 16 --ndf 16`\n" in page
-    rows = table_of(page, "### mIoU")
-    assert {name: row["flags"] for name, row in rows.items()} == {
-        "partial": "`--method supervised`",
-        "ours_kernel3": "`--method cyclegan --disc-kernel 3`",
-    }
 
 
 @pytest.mark.parametrize("action", ["report", "keep"])
@@ -304,24 +284,20 @@ def test_flags_are_the_shared_ones_once_and_then_those_of_each_experiment():
     [
         ("ours", {"epochs": 3}, "--epochs is 3, expected 50"),
         ("partial", {"batch_size": 10}, "--batch-size is 10, expected 5"),
-        ("ours", {"lr": 0.5}, "--lr is 0.5, expected 0.0002"),
         ("ours", {"size": [32, 32]}, "--size is [32, 32], expected [64, 64]"),
-        ("ours", {"lambda4": 0.0}, "--lambda4 is 0.0, expected 1.0"),
         ("ours_kernel3", {"disc_kernel": 1}, "--disc-kernel is 1, expected 3"),
-        ("partial", {"label_unit": "exam"}, "--label-unit is exam, expected image"),
     ],
 )
 def test_runs_that_are_not_the_scales_are_refused(capsys, action, name, settings, words):
-    make_run("full", 0, [0.5])
-    make_run(name, 1, [0.5], **settings)
-    assert run(f"{action} --scale reduced --out out") == 2
-    expected = f"not runs of scale reduced: acdc_{name}_0.1_s1: {words}\n"
-    assert capsys.readouterr().err.endswith(expected)
+    make_run("full")
+    make_run(name, 1, **settings)
+    error = error_line(capsys, f"{action} --scale reduced --out out")
+    assert error.endswith(f"not runs of scale reduced: acdc_{name}_0.1_s1: {words}")
     assert not Path("out").exists()
 
 
 def test_a_committed_report_is_not_overwritten_by_other_runs():
-    make_run("ours", 0, [0.5], scale="smoke")
+    make_run("ours", scale="smoke")
     assert run("report --from checkpoints/smoke --scale exams") == 2
     folder = {path.name for path in Path("checkpoints/smoke").iterdir()}
     assert run("report --scale smoke") == run("keep --scale smoke") == 0
@@ -333,94 +309,69 @@ def test_a_committed_report_is_not_overwritten_by_other_runs():
     assert {path.name for path in Path("kept").iterdir()} == written
 
 
-def test_runs_of_another_dataset_share_what_neither_scale_nor_experiment_sets(capsys):
-    text = Path("tiny.toml").read_text()
-    for name, seed, text_of_seed in (
-        ("partial", 0, text),
-        ("ours", 0, text),
-        ("ours", 1, "lr = 0.5\n" + text),
-    ):
-        Path("tiny.toml").write_text(text_of_seed)
-        make_run(name, seed, [0.5], dataset="tiny.toml")
-    assert run("report --scale reduced --out out") == 2
-    words = "tiny_partial_0.1_s0 and tiny_ours_0.1_s1 differ in lr (0.0002, 0.5)"
-    assert words in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
-    ("first", "second", "key"),
+    ("other", "key"),
     [
-        ({}, {"changes": {"void": 3, "scored": [0, 1, 2]}}, "[dataset] scored"),
-        ({}, {"changes": {"ignore": 9}}, "[dataset] ignore"),
-        ({}, {"changes": {"orientation": "fixed"}}, "[dataset] orientation"),
-        ({}, {"hash": "other"}, "split.json's hash"),
+        ({"changes": {"void": 3, "scored": [0, 1, 2]}}, "[dataset] scored"),
+        ({"changes": {"ignore": 9}}, "[dataset] ignore"),
+        ({"changes": {"orientation": "fixed"}}, "[dataset] orientation"),
+        ({"digest": "other"}, "split.json's hash"),
+        ({"dataset": "tiny.toml", "lr": 0.5}, "lr"),
     ],
 )
-def test_runs_of_other_labels_are_not_in_one_table(capsys, first, second, key):
-    make_run("partial", 1, [0.5], **first)
-    make_run("ours", 1, [0.5], **second)
-    expected = f"acdc_partial_0.1_s1 and acdc_ours_0.1_s1 differ in {key} ("
-    assert run("report --scale reduced --out out") == 2
-    assert expected in capsys.readouterr().err
+def test_runs_share_labels_split_and_what_neither_scale_nor_experiment_sets(capsys, other, key):
+    dataset = other.get("dataset", "acdc")
+    make_run("partial", dataset=dataset)
+    make_run("ours", **other)
+    error = error_line(capsys, "report --scale reduced --out out")
+    name = dataset.removesuffix(".toml")
+    assert f"{name}_partial_0.1_s0 and {name}_ours_0.1_s0 differ in {key} (" in error
     assert not Path("out").exists()
 
 
 def test_a_run_with_flags_that_no_longer_exist_names_its_commit(capsys):
-    folder = make_run("ours", 0, [0.5], ema=0.5, cycle_input="softmax")
-    (folder / "manifest.json").write_text(json.dumps({"commit": "abc123"}))
-    assert run("report --scale reduced") == 2
-    words = "acdc_ours_0.1_s0: --cycle-input --ema no longer exist; read it with commit abc123\n"
-    assert capsys.readouterr().err.endswith(words)
+    make_run("ours", ema=0.5, cycle_input="softmax", versions={"commit": "abc123"})
+    error = error_line(capsys, "report --scale reduced")
+    words = "--cycle-input --ema no longer exist; read it with commit abc123"
+    assert error.endswith(f"acdc_ours_0.1_s0: {words}")
 
 
 def test_a_flag_that_a_run_is_older_than_has_its_default():
-    make_run("ours", 0, [0.5], pool_size=None)
-    make_run("ours", 1, [0.5])
-    assert runs.read_folder(Path("checkpoints/reduced/acdc_ours_0.1_s0")).settings["pool_size"] == 0
+    folder = make_run("ours", pool_size=None)
+    make_run("ours", 1)
+    assert read_folder(folder).settings["pool_size"] == 0
     report_of()
 
 
 def test_labels_by_exam_are_numbers_of_exams_and_not_beside_the_papers_numbers():
-    for name in "partial", "ours":
-        for ratio in 0.1, 0.04:
-            make_run(name, 0, [0.5], scale="exams", ratio=ratio)
-    make_run("full", 0, [0.5], scale="exams")
+    make_run("ours", scale="exams")
+    make_run("ours", scale="exams", ratio=0.04)
+    make_run("full", scale="exams")
     page = report_of("exams")
-    rows = table_of(page, "### mIoU")
-    assert list(rows["ours"]) == ["experiment", "3 exams", "8 exams", "100%", "flags"]
+    titles = list(table_of(page, "### mIoU")["ours"])
+    assert titles == ["experiment", "3 exams", "8 exams", "100%", "flags"]
     assert "paper 0" not in page
 
 
-def test_the_commits_of_each_experiment_are_listed():
-    for name, seed, commit in ("ours", 0, "a" * 40), ("ours", 1, "b" * 40), ("partial", 0, None), (
-        "partial", 1, "c" * 40 + "-dirty",
-    ):  # fmt: skip
-        path = make_run(name, seed, [0.5]) / "manifest.json"
-        path.write_text(json.dumps({"commit": commit}))
-    assert "\nCommits: partial unknown, ccccccc-dirty; ours aaaaaaa, bbbbbbb\n" in report_of()
-
-
 def test_folders_without_an_experiments_name_are_listed_and_left_out(capsys):
-    folder = make_run("ours", 0, [0.5])
+    folder = make_run("ours")
     folder.rename(folder.with_name("acdc_ours_0.3_s0"))
-    folder = make_run("ours", 1, [0.5])
-    config = folder / "config.toml"
-    config.write_text(config.read_text().replace("ratio = 0.1\n", ""))  # of a split file
-    make_run("mine", 0, [0.5], ema=0.5)
-    make_run("partial", 0, [0.5])
+    make_run("ours", 1, ratio=0.2)
+    config = Path("checkpoints/reduced/acdc_ours_0.2_s1/config.toml")
+    config.write_text(config.read_text().replace("ratio = 0.2\n", ""))  # of a split file
+    make_run("mine", ema=0.5)
+    make_run("partial")
     assert list(table_of(report_of(), "### mIoU")) == ["partial"]
-    names = "acdc_mine_0.1_s0; acdc_ours_0.1_s1; acdc_ours_0.3_s0"
+    names = "acdc_mine_0.1_s0; acdc_ours_0.2_s1; acdc_ours_0.3_s0"
     expected = f"left out, not named as runs of experiments: {names}\n"
     assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "split.json", "manifest.json", "config.toml"])
 def test_a_damaged_file_is_named(capsys, file):
-    path = make_run("ours", 0, [0.5]) / file
+    path = make_run("ours") / file
     path.write_text('{"epoch": 1, "st')
-    assert run("report --scale reduced --out out") == 2
-    err = capsys.readouterr().err
-    assert (err.count("\n"), str(path) in err) == (1, True)
+    assert str(path) in error_line(capsys, "report --scale reduced --out out")
 
 
 @pytest.mark.parametrize(
@@ -437,18 +388,14 @@ def test_a_damaged_file_is_named(capsys, file):
     ],
 )
 def test_a_wrong_command_is_one_error_line(capsys, line, named):
-    make_run("ours", 0, [0.5])
+    make_run("ours")
     assert run("keep --scale reduced --out .") == 0
     text = Path("reduced.jsonl").read_text()
     Path("other.jsonl").write_text(text)
     Path("torn.jsonl").write_text(text + '{"name": "ours"}\n')
     Path("twice.jsonl").write_text(2 * text)
     Image.new("L", (2, 2)).save("picture.png")
-    capsys.readouterr()
-    assert run(line) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
-    assert named in err
+    assert named in error_line(capsys, line)
     assert not list(Path("checkpoints").glob("[ps]*"))
 
 
@@ -463,7 +410,7 @@ def test_lines_of_a_figure_are_the_runs(monkeypatch):
         make_run("partial", seed, [0.1, 0.3])
         make_run("ours", seed, [0.1, 0.2][: 2 - seed], finished=seed == 0)
         make_run("ours", seed, [0.1, 0.2], ratio=0.2)
-    found, _ = runs.read_runs(Path("checkpoints/reduced"), "reduced")
+    found, _ = read_runs(Path("checkpoints/reduced"), "reduced")
     assert figures.draw_curves(found, Path()).endswith("shows Partial, the experiment, Full.")
     panels = {axes.get_title(): axes.lines for axes in drawn[0].axes if axes.lines}
     panel = {"0.6": 1, "tab:blue": 2, "tab:red": 2}
@@ -485,7 +432,7 @@ def test_the_chart_is_the_mean_score_of_each_method_by_labeled_exams(monkeypatch
     make_run("full", 0, [0.75], scale="exams")
     make_run("partial", 2, [0.9], scale="exams", finished=False)
     make_run("ours_augment", 0, [0.5], scale="exams")
-    found, _ = runs.read_runs(Path("checkpoints/exams"), "exams")
+    found, _ = read_runs(Path("checkpoints/exams"), "exams")
     assert figures.draw_labels(found, Path())
     figure, handles, _ = drawn[0]
     axes, augmented = figure.axes
@@ -503,32 +450,6 @@ def test_the_chart_is_the_mean_score_of_each_method_by_labeled_exams(monkeypatch
     assert figures.draw_labels([run for run in found if run.n_exams == 8], Path()) == ""
 
 
-def named_like(dataset: str, name: str) -> str:
-    """Another dataset's TOML under a name of its own."""
-    Path(f"{name}.toml").write_text((CONFIG / f"{dataset}.toml").read_text())
-    return f"{name}.toml"
-
-
-def test_a_dataset_has_its_figures():
-    for seed in range(2):
-        for name in "partial", "ours", "ours_kernel3":
-            make_run(name, seed, [0.1, 0.2 + seed / 10])
-    make_run("ours", 2, [0.1], finished=False)
-    make_run("partial", 0, [0.1, 0.3], dataset="phantom")
-    make_run("partial", 0, [0.1, 0.3], dataset=named_like("phantom", "phantom_2"))
-    page = report_of()
-    names = re.findall(r"!\[.*?\]\((.*?)\)", page)
-    assert names == [
-        "reduced_acdc_curves.png", "reduced_phantom_curves.png", "reduced_phantom_2_curves.png",
-    ]  # fmt: skip
-    before = {name: Path("out", name).read_bytes() for name in names}
-    for name in names:
-        with Image.open(Path("out", name)) as picture:
-            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
-    report_of()
-    assert {name: Path("out", name).read_bytes() for name in names} == before
-
-
 # Kept logs
 
 
@@ -537,18 +458,20 @@ def test_a_report_from_a_kept_log_is_the_same_bytes():
         make_run("partial", seed, [0.5, 0.6 + seed / 10])
         make_run("ours_argmax", seed, [0.5, 0.7 - seed / 10])
         make_run("meanteacher", seed, [0.4, 0.7], dataset="phantom")
-    report_of()
+    figures = re.findall(r"!\[.*?\]\((.*?)\)", report_of())
+    assert figures == ["reduced_acdc_curves.png", "reduced_phantom_curves.png"]
     assert run("keep --scale reduced --out kept") == 0
     assert run("report --from kept/reduced.jsonl --out again") == 0
+    tables = ["reduced.csv", "reduced_classes.csv", "reduced_differences.csv"]
     files = sorted(path.name for path in Path("out").iterdir())
+    assert files == sorted(["reduced.md", *tables, *figures])
     assert files == sorted(path.name for path in Path("again").iterdir())
-    assert len(files) == 1 + 3 + 2
     for name in files:
         assert Path("again", name).read_bytes() == Path("out", name).read_bytes(), name
 
 
 def test_a_kept_line_has_what_a_report_needs_and_no_path():
-    make_run("ours", 0, [0.5])
+    make_run("ours")
     results = Path("results/reduced/acdc_ours_0.1_s0")
     results.mkdir(parents=True)
     for epoch, volumes in {48: {}, 50: {"dice": 0.6}}.items():  # the test of an older checkpoint
@@ -568,21 +491,21 @@ def test_a_kept_line_has_what_a_report_needs_and_no_path():
 
 
 def test_keep_adds_finished_runs_and_replaces_those_that_it_has(capsys):
-    make_run("ours", 0, [0.5])
+    make_run("ours")
     assert run("keep --scale reduced --out kept") == 0
     Path("checkpoints").rename("first")
     make_run("ours", 0, [0.75])
-    make_run("partial", 0, [0.5])
+    make_run("partial")
     make_run("partial", 1, [], finished=False)
     assert run("keep --scale reduced --out kept") == 0
     lines = [json.loads(line) for line in Path("kept/reduced.jsonl").read_text().splitlines()]
     found = [(line["run"], line["evaluations"][0]["miou"]) for line in lines]
     assert found == [("acdc_partial_0.1_s0", 0.5), ("acdc_ours_0.1_s0", 0.75)]
     Path("checkpoints").rename("second")
-    make_run("partial", 0, [0.5], hash="other")
+    make_run("partial", digest="other")
     before = Path("kept/reduced.jsonl").read_bytes()
-    assert run("keep --scale reduced --out kept") == 2
-    assert "differ in split.json's hash" in capsys.readouterr().err
+    error = error_line(capsys, "keep --scale reduced --out kept")
+    assert "differ in split.json's hash" in error
     assert Path("kept/reduced.jsonl").read_bytes() == before
 
 
@@ -598,23 +521,3 @@ def test_the_committed_report_is_that_of_the_kept_log(log):
         assert path.read_bytes() == (RESULTS / path.name).read_bytes(), path.name
     for name in re.findall(r"!\[.*?\]\((.*?)\)", (RESULTS / f"{log.stem}.md").read_text()):
         assert (RESULTS / name).is_file(), name
-
-
-def test_scores_of_whole_volumes_are_over_the_seeds_that_have_them():
-    for seed, dice in enumerate([0.5, 0.7, None]):
-        folder = make_run("partial", seed, [0.5])
-        mean = {"dice": dice, "hd95_mm": 12.0 + seed, "assd_mm": None}
-        volumes = {} if dice is None else {"volumes": {"all": {"mean": mean}}}
-        epoch = json.loads((folder / "metrics.jsonl").read_text())["epoch"]
-        results = runs.results_of(folder)
-        results.mkdir(parents=True)
-        (results / "metrics.json").write_text(json.dumps({"epoch": epoch} | volumes))
-    row = table_of(report_of(), "### Scores of whole volumes")["partial, 10%"]
-    assert row == {
-        "experiment": "partial, 10%",
-        "n": "2",
-        "Dice": "0.6000 ± 0.1414",
-        "HD95, mm": "12.50 ± 0.71",
-        "ASSD, mm": "-",
-    }
-    assert rows_of_csv("reduced_volumes.csv")[0]["dice"] == "0.6"
