@@ -15,30 +15,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_tiny
+import runs
 
 import main
-from engine import program
 from engine.flags import parse_args
-from tools import experiments, runs
+from tools import experiments
+from tools.runs import read_folder
 
 TINY = "--size 16 16 --ngf 2 --ndf 2 --n-blocks 1 --epochs 2 --workers 0 --device cpu".split()
 TABLE_2 = {"ours", *(f"ours_without_{term}" for term in ("cycle_S", "cycle_I", "disc_S", "disc_I"))}
-
 ALL = set(experiments.EXPERIMENTS)
+WEIGHTS = {"lambda1": 1, "lambda2": 0.05, "lambda3": 1, "lambda4": 1, "lambda5": 1}
+PAPER = WEIGHTS | {"lr": 2e-4, "betas": [0.5, 0.999], "batch_size": 5, "precision": "fp32"}
 
-
-@pytest.fixture(autouse=True)
-def in_tmp(tmp_path, monkeypatch):
-    """A folder of its own, with tiny.toml: 24 phantoms, 20 of them to train on."""
-    monkeypatch.chdir(tmp_path)
-    make_tiny(20, 4)
+pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
 def run(line: str, *extra: str) -> int:
-    return program.execute(
-        experiments.experiments, [*line.split(), *(["--", *extra] if extra else [])]
-    )
+    words = [*line.split(), *(["--", *extra] if extra else [])]
+    return runs.run(*words, tool=experiments.experiments)
 
 
 def commands(capsys, line: str, *extra: str) -> dict[str, list[str]]:
@@ -73,70 +68,44 @@ def test_every_listed_command_is_understood(capsys, scale, dataset):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", {"epochs": 400, "ngf": 64, "ndf": 64, "lr": 2e-4, "size": [200, 200]}),
-        ("--scale reduced", {"epochs": 50, "ngf": 16, "ndf": 16, "lr": 2e-4, "size": [64, 64],
-                             "decay_epoch": 12, "precision": "fp32", "eval_every": 2}),
-        ("--scale exams", {"epochs": 30, "ngf": 16, "ndf": 16, "lr": 2e-4, "size": [64, 64],
-                           "decay_epoch": 7, "precision": "fp32", "eval_every": 2,
-                           "label_unit": "exam"}),
+        # scales
+        ("--dataset acdc --names ours partial",
+         PAPER | {"epochs": 400, "ngf": 64, "ndf": 64, "size": [200, 200]}),
+        ("--dataset acdc --names ours partial --scale reduced",
+         PAPER | {"epochs": 50, "ngf": 16, "ndf": 16, "size": [64, 64], "decay_epoch": 12}),
+        ("--dataset acdc --names ours partial --scale exams",
+         PAPER | {"epochs": 30, "ngf": 16, "ndf": 16, "size": [64, 64], "decay_epoch": 7,
+                  "label_unit": "exam"}),
+        ("--dataset camvid.toml --names ours --scale reduced",
+         PAPER | {"epochs": 150, "size": [72, 96], "eval_every": 5}),
+        ("--dataset phantom --names ours --scale reduced", WEIGHTS),
+        ("--dataset phantom --names ours_without_disc_S --scale reduced", WEIGHTS | {"lambda4": 0}),
+        # experiments
+        ("--names full", {"method": "supervised", "ratio": 1}),
+        ("--names partial", {"method": "supervised"}),
+        ("--names hung", {"method": "advsemi"}),
+        ("--names ours", {"method": "cyclegan", "disc_kernel": 1, "disc_norm": "batch"}),
+        ("--names ours_without_gen_I", WEIGHTS | {"lambda1": 0}),
+        ("--names ours_without_cycle_S", WEIGHTS | {"lambda2": 0}),
+        ("--names ours_without_cycle_I", WEIGHTS | {"lambda3": 0}),
+        ("--names ours_without_disc_S", WEIGHTS | {"lambda4": 0}),
+        ("--names ours_without_disc_I", WEIGHTS | {"lambda5": 0}),
+        ("--names ours_kernel3", {"disc_kernel": 3, "disc_norm": "batch"}),
+        ("--names ours_argmax", {"disc_input": "argmax"}),
+        ("--names ours_instance", {"disc_norm": "instance", "disc_kernel": 1}),
+        ("--names ours_instance_kernel3", {"disc_norm": "instance", "disc_kernel": 3}),
+        ("--names ours_sum", {"reduction": "sum", "augment": False}),
+        ("--names ours_sum_augment", {"reduction": "sum", "augment": True}),
+        ("--names meanteacher_labeled", {"method": "meanteacher", "cutmix_on": "labeled"}),
+        ("--names meanteacher", {"method": "meanteacher", "cutmix_on": "both"}),
     ],
 )  # fmt: skip
-def test_a_scale_is_the_papers_method_at_a_size(capsys, line, expected):
-    for name, flags in commands(capsys, f"{line} --dataset acdc --names ours partial").items():
+def test_a_scale_and_an_experiment_are_their_flags(capsys, line, expected):
+    Path("camvid.toml").write_text(f"lr = 1e-3\nepochs = 12\n{Path('tiny.toml').read_text()}")
+    dataset = "" if "--dataset" in line else "--dataset acdc --ratios 0.1"
+    for flags in commands(capsys, f"{dataset} {line}").values():
         args = parse_args(flags)
         assert {key: getattr(args, key) for key in expected} == expected
-        weights = [getattr(args, f"lambda{k}") for k in range(1, 6)]
-        assert (weights, args.betas, args.batch_size) == ([1, 0.05, 1, 1, 1], [0.5, 0.999], 5), name
-
-
-def test_reduced_camvid_overrides_what_its_toml_sets(capsys):
-    text = Path("tiny.toml").read_text()
-    Path("camvid.toml").write_text(f"lr = 1e-3\nepochs = 12\n{text}")
-    (flags,) = commands(capsys, "--scale reduced --dataset camvid.toml --names ours").values()
-    args = parse_args(flags)
-    assert (args.size, args.epochs, args.lr, args.eval_every) == ([72, 96], 150, 2e-4, 5)
-
-
-def test_phantoms_have_the_papers_weights(capsys):
-    line = "--scale reduced --dataset phantom --ratios 0.1 --names ours ours_without_disc_S"
-    weights = {}
-    for name, flags in commands(capsys, line).items():
-        args = parse_args(flags)
-        weights[name] = [getattr(args, f"lambda{k}") for k in range(1, 6)]
-    assert weights == {
-        "phantom_ours_0.1_s0": [1, 0.05, 1, 1, 1],
-        "phantom_ours_without_disc_S_0.1_s0": [1, 0.05, 1, 0, 1],
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("full", {"method": "supervised", "ratio": 1}),
-        ("partial", {"method": "supervised"}),
-        ("hung", {"method": "advsemi"}),
-        ("ours", {"method": "cyclegan", "disc_kernel": 1, "disc_norm": "batch"}),
-        ("ours_without_gen_I", {"lambda1": 0}),
-        ("ours_without_cycle_S", {"lambda2": 0}),
-        ("ours_without_cycle_I", {"lambda3": 0}),
-        ("ours_without_disc_S", {"lambda4": 0}),
-        ("ours_without_disc_I", {"lambda5": 0}),
-        ("ours_kernel3", {"disc_kernel": 3, "disc_norm": "batch"}),
-        ("ours_argmax", {"disc_input": "argmax"}),
-        ("ours_instance", {"disc_norm": "instance", "disc_kernel": 1}),
-        ("ours_instance_kernel3", {"disc_norm": "instance", "disc_kernel": 3}),
-        ("ours_sum", {"reduction": "sum", "augment": False}),
-        ("ours_sum_augment", {"reduction": "sum", "augment": True}),
-        ("meanteacher_labeled", {"method": "meanteacher", "cutmix_on": "labeled"}),
-        ("meanteacher", {"method": "meanteacher", "cutmix_on": "both"}),
-    ],
-)
-def test_an_experiment_is_its_flags(capsys, name, expected):
-    (flags,) = commands(capsys, f"--dataset acdc --ratios 0.1 --names {name}").values()
-    args = parse_args(flags)
-    assert {key: getattr(args, key) for key in expected} == expected
-    if name.startswith("ours_without"):
-        assert [getattr(args, f"lambda{k}") for k in range(1, 6)].count(0) == 1
 
 
 @pytest.mark.parametrize(
@@ -217,10 +186,7 @@ def test_runs_are_ordered_seed_by_seed(capsys):
 def test_a_wrong_command_is_one_error_line(capsys, monkeypatch, line, named):
     monkeypatch.setattr(experiments, "run_all", None)
     Path("wrong.toml").write_text("epocs = 3\n" + Path("tiny.toml").read_text())
-    assert run(line) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n"), err[:7]) == ("", 1, "error: ")
-    assert named in err
+    assert named in runs.error_line(capsys, *line.split(), tool=experiments.experiments)
 
 
 # Running
@@ -239,52 +205,42 @@ class InProcess:
         return self.returncode
 
 
-def test_a_failed_run_is_named_and_finished_ones_are_left_alone(capsys, monkeypatch):
+@pytest.fixture
+def in_process(monkeypatch):
+    """Runs take place in this process, one after the other."""
     popen = SimpleNamespace(Popen=InProcess, STDOUT=None, DEVNULL=None)
     monkeypatch.setattr(experiments, "subprocess", popen)
-    line = "run --scale smoke --dataset tiny.toml --names partial --ratios 0.01 0.5"
-    good, bad, folder = "tiny_partial_0.5_s0", "tiny_partial_0.01_s0", Path("checkpoints/smoke")
-    assert run(line, *TINY) == 1
+
+
+def test_failures_are_named_and_what_is_finished_is_left_alone(capsys, in_process):
+    line = "run --scale smoke --dataset tiny.toml --names partial --ratios"
+    bad, good, untested = (f"tiny_partial_{ratio}_s0" for ratio in (0.01, 0.5, 0.6))
+    folder, results = Path("checkpoints/smoke"), Path("results/smoke")
+    results.mkdir(parents=True)
+    (results / untested).touch()  # not a folder
+    assert run(f"{line} 0.01 0.5 0.6", *TINY) == 1
     out = capsys.readouterr().out
     last = json.loads((folder / good / "metrics.jsonl").read_text().splitlines()[-1])
     assert re.search(rf"^start {good}: python .*main.py --training .* --name {good}$", out, re.M)
     pattern = rf"^end   {good}: finished in 0:\d\d:\d\d, mIoU {last['miou']:.4f}, best 0\."
     assert re.search(pattern, out, re.M)
     assert re.search(rf"^end   {good}: tested in 0:", out, re.M)
-    metrics = json.loads(Path(f"results/smoke/{good}/metrics.json").read_text())
+    metrics = json.loads((results / good / "metrics.json").read_text())
     assert (metrics["epoch"], metrics["miou"]) == (2, pytest.approx(last["miou"]))
     assert metrics["checkpoint"] == f"checkpoints/smoke/{good}/last.pt"
-    failure = out.splitlines()[-1]
-    assert failure.startswith(f"failed: {bad}: exit code 2 after 0:00:")
-    assert f"see {folder / bad}.log" in failure
-    assert out.count("failed:") == 1
+    of_run, of_test = out.splitlines()[-2:]
+    assert of_run.startswith(f"failed: {bad}: exit code 2 after 0:00:")
+    assert f"see {folder / bad}.log" in of_run
+    assert of_test.startswith(f"failed: {untested}: test: exit code 2 after 0:")
+    assert out.count("failed:") == 2
 
     before = {path: path.read_bytes() for path in (folder / good).iterdir()}
-    assert run(line.replace("0.01 ", ""), *TINY) == 0
+    (results / untested).unlink()
+    assert run(f"{line} 0.5 0.6", *TINY) == 0
     out = capsys.readouterr().out
     assert f"end   {good}: was finished, mIoU {last['miou']:.4f}" in out
-    assert "tested" not in out
+    assert re.findall("end   (.*): tested", out) == [untested]
     assert {path: path.read_bytes() for path in before} == before
-
-
-def test_a_failed_test_leaves_the_run_and_the_others_as_they_are(capsys, monkeypatch):
-    popen = SimpleNamespace(Popen=InProcess, STDOUT=None, DEVNULL=None)
-    monkeypatch.setattr(experiments, "subprocess", popen)
-    first, second = "tiny_partial_0.5_s0", "tiny_partial_0.6_s0"
-    Path("results/smoke").mkdir(parents=True)
-    Path("results/smoke", first).touch()  # not a folder
-    line = "run --scale smoke --dataset tiny.toml --names partial --ratios 0.5 0.6"
-    assert run(line, *TINY) == 1
-    out = capsys.readouterr().out
-    (failure,) = [text for text in out.splitlines() if text.startswith("failed: ")]
-    assert failure.startswith(f"failed: {first}: test: exit code 2 after 0:")
-    assert f"end   {second}: tested in 0:" in out
-    assert runs.read_folder(Path("checkpoints/smoke", first)).finished
-    Path("results/smoke", first).unlink()
-    assert run(line, *TINY) == 0  # tests what was not tested
-    out = capsys.readouterr().out
-    assert [text for text in out.splitlines() if " tested " in text][0].startswith(f"end   {first}")
-    assert out.count(" tested ") == 1
 
 
 def test_a_test_runs_on_the_machine_of_its_training(capsys):
@@ -316,10 +272,10 @@ def test_the_same_command_resumes_an_interrupted_run(capsys):
     signal_when(folder / "metrics.jsonl")
     assert run(line, *TINY, "--epochs", "40") == 128 + signal.SIGTERM
     assert f"end   {folder.name}: exit code 143 after 0:" in capsys.readouterr().out
-    assert 0 < runs.read_folder(folder).epoch < 40
+    assert 0 < read_folder(folder).epoch < 40
     assert run(line, *TINY, "--epochs", "40") == 0
     assert f"end   {folder.name}: finished in " in capsys.readouterr().out
-    assert runs.read_folder(folder).finished
+    assert read_folder(folder).finished
     log = folder.with_name(f"{folder.name}.log").read_text()
     assert 0 <= log.index("SIGTERM") < log.index("resuming at epoch ")
 
