@@ -10,13 +10,12 @@ import pytest
 import torch
 from conftest import make_tiny
 from PIL import Image
+from runs import error_line, run
 
 import data_utils
-import main
 from datasets.cache import decode
 from datasets.layouts import index
-from datasets.spec import load_spec
-from engine import program
+from datasets.spec import DatasetSpec, load_spec
 from engine.pictures import shades
 from model import METHODS
 
@@ -24,36 +23,25 @@ pytest.importorskip("matplotlib")
 from tools import figures
 
 SMALL = "--dataset tiny.toml --ngf 4 --ndf 2 --n-blocks 1 --workers 0 --device cpu".split()
+SMALL += "--size 16 20 --ratio 0.5".split()
 A, B, FULL, LARGE, SEED = (f"checkpoints/{name}" for name in ("a", "b", "full", "large", "seed"))
+RUNS = "a", "b", "full"
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def five_runs(tmp_path_factory):
     """Runs with the same 6 validation phantoms; `seed` has others, `large` another size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("runs"))
         make_tiny(12, 6)
-        partial = ["--method", "supervised", "--epochs", "2"]
         for flags in (
-            [
-                "--name",
-                "a",
-                "--ratio",
-                "0.5",
-                "--epochs",
-                "3",
-                "--size",
-                "16",
-                "20",
-                "--normalization",
-                "half",
-            ],
-            ["--name", "b", "--ratio", "0.5", "--size", "16", "20", *partial],
-            ["--name", "full", "--ratio", "1", "--size", "16", "20", *partial],
-            ["--name", "large", "--ratio", "0.5", "--size", "20", "20", *partial],
-            ["--name", "seed", "--ratio", "0.5", "--size", "16", "20", "--seed", "1", *partial],
+            "--name a --epochs 3 --normalization half",
+            "--name b --method supervised --epochs 2",
+            "--name full --method supervised --epochs 2 --ratio 1",
+            "--name large --method supervised --epochs 2 --size 20 20",
+            "--name seed --method supervised --epochs 2 --seed 1",
         ):
-            assert main.main(["--training", *SMALL, *flags]) == 0
+            assert run("--training", *SMALL, *flags.split()) == 0
         yield
 
 
@@ -66,21 +54,24 @@ def drawn(monkeypatch):
     return seen
 
 
-def run(*words: str) -> int:
-    return program.execute(figures.figures, list(words))
-
-
-def error_of(capsys, *words: str) -> str:
-    """The one error line of a command that must end with exit code 2."""
-    capsys.readouterr()
-    assert run(*words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
+def rows(*words: str) -> int:
+    return run("rows", *words, tool=figures.figures)
 
 
 def validation(run: str) -> list[str]:
     return json.loads(Path(run, "split.json").read_text())["val"]
+
+
+def decoded() -> tuple[DatasetSpec, dict[str, tuple]]:
+    """tiny.toml, and its images and masks by id at the networks' size."""
+    spec = load_spec("tiny.toml")
+    samples = index(spec, Path("none"))
+    return spec, {sample.id: decode(sample, spec, (16, 20)) for sample in samples}
+
+
+def shown_ids(capsys) -> list[str]:
+    """The ids that the tool has printed."""
+    return re.search("bottom: (.*)\n", capsys.readouterr().out)[1].split(", ")
 
 
 def panels(figure, path: str) -> list[np.ndarray]:
@@ -95,96 +86,66 @@ def panels(figure, path: str) -> list[np.ndarray]:
     return found
 
 
-def test_rows_show_images_truths_and_the_masks_that_testing_writes(runs, drawn, capsys):
+def test_rows_show_images_truths_and_the_masks_that_testing_writes(five_runs, drawn, capsys):
     ids = [validation(A)[4], validation(A)[1]]
-    assert run("rows", A, f"{B}/last.pt", FULL, "--out", "new/rows.png", "--ids", *ids) == 0
+    assert rows(A, f"{B}/last.pt", FULL, "--out", "new/rows.png", "--ids", *ids) == 0
     assert f"tiny, from top to bottom: {ids[0]}, {ids[1]}\n" in capsys.readouterr().out
-    (figure,) = drawn
-    assert [axes.get_title() for axes in figure.axes[:5]] == [
-        "Image",
-        "Ground truth",
-        "Ours",
-        "Partial",
-        "Full",
-    ]
-    shown = panels(figure, "new/rows.png")
-    assert len(shown) == 2 * 5
-
-    spec, shapes = load_spec("tiny.toml"), set()
-    samples = {sample.id: sample for sample in index(spec, Path("none"))}
-    for row, name in enumerate(ids):
-        image, truth = decode(samples[name], spec, (16, 20))
-        palette = np.array(spec.palette, np.uint8)
-        gray = (255 * shades(image)).round().byte().permute(1, 2, 0).numpy()
-        expected = [gray, palette[truth.numpy()]]
-        for checkpoint in f"{A}/best.pt", f"{B}/last.pt", f"{FULL}/best.pt":
-            assert main.main(["--testing", "--checkpoint", checkpoint]) == 0
-            mask = np.array(
-                Image.open(Path("results") / Path(checkpoint).parent.name / "masks" / f"{name}.png")
-            )
-            shapes.add(mask.tobytes())
-            expected.append(palette[mask])
-        for column in range(5):
-            assert (shown[5 * row + column] == expected[column]).all(), (row, column)
-    assert len(shapes) == 6  # else a wrong column would not show
+    titles = [axes.get_title() for axes in drawn[0].axes[:5]]
+    assert titles == ["Image", "Ground truth", "Ours", "Partial", "Full"]
+    spec, samples = decoded()
+    palette, expected = np.array(spec.palette, np.uint8), []
+    for checkpoint in f"{A}/best.pt", f"{B}/last.pt", f"{FULL}/best.pt":
+        assert run("--testing", "--checkpoint", checkpoint) == 0
+    for name in ids:
+        image, truth = samples[name]
+        masks = [np.array(Image.open(f"results/{folder}/masks/{name}.png")) for folder in RUNS]
+        expected.append((255 * shades(image)).round().byte().permute(1, 2, 0).numpy())
+        expected += [palette[mask] for mask in (truth.numpy(), *masks)]
+    assert np.array_equal(panels(drawn[0], "new/rows.png"), expected)
+    assert len({picture.tobytes() for picture in expected}) == 10  # else a wrong one may not show
 
 
 def test_by_default_images_of_many_classes_are_shown_and_nothing_else_is_predicted(
-    runs, drawn, capsys, monkeypatch
+    five_runs, drawn, capsys, monkeypatch
 ):
     segment, predicted = METHODS["supervised"].segment, []
-    monkeypatch.setattr(
-        METHODS["supervised"],
-        "segment",
-        lambda s, x: predicted.append(len(x)) or segment(s, x),
-    )
-    assert run("rows", B, "--out", "rows.png", "--n", "2") == 0
-    chosen = re.search("bottom: (.*)\n", capsys.readouterr().out)[1].split(", ")
-    assert sum(predicted) == len(chosen) == 2
+
+    def recorded(model, x):
+        predicted.extend(x)
+        return segment(model, x)
+
+    monkeypatch.setattr(METHODS["supervised"], "segment", recorded)
+    assert rows(B, "--out", "rows.png", "--n", "2") == 0
+    chosen = shown_ids(capsys)
+    assert len(predicted) == len(chosen) == 2
     assert len(drawn[0].axes) == 2 * 3
-    spec = load_spec("tiny.toml")
-    samples = {sample.id: sample for sample in index(spec, Path("none"))}
-    variety = {
-        name: len(decode(samples[name], spec, (16, 20))[1].unique()) for name in validation(B)
-    }
+    _, samples = decoded()
+    variety = {name: len(samples[name][1].unique()) for name in validation(B)}
     assert min(variety[name] for name in chosen) >= sorted(variety.values())[-2]
-    assert run("rows", B, "--out", "rows.png", "--n", "99") == 0
-    assert len(drawn[1].axes) == 6 * 3
 
 
-def test_each_network_sees_the_images_as_it_was_trained(runs, monkeypatch):
+def test_each_network_sees_the_images_as_it_was_trained(five_runs, monkeypatch):
     seen, normalize = [], data_utils.normalize
-    monkeypatch.setattr(
-        data_utils, "normalize", lambda x, kind: seen.append(kind) or normalize(x, kind)
-    )
-    assert run("rows", B, A, FULL, "--out", "rows.png") == 0
+
+    def recorded(x, normalization):
+        seen.append(normalization)
+        return normalize(x, normalization)
+
+    monkeypatch.setattr(data_utils, "normalize", recorded)
+    assert rows(B, A, FULL, "--out", "rows.png") == 0
     assert seen == ["range", "half", "range"]
 
 
-def test_the_legend_has_the_classes_that_are_shown_in_their_colours():
-    spec = load_spec("phantom")
-    masks = [
-        torch.tensor([[[0, 3], [0, 255]]], dtype=torch.uint8),
-        torch.tensor([[[0, 2], [0, 0]]]),
-    ]
-    figure = figures.draw_rows([torch.zeros(1, 2, 2, dtype=torch.uint8)], ["y", "run"], masks, spec)
+def test_the_legend_has_the_classes_that_are_shown_in_their_colors():
+    truth = torch.tensor([[[0, 3], [0, 255]]], dtype=torch.uint8)
+    masks, image = [truth, torch.tensor([[[0, 2], [0, 0]]])], torch.zeros(1, 2, 2)
+    figure = figures.draw_rows([image], ["y", "run"], masks, load_spec("phantom"))
     (legend,) = figure.legends
     names = [text.get_text().strip() for text in legend.get_texts()]
     assert names == ["background", "myocardium", "left ventricle", "ignored"]
-    colours = [
-        [round(255 * v) for v in patch.get_facecolor()[:3]] for patch in legend.get_patches()
-    ]
-    assert colours == [[0, 0, 0], [240, 200, 80], [200, 60, 60], [224, 224, 192]]
-
-
-def test_deep_images_are_shown_from_their_darkest_to_their_brightest_value():
-    image = torch.tensor([[[100.0, 300.0], [200.0, 100.0]]]).repeat(1, 50, 50)
-    masks = [torch.zeros(2, 100, 100, dtype=torch.uint8)]
-    flat = torch.full((1, 100, 100), 7.0)
-    figure = figures.draw_rows([image, flat], ["y"], masks, load_spec("phantom"))
-    shown = figure.axes[0].images[0].get_array()[:2, :2, 0]
-    assert shown.tolist() == [[0, 255], [128, 0]]
-    assert figure.axes[2].images[0].get_array().max() == 0
+    colors = [(255 * np.array(patch.get_facecolor()[:3])).round() for patch in legend.get_patches()]
+    expected = [[0, 0, 0], [240, 200, 80], [200, 60, 60], [224, 224, 192]]
+    assert np.array_equal(colors, expected)
 
 
 @pytest.mark.parametrize("dataset", ["voc", "cityscapes"])
@@ -205,66 +166,56 @@ def test_text_overlaps_nothing(dataset):
 
 
 @pytest.mark.parametrize(
-    ("runs_", "titles"),
+    ("runs", "titles"),
     [
-        (
-            ["a supervised 0.2", "b cyclegan 0.2", "c advsemi 0.2", "d supervised 1"],
-            "Partial|Ours|Hung et al.|Full",
-        ),
-        (["a cyclegan 0.2", "b cyclegan 0.125"], "Ours, 20%|Ours, 12.5%"),
-        (["a cyclegan 0.2", "b cyclegan 0.2"], "a|b"),
-        (["a cyclegan 0.2", "a cyclegan 0.2"], "a/best.pt|a/best.pt"),
+        ("a supervised 0.2|b cyclegan 0.2|c advsemi 0.2|d supervised 1",
+         "Partial|Ours|Hung et al.|Full"),
+        ("a cyclegan 0.2|b cyclegan 0.125", "Ours, 20%|Ours, 12.5%"),
+        ("a cyclegan 0.2|b cyclegan 0.2", "a|b"),
+        ("a cyclegan 0.2|a cyclegan 0.2", "a/best.pt|a/best.pt"),
     ],
-)
-def test_titles_are_table_1s_as_far_as_they_tell_the_runs_apart(runs_, titles):
+)  # fmt: skip
+def test_titles_are_table_1s_as_far_as_they_tell_the_runs_apart(runs, titles):
     named = []
-    for text in runs_:
+    for text in runs.split("|"):
         folder, method, ratio = text.split()
-        named.append(
-            SimpleNamespace(
-                path=Path(folder, "best.pt"),
-                args=SimpleNamespace(method=method, ratio=float(ratio)),
-            )
-        )
+        args = SimpleNamespace(method=method, ratio=float(ratio))
+        named.append(SimpleNamespace(path=Path(folder, "best.pt"), args=args))
     assert figures.titles_of(named) == titles.split("|")
 
 
-def test_only_images_that_every_run_validates_on_are_shown(runs, capsys):
+def test_only_images_that_every_run_validates_on_are_shown(five_runs, capsys):
     common = {*validation(A)} & {*validation(SEED)}
     others = [name for name in validation(A) if name not in common]
     assert common
     assert others
-    assert run("rows", A, SEED, "--out", "rows.png", "--n", "99") == 0
-    assert {*re.search("bottom: (.*)\n", capsys.readouterr().out)[1].split(", ")} == common
-    error = error_of(capsys, "rows", A, SEED, "--out", "rows.png", "--ids", others[0])
+    assert rows(A, SEED, "--out", "rows.png", "--n", "99") == 0
+    assert {*shown_ids(capsys)} == common
+    words = ["rows", A, SEED, "--out", "rows.png", "--ids", others[0]]
+    error = error_line(capsys, *words, tool=figures.figures)
     assert f"--ids {others[0]}: not among the {len(common)} images" in error
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (
-            f"rows {A} {LARGE}",
-            "large/best.pt (tiny at 20x20) cannot be in one figure: they differ in size",
-        ),
-        (
-            f"rows {A} checkpoints/other.pt",
-            "(other at 16x20) cannot be in one figure: they differ in name, palette",
-        ),
+        (f"rows {A} {LARGE}", "large/best.pt (tiny at 20x20) cannot be in one figure: they differ "
+         "in size"),
+        (f"rows {A} checkpoints/other.pt", "(other at 16x20) cannot be in one figure: they differ "
+         "in name, palette"),
         (f"rows {A} --ids phantom_9999", "--ids phantom_9999"),
         (f"rows {A} {B} --titles one", "--titles: 1 for 2 runs"),
         (f"rows {A} --n 0", "--n"),
         (f"rows {A} --out x.gif", "--out x.gif"),
         (f"rows {A} --device tpu9", "--device tpu9"),
         ("rows nothere", "checkpoint nothere: no such file"),
-        (f"curves {A}", "curves"),
         (f"heatmap {A}", "heatmap"),
     ],
-)
-def test_a_wrong_command_is_one_error_line(runs, capsys, words, named):
+)  # fmt: skip
+def test_a_wrong_command_is_one_error_line(five_runs, capsys, words, named):
     state = torch.load(f"{A}/best.pt")
     state["dataset"] |= {"name": "other", "palette": [[9, 9, 9]] * 4}
     torch.save(state, "checkpoints/other.pt")
-    words = words.split()
-    assert named in error_of(capsys, *words, *([] if "--out" in words else ["--out", "x.png"]))
+    words = [words.split()[0], "--out", "x.png", *words.split()[1:]]
+    assert named in error_line(capsys, *words, tool=figures.figures)
     assert not Path("x.png").exists()
