@@ -13,7 +13,7 @@ from pathlib import Path
 
 import utils
 from datasets.spec import DatasetSpec, make_spec
-from datasets.splits import Split, rule_of
+from datasets.splits import Split
 from engine import checkpoint
 from engine.flags import Flags
 from utils import InputError
@@ -41,7 +41,7 @@ class RunFolder:
             return None
         best = progress["best"]
         result = f"best mIoU {best['miou']:.4f} at epoch {best['epoch']}"
-        return f"{self.path} is finished after {epochs} epochs: {result}"
+        return f"{self.path} is finished after {utils.counted(epochs, 'epoch')}: {result}"
 
     def begin(self, args: Flags, spec: DatasetSpec, split: Split) -> None:
         """Write a new run's config.toml and split.json; --overwrite deletes the old run first."""
@@ -132,9 +132,10 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
     if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
         reason = "a run cannot resume from it; --overwrite starts over"
         raise InputError(f"checkpoint {path}: {reason}")
-    before, now = dict(state["settings"]), dict(args.settings)
+    old = Flags({}, [state["settings"]])  # adds the defaults of flags that the run is older than
     old_spec = make_spec(state["dataset"], f"checkpoint {path}")  # adds keys it does not have
-    if args.rule.same_kind(rule_of(before)):
+    before, now = old.settings, args.settings
+    if args.rule.same_kind(old.rule):
         del now["split"]  # of two files, the split's hash decides
     for settings, described in (before, old_spec), (now, spec):
         settings |= {f"[dataset] {key}": value for key, value in asdict(described).items()}

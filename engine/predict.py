@@ -201,7 +201,8 @@ def predict(trained: Trained) -> int:
         utils.write_atomically(folder / "volumes.csv", contents.csv())
         print(contents.lines())
     epoch = trained.state["epoch"]
-    print(f"{n_written} masks by {trained.path} (epoch {epoch}) are in {folder / 'masks'}")
+    masks = utils.counted(n_written, "mask")
+    print(f"{masks} by {trained.path} (epoch {epoch}): {folder / 'masks'}")
     print_values(spec)
     if unreadable:
         raise TrainingError(f"unreadable files: {utils.first_ten(unreadable)}")

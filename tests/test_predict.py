@@ -298,7 +298,7 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
     skipped = sorted(line for line in lines if line.startswith("skipped "))
     for line, name in zip(skipped, ("broken.png", "film.nii", "notes.txt"), strict=True):
         assert name in line
-    assert f"6 masks by {trained} (epoch 1) are in {MASKS}" in lines
+    assert f"6 masks by {trained} (epoch 1): {MASKS}" in lines
     for name in pictures:
         place = Path("deep er", name).with_suffix(".png")
         size = Image.open(mine / name).size

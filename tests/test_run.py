@@ -362,11 +362,12 @@ def test_a_description_of_the_data_that_differs_is_an_error_that_names_it(capsys
     assert "([dataset] scored was (0, 1, 2, 3), is (1, 2, 3))" in error
 
 
-def test_a_run_from_before_a_key_of_the_description_has_its_default(capsys, trained):
+def test_a_run_from_before_a_flag_or_a_key_of_the_description_has_its_default(capsys, trained):
     def make_older(state):
         assert state["dataset"].pop("orientation") == "any"
         state["dataset"]["any_orientation"] = True  # its name before --augment
         del state["settings"]["augment"], state["settings"]["reduction"]
+        del state["settings"]["pool_size"], state["settings"]["labeled"]
         assert state["dataset"].pop("group") is None
 
     edit_checkpoint(trained.with_name("last.pt"), make_older)

@@ -30,7 +30,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 import utils
-from arch.generators import MIN_SIZE
+from arch.generators import MIN_SIZE, ResNetGenerator
 from data_utils import normalize
 from engine import program
 from engine.flags import Flags, Parser
@@ -100,6 +100,9 @@ def export(argv: list[str]) -> int:
     model, spec, normalization = trained.model, trained.spec, trained.args.normalization
     model.bf16 = False  # the exported network computes in float32
     network = model.evaluated
+    if not isinstance(network, ResNetGenerator):
+        found = f"its network is a {type(network).__name__}"
+        raise utils.InputError(f"{trained.path}: {found}; only a ResNetGenerator can be exported")
     usual = "float32" if spec.layout == "acdc" else "uint8"
     known = trained.state.get("image_dtype", usual)  # older checkpoints do not say
     trained_on = "float32" if known == "float32" else "uint8"

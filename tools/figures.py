@@ -46,15 +46,20 @@ from utils import InputError
 
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
 LINE, LETTER = 0.175, 0.085  # inches: height of a line of text, width of a wide letter
-TITLES = {"advsemi": "Hung et al.", "cyclegan": "Ours", "meanteacher": "Mean teacher"}
+TITLES = {
+    "supervised": "Partial",
+    "advsemi": "Hung et al.",
+    "cyclegan": "Ours",
+    "meanteacher": "Mean teacher",
+}
 
 
 def titles_of(runs: list[Trained]) -> list[str]:
     """Distinct names for the runs: Table 1's, or with the ratio, or the folder's, or the path."""
     names = []
     for run in runs:
-        supervised = "Full" if run.args.ratio == 1 else "Partial"
-        names.append(TITLES.get(run.args.method, supervised))
+        is_full = run.args.method == "supervised" and run.args.ratio == 1
+        names.append("Full" if is_full else TITLES.get(run.args.method, run.args.method))
     ratios = [run.args.ratio or 0 for run in runs]
     shares = [f"{name}, {100 * ratio:g}%" for name, ratio in zip(names, ratios, strict=True)]
     folders = [run.path.resolve().parent.name for run in runs]
