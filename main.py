@@ -2,16 +2,15 @@
 
 python main.py --training | --testing | --predict PATH...
 
-A TOML is a command line written down: parser defaults (the paper's) < config/<dataset>.toml <
---config FILE < command line.
+Flags also come from TOML files: the parser's defaults (the paper's), config/<dataset>.toml,
+--config FILE, the command line. Later ones override earlier ones.
 """
 
-if __name__ == "__main__":  # before the slow imports, so that a signal during them is heard
+if __name__ == "__main__":  # importing torch takes seconds; a signal during them is heard
     from engine import signals
 
     signals.install()
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from engine import predict, program, trained
 from engine.flags import Flags, parse_args
 from engine.folder import open_folder
 from engine.run import Run
-from engine.signals import stop
 from engine.train import evaluate, train_one_epoch
 from model import METHODS, Method, distribute, move
 from utils import InputError
@@ -43,7 +41,8 @@ def train(args: Flags) -> int:
             print(message)
             return 0
         describe(args, spec, data, device, folder.path)
-        with Run(args, spec, data, model, folder) as run:
+        check_masks(spec, data)
+        with Run(args, spec, data, model, folder) as run:  # loads last.pt if there is one
             distribute_and_compile(model, args, device)
             options = args.batch_size, device, args.workers, args.normalization
             orientation = spec.orientation if args.augment else None
@@ -51,8 +50,7 @@ def train(args: Flags) -> int:
             val_batches = Batches(data.val, *options)
             while not run.ended:
                 if run.evaluation_due:
-                    images = itertools.takewhile(lambda _: not stop.signum, val_batches)
-                    run.record(evaluate(model, images, len(spec.classes)))
+                    run.record(evaluate(model, val_batches, len(spec.classes)))
                 else:
                     train_one_epoch(model, train_batches.of(run.rest_of_epoch()), run)
             return run.end()
@@ -73,7 +71,7 @@ def build_model(args: Flags, spec: DatasetSpec, device: torch.device) -> Method:
     utils.seed_everything(args.seed, args.deterministic)
     model = move(METHODS[args.method].from_args(spec, args), device)
     if utils.rank():  # dropout and pools differ between processes
-        torch.manual_seed(args.seed + 2**33 * utils.rank())
+        torch.manual_seed(args.seed + 2**33 * utils.rank())  # no other run's seed
     return model
 
 
@@ -88,13 +86,9 @@ def distribute_and_compile(model: Method, args: Flags, device: torch.device) -> 
 def describe(
     args: Flags, spec: DatasetSpec, data: Data, device: torch.device, folder: Path
 ) -> None:
-    """Print a summary of the run, with warnings about data that look incomplete or wrong.
-
-    InputError if the labeled or the validation masks contain fewer than two classes, or if masks
-    follow two conventions.
-    """
+    """Print a summary of the run."""
     expected, found = args.rule.n_expected(spec, data.split.val), data.n_groups
-    if expected not in (None, found):
+    if expected is not None and expected != found:
         used = "all are used" if args.split == "standard" else "split in the same proportions"
         about = f"{found} images or exams with masks instead of {spec.name}'s {expected}"
         print(f"{args.data_root}: {about}: {used}")
@@ -110,6 +104,14 @@ def describe(
     print(f"network: {height}x{width} pixels, ngf {args.ngf}, batches of {args.batch_size}")
     print(f"device:  {processes}{machine}, {args.precision}")
     print(f"files:   {folder}", flush=True)
+
+
+def check_masks(spec: DatasetSpec, data: Data) -> None:
+    """Print what is unusual in the masks.
+
+    InputError if the labeled or the validation masks contain fewer than two classes, or if masks
+    follow two conventions.
+    """
     labels.check_classes(data.labeled.masks(), spec, data.labeled.ignored_class)
     labels.check_ignored(data.masks(), spec, data.unlabeled.samples)
     advice = "choose images that have objects, with --split FILE or another --seed"
@@ -121,12 +123,12 @@ def describe(
 
 def test(args: Flags) -> int:
     """--testing: score a checkpoint on the validation images of its split, or on --part."""
-    best = trained.load(args)
+    run = trained.load(args)
     if args.part:
-        data = load_part(best.args, best.spec)
+        data = load_part(run.args, run.spec)
     else:
-        data = load_data(best.args, best.spec, best.state["split"])
-    return predict.score(best, data)
+        data = load_data(run.args, run.spec, run.state["split"])
+    return predict.score(run, data)
 
 
 def command(argv: list[str]) -> int:

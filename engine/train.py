@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from engine.metrics import ConfusionMatrix
 from engine.run import Run
+from engine.signals import stop
 from utils import NonFiniteLoss
 
 
@@ -29,7 +30,10 @@ def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:
 def evaluate(
     model: nn.Module, batches: Iterable, n_classes: int, visit: Callable | None = None
 ) -> Tensor:
-    """Confusion matrix (K, K) over batches (x, y); calls `visit(x, y, logits)` for each batch."""
+    """Confusion matrix (K, K) over batches (x, y), or those until a signal.
+
+    Calls `visit(x, y, logits)` for each batch.
+    """
     model.eval()
     matrix = ConfusionMatrix(n_classes, next(model.parameters()).device)
     for x, y in batches:
@@ -37,4 +41,6 @@ def evaluate(
         matrix.update(logits.argmax(1), y)
         if visit:
             visit(x, y, logits)
+        if stop.signum:  # Run.record() discards the matrix
+            break
     return matrix.counts
