@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from datasets import files
@@ -33,8 +33,7 @@ READERS = (files, draw_phantom)  # the code that what a cache holds depends on, 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """An image (C, H, W) at the networks' size, bilinear."""
-    bilinear = transforms.InterpolationMode.BILINEAR
-    return transforms.resize(pixels, list(size), bilinear, antialias=True)
+    return F.interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)[0]
 
 
 def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -44,9 +43,8 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
     """
     image, mask = files.read_sample(sample, spec)
     pixels = resize(files.as_pixels(image, spec.channels), size)
-    nearest = transforms.InterpolationMode.NEAREST_EXACT
-    labels = transforms.resize(torch.from_numpy(mask)[None], list(size), nearest)
-    return pixels.contiguous(), labels[0].contiguous()
+    labels = F.interpolate(torch.from_numpy(mask)[None, None], size, mode="nearest-exact")
+    return pixels.contiguous(), labels[0, 0].contiguous()
 
 
 class Decoder(Dataset):

@@ -9,8 +9,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
 
 from datasets.spec import DatasetSpec
 from datasets.writers import flat_palette
@@ -101,7 +99,12 @@ def with_legend(picture: Tensor, masks: Tensor, spec: DatasetSpec, font) -> Tens
         draw.rectangle((left, middle - half, left + 2 * half, middle + half), color, "gray")
         draw.text((left + line, middle), name, "black", font, anchor="lm")
     picture = F.pad(picture, (0, width - picture.shape[-1]), value=1.0)
-    return torch.cat([picture, pil_to_tensor(text) / 255], 1)
+    return torch.cat([picture, from_image(text)], 1)
+
+
+def from_image(image: Image.Image) -> Tensor:
+    """An RGB picture as (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
 def picture_grid(x: Tensor, columns: dict[str, Tensor], spec: DatasetSpec) -> Tensor:
@@ -125,12 +128,14 @@ def picture_grid(x: Tensor, columns: dict[str, Tensor], spec: DatasetSpec) -> Te
     lengths = [font.getlength(line) for title in titles for line in title.split("\n")]
     width = max(cells.shape[-1], math.ceil(max(lengths)))
     cells = F.pad(cells, (0, width - cells.shape[-1]), value=1.0)
-    grid = make_grid(cells, nrow=len(pictures), padding=GAP, pad_value=1.0)
+    cells = F.pad(cells, (0, GAP, 0, GAP), value=1.0).unflatten(0, (-1, len(pictures)))
+    grid = cells.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    grid = F.pad(grid, (GAP, 0, GAP, 0), value=1.0)
     head = Image.new("RGB", (grid.shape[-1], int(2.6 * font.size) + GAP), "white")
     for i, title in enumerate(titles):
         place = GAP + i * (width + GAP), GAP
         ImageDraw.Draw(head).text(place, title, "black", font, spacing=GAP // 2)
-    grid = torch.cat([pil_to_tensor(head) / 255, grid], 1)
+    grid = torch.cat([from_image(head), grid], 1)
     return with_legend(grid, torch.cat(masks), spec, font)
 
 
@@ -149,5 +154,6 @@ def save_overlay(path: Path, picture: Tensor, mask: Tensor, spec: DatasetSpec) -
 def save_picture(path: Path, picture: Tensor) -> None:
     """Write a picture (3, H, W) in [0, 1] as a PNG."""
     content = io.BytesIO()
-    save_image(picture, content, format="png")
+    values = (255 * picture + 0.5).clamp(0, 255).byte()
+    Image.fromarray(values.permute(1, 2, 0).cpu().numpy()).save(content, "PNG")
     write_atomically(path, content.getvalue())

@@ -39,6 +39,7 @@ FORK = """
 import os, sys
 sys.path.insert(0, {root!r})
 import main, model
+import torch._dynamo  # DistributedDataParallel imports it, which takes seconds
 children = []
 for rank in "01":
     if (pid := os.fork()) == 0:
@@ -222,8 +223,8 @@ def test_a_signal_stops_all_and_one_process_may_go_on():
 
 def test_two_processes_resume_with_the_random_numbers_and_pools_of_each():
     flags = "--dataset tiny.toml --epochs 3 --log-every 7 --dropout 0.5 --pool-size 3".split()
-    interrupt = "from engine.logs import Logs\n        "
-    interrupt += "Logs.losses = lambda *_: setattr(main.stop, 'signum', 15)"
+    interrupt = "from engine.logs import Logs; from engine.signals import stop\n        "
+    interrupt += "Logs.losses = lambda *_: setattr(stop, 'signum', 15)"
     runs = [
         train_in_two(*flags, "--name", "whole"),
         train_in_two(*flags, "--name", "resumed", first_line=interrupt),

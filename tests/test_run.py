@@ -333,7 +333,7 @@ def test_a_finished_run_changes_nothing(capsys, trained, flags):
     last = trained.with_name("last.pt")
     before = last.stat().st_mtime_ns
     assert run("--training", *SUPERVISED, *flags.split()) == 0
-    assert "is finished after 1 epochs: best mIoU" in capsys.readouterr().out
+    assert "is finished after 1 epoch: best mIoU" in capsys.readouterr().out
     assert last.stat().st_mtime_ns == before
 
 
