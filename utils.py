@@ -225,7 +225,7 @@ def failure(error: Exception) -> str | None:
         return f"a process that loads images ended: {str(error).partition('. ')[0]}; {advice}"
     if str(error).startswith("DataLoader timed out"):
         found = str(error).replace("DataLoader timed out", "loading a batch of images timed out")
-        return f"{found}; is the disk reachable? Checkpoints are intact"
+        return f"{found}; check the disk; checkpoints are intact"
     if "InvalidCxxCompiler" in str(error) or "Failed to find C compiler" in str(error):
         return "--compile: found no C++ compiler; install g++, or train without --compile"
     if isinstance(error, dist.DistError) or "gloo/" in str(error):

@@ -162,6 +162,13 @@ def test_the_pixels_of_a_folder_of_volumes_are_floats(runs, capsys, written_as):
     assert "pixels  float32  (batch, 3, height, width)" in capsys.readouterr().out
 
 
+def test_another_network_is_refused_in_one_line(runs, capsys, monkeypatch):
+    monkeypatch.setattr(export, "ResNetGenerator", torch.nn.Linear)
+    error = error_line(capsys, "checkpoints/phantom", "x.pt2", tool=export.export)
+    assert error.endswith("only a ResNetGenerator can be exported")
+    assert not Path("x.pt2").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -237,16 +237,18 @@ def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
     cells = {(f"{row['name']}, {row['labels']}", row["class"]): class_iou(row) for row in classes}
     names = dict.fromkeys(row["class"] for row in classes)
     text += f"### IoU of each class{table}\n\n{grid('experiment', cells, names)}" if cells else ""
-    lines = []
+    cells = {}
     for row in volumes:
-        scores = [volume_score(row, measure) for measure in VOLUME_MEASURES]
-        lines.append([f"{row['name']}, {row['labels']}", str(row["n"]), *scores])
-    titles = ["experiment", "n", *VOLUME_MEASURES.values()]
-    about = (
-        "Mean over volumes at their own size and over classes without background, then over seeds."
-    )
-    if lines:
-        text += f"### Scores of whole volumes\n\n{about}\n\n{markdown(titles, lines)}"
+        experiment = f"{row['name']}, {row['labels']}"
+        cells[experiment, "n"] = str(row["n"])
+        for measure, title in VOLUME_MEASURES.items():
+            cells[experiment, title] = volume_score(row, measure)
+    if cells:
+        text += (
+            "### Scores of whole volumes\n\nMean over volumes at their own size and over classes "
+        )
+        text += "without background, then over seeds.\n\n"
+        text += grid("experiment", cells, ["n", *VOLUME_MEASURES.values()])
     return text
 
 
