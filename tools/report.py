@@ -244,10 +244,8 @@ def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
         for measure, title in VOLUME_MEASURES.items():
             cells[experiment, title] = volume_score(row, measure)
     if cells:
-        text += (
-            "### Scores of whole volumes\n\nMean over volumes at their own size and over classes "
-        )
-        text += "without background, then over seeds.\n\n"
+        about = "Mean over volumes at their own size and classes without background, then seeds."
+        text += f"### Scores of whole volumes\n\n{about}\n\n"
         text += grid("experiment", cells, ["n", *VOLUME_MEASURES.values()])
     return text
 
