@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	@echo "curves:   $(BIN)/tensorboard --logdir checkpoints"
 
 test: $(VENV)/installed-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/installed-tests
 	$(BIN)/python -m pytest -m slow -s

@@ -3,9 +3,12 @@
 Each make_... function returns the dataset's root.
 """
 
+import os
 import shutil
 from contextlib import chdir
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: more threads slow such small networks down
 
 import nibabel
 import numpy as np

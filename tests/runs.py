@@ -2,7 +2,12 @@
 
 import itertools
 import json
+import multiprocessing
+import os
 import signal
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from engine import checkpoint, program
+from engine import checkpoint, program, signals
 from engine.flags import parse_args
 from engine.run import Run
 from engine.signals import stop
@@ -36,6 +41,51 @@ def run(*flags, tool=main.command) -> int:
 def load_with(flags: list[str]) -> Trained:
     """The checkpoint that a command line of --testing or --predict uses."""
     return load(parse_args(flags))
+
+
+class Program(multiprocessing.get_context("fork").Process):
+    """A command line in a process and a session of its own, and what it prints.
+
+    It is forked, since importing torch takes seconds. `prepare` is called in it first.
+    """
+
+    def __init__(self, *argv, tool=main.command, prepare=lambda: None):
+        super().__init__()
+        self.argv, self.tool, self.prepare = argv, tool, prepare
+        self.files = [tempfile.TemporaryFile("a+") for _ in range(2)]  # noqa: SIM115
+        self.start()
+
+    def run(self) -> None:
+        os.setsid()
+        for descriptor, file in enumerate(self.files, 1):
+            os.dup2(file.fileno(), descriptor)
+        sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+        self.prepare()
+        signals.install()
+        sys.exit(run(*self.argv, tool=self.tool))
+
+    @property
+    def printed(self) -> tuple[str, str]:
+        """Standard output and standard error so far."""
+        for file in self.files:
+            file.seek(0)
+        return tuple(file.read() for file in self.files)
+
+    def ended(self, limit: float = 120) -> tuple[int, str, str]:
+        """The exit code and what was printed, once it has ended."""
+        self.join(limit)
+        if self.exitcode is None:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise TimeoutError(*self.printed)
+        return self.exitcode, *self.printed
+
+
+def wait_for(condition, limit: float = 120) -> None:
+    """Wait until condition() is true; an error after `limit` seconds."""
+    until = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def error_line(capsys, *flags, code: int = 2, tool=main.command) -> str:

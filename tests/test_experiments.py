@@ -266,13 +266,14 @@ def signal_when(path: Path) -> None:
     threading.Thread(target=wait).start()
 
 
-def test_the_same_command_resumes_an_interrupted_run(capsys):
+def test_the_same_command_resumes_an_interrupted_run(capsys, request):
     line = "run --scale smoke --dataset tiny.toml --names ours --ratios 0.5"
     folder = Path("checkpoints/smoke/tiny_ours_0.5_s0")
     signal_when(folder / "metrics.jsonl")
     assert run(line, *TINY, "--epochs", "40") == 128 + signal.SIGTERM
     assert f"end   {folder.name}: exit code 143 after 0:" in capsys.readouterr().out
     assert 0 < read_folder(folder).epoch < 40
+    request.getfixturevalue("in_process")
     assert run(line, *TINY, "--epochs", "40") == 0
     assert f"end   {folder.name}: finished in " in capsys.readouterr().out
     assert read_folder(folder).finished

@@ -62,7 +62,6 @@ def batches(channels: int, dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "channels", "dtype", "n_classes"),
     [
-        ("phantom", 1, "uint8", 4),
         ("average", 1, "uint8", 4),
         ("rgb", 3, "uint8", 2),
         ("nifti", 1, "float32", 4),

@@ -7,18 +7,23 @@ import subprocess
 import sys
 import time
 from contextlib import chdir
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # DistributedDataParallel imports it, which takes seconds
 from conftest import error_of, make_folder, make_tiny, same, write_indexed
-from runs import curve, error_line, evaluations, last_state
+from runs import Program, curve, error_line, evaluations, last_state
+from torch import distributed as dist
 from torch.testing import assert_close
 
 import data_utils
 import main
+import model
 import utils
+from arch.discriminators import PixelDiscriminator
 from datasets.spec import load_spec
 from engine import checkpoint
 from engine.flags import parse_args
@@ -29,49 +34,28 @@ from model import METHODS
 FLAGS = "--size 32 32 --ngf 4 --ndf 4 --n-blocks 1 --workers 0 --device cpu --batch-size 4"
 FLAGS = FLAGS.split()
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
-FORK = """
-import os, sys
-sys.path.insert(0, {root!r})
-import main, model
-import torch._dynamo  # DistributedDataParallel imports it, which takes seconds
-children = []
-for rank in "01":
-    if (pid := os.fork()) == 0:
-        os.environ.update(RANK=rank, LOCAL_RANK=rank)
-        {first_line}
-        code = main.main(sys.argv[1:])
-        sys.stdout.flush()
-        os._exit(code)
-    children.append(pid)
-codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-sys.exit(max(codes, key=abs))
-"""
-
-
-def two() -> dict[str, str]:
-    """The environment of two processes on a free port."""
+def in_two(*argv, prepare=lambda rank: None, **options) -> tuple[int, str, str]:
+    """A command in two processes, as torchrun starts them: exit code and what both print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    return ONE_THREAD | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def prepare_rank(rank: int) -> None:
+        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        prepare(rank)
+
+    both = [Program(*argv, prepare=partial(prepare_rank, rank), **options) for rank in range(2)]
+    codes, out, err = zip(*[program.ended() for program in both], strict=True)
+    return max(codes, key=abs), "".join(out), "".join(err)
 
 
-def train_in_two(*flags: str, first_line: str = "pass") -> subprocess.CompletedProcess:
-    """A training in two processes as torchrun starts them, but with one import of torch."""
-    script = FORK.format(root=str(Path(main.__file__).parent), first_line=first_line)
-    return subprocess.run(
-        [sys.executable, "-c", script, "--training", *FLAGS, *flags],
-        env=two(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+def train_in_two(*flags: str, **options) -> tuple[int, str, str]:
+    return in_two("--training", *FLAGS, *flags, **options)
 
 
 def make_uneven() -> None:
@@ -117,11 +101,11 @@ def test_two_processes_train_as_one_does(method, more):
     flags = ["--dataset", "uneven.toml", "--method", method, "--epochs", "2", *more]
     flags += ["--log-every", "1"]
     assert main.main(["--training", *FLAGS, *flags, "--name", "one"]) == 0
-    ended = train_in_two(*flags, "--name", "two")
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("after the last epoch") == 1
-    assert "2 processes" in ended.stdout
-    assert "strides" not in ended.stderr  # DDP warns where it has to copy gradients
+    code, out, err = train_in_two(*flags, "--name", "two")
+    assert code == 0, err
+    assert out.count("after the last epoch") == 1
+    assert "2 processes" in out
+    assert "strides" not in err  # DDP warns where it has to copy gradients
     one, two = losses("one"), losses("two")
     assert len(one) == 2
     for left, right in zip(one, two, strict=True):
@@ -136,55 +120,40 @@ def test_two_processes_train_as_one_does(method, more):
     assert (one - two).norm() < 0.03 * (one - start).norm()
 
 
-PAIR = """
-import os, sys, time
-import torch
-sys.path.insert(0, {root!r})
-import utils
-from arch.discriminators import PixelDiscriminator
-from torch import distributed as dist
-
-def gradients(x):
+def gradients(x: torch.Tensor):
     torch.manual_seed(0)
     D = PixelDiscriminator(2, 4).double()
     (D(x) - 1).square().mean().backward()
     return D, [p.grad for p in D.parameters()]
 
-x = torch.randn(4, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-alone, expected = gradients(x)
-rank = 1 - int(os.fork() > 0)
-os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-dist.init_process_group("gloo", rank=rank, world_size=2)
 
-values = torch.tensor([1.0, rank])
-assert utils.total(values).tolist() == [2, 1]
-assert values.tolist() == [1, rank]
-assert utils.count_per_process(torch.tensor(2 + 2 * rank)) == 3
-assert utils.max_over_processes(rank, 1 - rank) == [1, 1]
-assert utils.from_first(rank) == 0
-assert utils.from_each(rank) == [0, 1]
-with utils.first_process_first():
-    if rank == 0:
-        time.sleep(0.5)
-        open("first", "w").close()
-    assert os.path.exists("first")
-
-D, found = gradients(x[rank::2])
-for mine in found:
-    dist.all_reduce(mine)
-torch.testing.assert_close([mine / 2 for mine in found], expected, rtol=1e-9, atol=1e-12)
-torch.testing.assert_close(dict(D.named_buffers()), dict(alone.named_buffers()))
-print("equal", flush=True)
-if rank == 0:
-    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
+def compare_with_one_process(_argv) -> int:
+    x = torch.randn(4, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    alone, expected = gradients(x)
+    rank = utils.rank()
+    dist.init_process_group("gloo")
+    values = torch.tensor([1.0, rank])
+    assert utils.total(values).tolist() == [2, 1]
+    assert values.tolist() == [1, rank]
+    assert utils.count_per_process(torch.tensor(2 + 2 * rank)) == 3
+    assert utils.max_over_processes(rank, 1 - rank) == [1, 1]
+    assert utils.from_first(rank) == 0
+    assert utils.from_each(rank) == [0, 1]
+    with utils.first_process_first():
+        if rank == 0:
+            time.sleep(0.5)
+            Path("first").touch()
+        assert Path("first").exists()
+    D, found = gradients(x[rank::2])
+    for gradient in found:
+        dist.all_reduce(gradient)
+    assert_close([gradient / 2 for gradient in found], expected, rtol=1e-9, atol=1e-12)
+    assert_close(dict(D.named_buffers()), dict(alone.named_buffers()))
+    return 0
 
 
 def test_two_processes_have_the_values_and_batch_norm_of_one():
-    command = [sys.executable, "-c", PAIR.format(root=str(Path(main.__file__).parent))]
-    ended = subprocess.run(command, env=two(), capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("equal") == 2
+    assert in_two(tool=compare_with_one_process) == (0, "", "")
 
 
 def spec_and_settings(method: str, *more: str):
@@ -199,7 +168,7 @@ def test_a_signal_stops_all_and_one_process_may_go_on():
     last = Path("checkpoints/tiny_cyclegan_0.2_s0/last.pt")
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     command = [*TORCHRUN, main.__file__, "--training", *FLAGS, *flags]
-    process = subprocess.Popen(command, env=ONE_THREAD, **streams)
+    process = subprocess.Popen(command, **streams)
     while not last.is_file() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
@@ -223,14 +192,16 @@ def test_a_signal_stops_all_and_one_process_may_go_on():
 
 def test_two_processes_resume_with_the_random_numbers_and_pools_of_each():
     flags = "--dataset tiny.toml --epochs 3 --log-every 7 --dropout 0.5 --pool-size 3".split()
-    interrupt = "from engine.logs import Logs; from engine.signals import stop\n        "
-    interrupt += "Logs.losses = lambda *_: setattr(stop, 'signum', 15)"
+
+    def interrupt(_rank):
+        Logs.losses = lambda *_: setattr(stop, "signum", signal.SIGTERM)
+
     runs = [
         train_in_two(*flags, "--name", "whole"),
-        train_in_two(*flags, "--name", "resumed", first_line=interrupt),
+        train_in_two(*flags, "--name", "resumed", prepare=interrupt),
         train_in_two(*flags, "--name", "resumed"),
     ]
-    assert [run.returncode for run in runs] == [0, 128 + signal.SIGTERM, 0]
+    assert [code for code, _, _ in runs] == [0, 128 + signal.SIGTERM, 0]
     assert same(last_state("whole"), last_state("resumed"))
 
 
@@ -241,11 +212,14 @@ def test_a_run_is_not_resumed_or_started_anew_on_another_machine():
             make_tiny(20, 4)
     flags = "--dataset", "tiny.toml", "--method", "supervised", "--epochs", "1", "--name", "one"
 
-    def train(first: str, second: str, code: int) -> str:
-        place = f"os.environ['LOCAL_RANK'] = '0'; os.chdir({(first, second)}[int(rank)])"
-        ended = train_in_two(*flags, first_line=place)
-        assert ended.returncode == code, ended.stderr
-        errors = {line for line in ended.stderr.splitlines() if line.startswith("error: ")}
+    def train(first: str, second: str, expected: int) -> str:
+        def prepare(rank: int) -> None:
+            os.environ["LOCAL_RANK"] = "0"
+            os.chdir((first, second)[rank])
+
+        code, _, err = train_in_two(*flags, prepare=prepare)
+        assert code == expected, err
+        errors = {line for line in err.splitlines() if line.startswith("error: ")}
         assert len(errors) == (code > 0)
         return "".join(errors)
 
@@ -272,10 +246,13 @@ def test_images_that_differ_between_machines_are_an_error(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line():
-    infinite = "if rank == '1': model.gen_I = lambda fake_x, x: fake_x.sum() * float('inf')"
-    ended = train_in_two("--dataset", "tiny.toml", first_line=infinite)
-    assert ended.returncode == 1
-    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    def infinite(rank: int) -> None:
+        if rank == 1:
+            model.gen_I = lambda fake_x, x: fake_x.sum() * float("inf")
+
+    code, _, err = train_in_two("--dataset", "tiny.toml", prepare=infinite)
+    assert code == 1
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert "epoch 1, step 1: a loss is not finite (gen_S " in errors[0]
     assert "gen_I " in errors[0]

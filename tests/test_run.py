@@ -23,6 +23,7 @@ from runs import (
     SIMPLE,
     SUPERVISED,
     TINY,
+    Program,
     curve,
     edit_checkpoint,
     error_line,
@@ -33,11 +34,13 @@ from runs import (
     run,
     split_ids,
     tiny_on,
+    wait_for,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine.run
 import main
+import model
 from engine import checkpoint
 from engine.flags import parse_args
 from engine.folder import locked
@@ -616,33 +619,23 @@ def test_a_full_disk_is_one_error_line_and_the_last_checkpoint_stays(capsys, siz
 
 def test_a_signal_saves_a_checkpoint_and_ends_with_128_and_its_number():
     flags = [*TINY, "--workers", "1", "--epochs", "1000", "--log-every", "1"]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "main.py", "--training", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    for line in process.stdout:
-        if line.startswith("epoch 1/"):
-            break
+    program = Program("--training", *flags)
+    wait_for(lambda: "epoch 1/" in program.printed[0])
     time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: the reading processes hear it too
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    os.killpg(program.pid, signal.SIGINT)  # as Ctrl-C does: the reading processes hear it too
+    code, out, err = program.ended()
+    assert code == 130, err
     assert "SIGINT: saved checkpoints/tiny_cyclegan_0.2_s0/last.pt" in out
     assert "Traceback" not in err
     assert last_state("tiny_cyclegan_0.2_s0")["epoch"] >= 1
 
 
 def test_a_defect_in_a_step_ends_the_program_and_its_workers():
-    script = "import sys, main, model\nmodel.Supervised.step = None\nsys.exit(main.main())"
     flags = ["--training", *SUPERVISED, "--workers", "1"]
-    command = [sys.executable, "-c", script, *flags]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    assert done.stderr.endswith("TypeError: 'NoneType' object is not callable\n")
+    program = Program(*flags, prepare=lambda: setattr(model.Supervised, "step", None))
+    code, _, err = program.ended()
+    assert code == 1
+    assert err.endswith("TypeError: 'NoneType' object is not callable\n")
 
 
 def test_a_reader_that_hangs_up_loses_no_checkpoint(capsys, monkeypatch):
