@@ -21,42 +21,26 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(page: str) -> list[tuple[str, str]]:
-    """The fenced blocks of a page, each with its language."""
-    return FENCE.findall(TEXTS[page])
-
-
-def commands() -> dict[str, str]:
-    """The page of each command line of main.py and tools/experiments.py, also under torchrun."""
-    found = {}
-    for page in TEXTS:
-        for _, block in blocks(page):
-            for line in block.splitlines():
-                if re.match(r"(python|torchrun) .*(main|experiments)\.py", line):
-                    found[line] = page
-    return found
+COMMAND = re.compile(r"^(?:python|torchrun) .*?((?:main|tools/experiments)\.py.*)", re.MULTILINE)
+COMMANDS = dict.fromkeys(COMMAND.findall("\n".join(TEXTS.values())))
 
 
 @pytest.fixture
 def examples(tmp_path, monkeypatch):
     """A folder with the pages' TOML files, each named by its first line."""
     monkeypatch.chdir(tmp_path)
-    for page in TEXTS:
-        for language, block in blocks(page):
-            if language == "toml":
-                Path(re.match(r"# (\w+\.toml)", block)[1]).write_text(block)
+    for language, block in FENCE.findall("\n".join(TEXTS.values())):
+        if language == "toml":
+            Path(re.match(r"# (\w+\.toml)", block)[1]).write_text(block)
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_is_understood(line, examples):
     line = line.partition(" > ")[0].replace("config/", f"{ROOT}/config/")
-    words = shlex.split(line, comments=True)
-    script = next(word for word in words if word.endswith(".py"))
-    flags = words[words.index(script) + 1 :]
+    script, *flags = shlex.split(line, comments=True)
     if script == "main.py":
         parse_args(flags)
         return
-    assert script == "tools/experiments.py"
     args = experiments.build_parser().parse_args(flags)
     assert args.action not in ("list", "run") or experiments.select(args, args.scale or "paper")
 
@@ -87,7 +71,7 @@ def test_the_new_method_of_the_page_trains_and_is_tested(tmp_path, monkeypatch):
     monkeypatch.setitem(model.METHODS, "entropy", None)  # removed afterward
     monkeypatch.setattr(flags, "build_parser", flags.build_parser.__wrapped__)  # not the cached one
     make_tiny(20, 4)
-    block = next(block for language, block in blocks("docs/extending.md") if language == "python")
+    block = dict(FENCE.findall(TEXTS["docs/extending.md"]))["python"]
     exec(block, dict(vars(model)))
     entropy = [*TINY, "--method", "entropy"]
     assert run("--training", *entropy, "--epochs", "2", "--lr", "0.01") == 0
