@@ -3,23 +3,25 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import pickle
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import add_acdc_testing, error_of, made_up
+from conftest import error_of, made_up
 
 import data_utils
-from data_utils import Batches, Pairs, Stored, load_data, normalize
+from data_utils import Batches, Pairs, Stored, normalize
 from datasets.cache import Cache, decode, open_cache
 from datasets.layouts import index
 from datasets.spec import Sample, load_spec
-from datasets.splits import ByFile, rule_of, split
+from datasets.splits import ByFile, split
+from engine.flags import parse_args
 from utils import IGNORE
 
 CPU = torch.device("cpu")
@@ -51,16 +53,13 @@ def test_ignored_pixels_are_kept_or_become_the_ignored_class():
 
 
 def test_images_of_many_classes_are_those_with_the_most_values_spread_out():
+    pictures = stored(0, 6)
     masks = np.zeros((6, 2, 2), np.uint8)
     masks[[1, 2, 4], 0] = [1, 2]
     masks[5, 0, 0] = 1
-    samples = made_up(6)
-    cache = Cache(masks[:, None], masks, {s.id: row for row, s in enumerate(samples)})
-    pictures = Stored(cache, tuple(samples))
-    assert [pictures.of_many_classes(n) for n in (1, 2, 3, 4)] == [
-        [1], [1, 4], [1, 2, 4], [1, 2, 4, 5],
-    ]  # fmt: skip
-    assert pictures.of_many_classes(99) == [0, 1, 2, 3, 4, 5]
+    pictures.cache = dataclasses.replace(pictures.cache, masks=masks)
+    expected = {2: [1, 4], 3: [1, 2, 4], 4: [1, 2, 4, 5], 99: [0, 1, 2, 3, 4, 5]}
+    assert {n: pictures.of_many_classes(n) for n in expected} == expected
 
 
 def drawn(n: int, n_u: int, seed: int = 0, epoch: int = 0, *batch_size: int) -> list[list[int]]:
@@ -82,12 +81,6 @@ def test_epoch_passes_once_over_the_longer_list_and_cycles_the_shorter(n, n_u):
             assert {*one_pass} <= {*range(start, start + count)}
 
 
-def test_each_pass_has_its_own_order():
-    x, _, x_u = drawn(5, 20)
-    assert x_u != sorted(x_u)
-    assert len({tuple(x[i : i + 5]) for i in range(0, 20, 5)}) > 1
-
-
 def test_last_batch_is_filled_up_by_a_next_pass():
     x_u = drawn(3, 7, 0, 0, 5)[2]
     assert len(x_u) == 10
@@ -95,10 +88,11 @@ def test_last_batch_is_filled_up_by_a_next_pass():
     assert len({*x_u[7:]}) == 3
 
 
-def test_order_follows_from_seed_and_epoch_alone():
+def test_order_follows_from_seed_and_epoch_alone_and_each_pass_has_its_own():
     torch.manual_seed(0)
     np.random.seed(0)
     before = drawn(4, 10, 1, 2)
+    assert before[0][:4] != before[0][4:8]
     torch.manual_seed(9)
     np.random.seed(9)
     assert drawn(4, 10, 1, 2) == before
@@ -180,26 +174,14 @@ def test_each_process_gets_its_part_of_every_batch(phantoms, monkeypatch, n):
         assert sorted(sum(together, [])) == whole
 
 
-class ReadBy(torch.utils.data.Dataset):
-    """Item i is (i, the process that read it)."""
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.full((1, 1, 1), i), torch.tensor(os.getpid())
-
-
-def test_worker_processes_live_through_epochs_and_each_epoch_has_its_order(monkeypatch):
-    monkeypatch.setattr(data_utils, "normalize", lambda x, _: x)
-    batches, readers, read = Batches(ReadBy(), 2, CPU, workers=2), [], []
+def test_worker_processes_live_through_epochs_and_each_epoch_has_its_order():
+    others = {*multiprocessing.active_children()}
+    batches, readers = Batches(stored(0, 8), 2, CPU, workers=2), []
     for order in [0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4], [3, 1]:
-        numbers, pids = (torch.cat(parts) for parts in zip(*batches.of(order), strict=True))
-        read.append(numbers.flatten().tolist())
-        readers += pids.tolist()
-    assert read == [[0, 1, 2, 3, 4, 5, 6, 7], [7, 6, 5, 4], [3, 1]]
-    assert len({*readers}) == 2
-    assert os.getpid() not in readers
+        assert torch.cat([y for _, y in batches.of(order)]).flatten().tolist() == order
+        readers.append({*multiprocessing.active_children()} - others)
+    assert len(readers[0]) == 2
+    assert readers == readers[:1] * 3
 
 
 # load_data
@@ -207,43 +189,21 @@ def test_worker_processes_live_through_epochs_and_each_epoch_has_its_order(monke
 EIGHT = dataclasses.replace(PHANTOM, counts=(6, 2))
 
 
-class Settings(SimpleNamespace):
-    """Flags whose rule follows from their present values."""
-
-    rule = property(lambda self: rule_of(vars(self)))
-
-
-@pytest.fixture
-def flags(tmp_path) -> Settings:
-    """The flags that load_data reads."""
-    return Settings(
-        training=True,
-        data_root=str(tmp_path / "none"),
-        split="paper",
-        label_unit="image",
-        ratio=0.5,
-        seed=3,
-        method="cyclegan",
-        size=[16, 16],
-        cache=str(tmp_path / "cache"),
-        workers=0,
-        ignored="skip",
-    )
+def load(folder: Path, *flags: str, spec=EIGHT, expected=None) -> data_utils.Data:
+    """What load_data gives for a split at seed 3, with the cache in a folder."""
+    common = ["--training", "--seed", "3", "--size", "16", "16", "--workers", "0"]
+    args = parse_args([*common, "--cache", str(folder / "cache"), *flags])
+    return data_utils.load_data(args, spec, expected)
 
 
-def test_workers_that_are_not_forked_map_the_cache_themselves(flags, phantoms):
-    flags.size = [64, 64]
-    data = load_data(flags, EIGHT).train
-    pickled = pickle.dumps(data)
-    assert len(pickled) < data.labeled.cache.images.nbytes / 4
-    again = pickle.loads(pickled)
-    assert isinstance(again.labeled.cache.images, np.memmap)
-    for own, other in zip(data[0, 1], again[0, 1], strict=True):
-        assert torch.equal(own, other)
+def test_workers_that_are_not_forked_map_the_cache_themselves(phantoms):
+    again = pickle.loads(pickle.dumps(of(phantoms, [0, 1])))
+    assert again.cache.images.filename == phantoms.images.filename
+    assert np.array_equal(again.image(1), phantoms.images[1])
 
 
-def test_load_data_splits_as_the_flags_say_and_opens_the_cache(flags, phantoms):
-    data = load_data(flags, EIGHT)
+def test_load_data_splits_as_the_flags_say_and_opens_the_cache(tmp_path, phantoms):
+    data = load(tmp_path, "--ratio", "0.5")
     assert data.n_groups == 8
     assert data.split == split(SAMPLES[:8], 0.5, 3, EIGHT)
     assert len(data.val) == 2
@@ -255,68 +215,25 @@ def test_load_data_splits_as_the_flags_say_and_opens_the_cache(flags, phantoms):
             assert np.array_equal(stored_role.mask(i), phantoms.masks[sample.image])
 
 
-def test_load_data_takes_the_kind_of_split_and_the_label_unit(acdc, flags):
-    add_acdc_testing(acdc, 1)
-    spec = load_spec("acdc")
-    flags.data_root, flags.split, flags.label_unit = str(acdc), "standard", "exam"
-    data = load_data(flags, spec)
-    assert ({s.group for s in data.split.val}, data.n_groups) == ({"patient003"}, 3)
-    assert len(data.labeled) == len(data.unlabeled) == 6  # one exam each
-    assert len({s.group for s in data.split.labeled}) == 1
-
-
-def write_split(folder: Path, lists: dict) -> str:
-    """A split.json, for --split."""
-    path = folder / "split.json"
-    path.write_text(json.dumps(lists))
-    return str(path)
-
-
-def test_load_data_decodes_only_what_the_split_uses(voc, flags):
+def test_load_data_decodes_only_what_the_split_uses(voc):
     """The pool's own split.json, in a folder that also holds val.txt, gives the same cache."""
-    spec, flags.data_root = load_spec("voc"), str(voc)
-    parts = load_data(flags, spec).split
+    spec, flags = load_spec("voc"), ["--data-root", str(voc)]
+    parts = load(voc, *flags, spec=spec).split
     next(voc.rglob("2007_000004.jpg")).write_bytes(b"junk")  # of val.txt
-    flags.split = write_split(voc, parts.ids())
-    assert load_data(flags, spec).split.ids() == parts.ids()
-    assert len([*Path(flags.cache).iterdir()]) == 1
+    (voc / "split.json").write_text(json.dumps(parts.ids()))
+    again = load(voc, *flags, "--split", str(voc / "split.json"), spec=spec)
+    assert again.split.hash() == parts.hash()
+    assert len([*(voc / "cache").iterdir()]) == 1
 
 
-def test_a_split_that_leaves_nothing_unlabeled_is_an_error_where_that_is_used(flags, tmp_path):
-    flags.ratio = 1.0
-    message = error_of(load_data, flags, EIGHT, None, True)
-    assert message == "--ratio 1 leaves no unlabeled image for --method cyclegan"
-    data = load_data(flags, EIGHT)
-    assert len(data.unlabeled) == 0
-    flags.split = write_split(tmp_path, data.split.ids())
-    message = error_of(load_data, flags, EIGHT, None, True)
-    assert message == f"--split {flags.split} leaves no unlabeled image for --method cyclegan"
-
-
-def test_only_labeled_masks_train_ignored_pixels_as_background(voc, flags):
-    spec, flags.data_root = load_spec("voc"), str(voc)
-
-    def has_ignored(data) -> list[bool]:
-        return [bool((stored[0][1] == IGNORE).any()) for stored in (data.labeled, data.val)]
-
-    assert has_ignored(load_data(flags, spec)) == [True, True]
-    flags.ignored = "background"
-    assert has_ignored(load_data(flags, spec)) == [False, True]
-
-
-def test_another_split_than_expected_is_refused_before_decoding(flags, tmp_path, monkeypatch):
+def test_another_split_than_expected_is_refused_before_decoding(tmp_path, monkeypatch):
     expected = split(SAMPLES[:8], 0.5, 3, EIGHT)
-    assert load_data(flags, EIGHT, expected.hash()).split == expected
+    assert load(tmp_path, "--ratio", "0.5", expected=expected.hash()).split == expected
     monkeypatch.setattr(data_utils, "open_cache", lambda *_: pytest.fail("images were decoded"))
-    flags.seed = 4
-    message = error_of(load_data, flags, EIGHT, expected.hash())
+    message = error_of(partial(load, tmp_path, "--ratio", "0.3", expected=expected.hash()))
     started = "than the run started with, which its split.json names"
     remedy = "; give --name for another folder, or --overwrite to start over"
-    assert message == f"--data-root {flags.data_root}: holds other images {started}{remedy}"
-    lists = {**expected.ids(), "unlabeled": expected.ids()["unlabeled"][1:]}
-    flags.split, flags.training = write_split(tmp_path, lists), False
-    message = error_of(load_data, flags, EIGHT, expected.hash())
-    assert message == f"--split {flags.split}: lists other images {started}"
+    assert message == f"--data-root data/voc: holds other images {started}{remedy}"
 
 
 # The real datasets, where SEG_REAL_DATA names their folder
