@@ -52,9 +52,9 @@ def error_of(function, *args) -> str:
     return str(caught.value)
 
 
-def made_up(n: int, group_of=str, part: str = "train") -> list[Sample]:
+def made_up(n: int, group_of=str) -> list[Sample]:
     """n samples that no file stands behind; by default each is its own group."""
-    return [Sample(f"{i:05d}", group_of(i), i, i, part) for i in range(n)]
+    return [Sample(f"{i:05d}", group_of(i), i, i, "train") for i in range(n)]
 
 
 def read_errors(samples: list[Sample], spec: DatasetSpec) -> list[str]:

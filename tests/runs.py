@@ -71,9 +71,9 @@ class Program(multiprocessing.get_context("fork").Process):
             file.seek(0)
         return tuple(file.read() for file in self.files)
 
-    def ended(self, limit: float = 120) -> tuple[int, str, str]:
+    def ended(self) -> tuple[int, str, str]:
         """The exit code and what was printed, once it has ended."""
-        self.join(limit)
+        self.join(120)
         if self.exitcode is None:
             os.killpg(self.pid, signal.SIGKILL)
             raise TimeoutError(*self.printed)
