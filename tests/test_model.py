@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import same
 from torch import nn
 
@@ -22,10 +21,7 @@ from utils import IGNORE, NonFiniteLoss
 
 SPEC = load_spec("phantom")  # 1 channel, 4 classes
 TERMS = ("gen_S", "gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I")
-ODD = {"gen_S": 1.0, "gen_I": 0.7, "cycle_S": 0.03, "cycle_I": 1.9, "disc_S": 0.45, "disc_I": 2.3}
-ODD_FLAGS = [f"--lambda{i}={ODD[name]}" for i, name in enumerate(TERMS[1:], start=1)]
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
-LN2 = math.log(2)
 
 
 def build(method, *flags):
@@ -44,22 +40,12 @@ def batch(height=16, width=20):
     return x, y, x_u
 
 
-def tensor(*values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def parameters(ours, *names):
     return [p for name in names for p in getattr(ours, name).parameters()]
 
 
 def copies(weights):
     return [p.detach().clone() for p in weights]
-
-
-def descend_plainly(ours, lr):
-    """Plain gradient descent in place of Adam: a step then shows the gradient as it is."""
-    for side, optimizer in ours.optimizers.items():
-        ours.optimizers[side] = torch.optim.SGD(optimizer.param_groups[0]["params"], lr=lr)
 
 
 def hot(y):
@@ -84,52 +70,18 @@ def count_images(ours):
     return counts
 
 
-# Equations
+# Equations; their values are in test_reference.py
 
 
-@pytest.mark.parametrize("loss", [model.gen_S, model.cycle_S])
-def test_cross_entropy_is_the_mean_over_the_pixels_that_count(loss):
-    even, odd = [0.0, 0.0], [math.log(3), 0.0]  # probabilities (1/2, 1/2) and (3/4, 1/4)
-    logits = tensor([even, odd], [odd, odd]).movedim(-1, 1).unsqueeze(2)  # (2, 2, 1, 2)
-    y = torch.tensor([[[0, 1]], [[IGNORE, 1]]])
-    mean = (1 + 2 + 2) / 3  # not the mean of the images' 1.5 and 2
-    assert loss(logits, y).item() == pytest.approx(mean * LN2)
-    assert loss(logits[:1], y[:1]).item() == pytest.approx(1.5 * LN2)
-    logits.requires_grad_()
-    nothing = loss(logits, torch.full_like(y, IGNORE))
-    nothing.backward()
-    assert nothing.item() == 0
+def test_a_mean_over_pixels_of_which_none_counts_is_0_and_passes_none_as_gradient():
+    logits = torch.randn(2, 4, 3, 5, requires_grad=True)
+    loss = model.gen_S(logits, torch.full((2, 3, 5), IGNORE))
+    loss.backward()
+    assert loss.item() == 0
     assert logits.grad.eq(0).all()
-
-
-def test_gen_I_is_the_mean_squared_error():
-    assert model.gen_I(tensor(1, 2, 3, -1), tensor(0, 2, 1, 1)).item() == (1 + 0 + 4 + 4) / 4
-
-
-def test_cycle_I_is_the_mean_absolute_error():
-    assert model.cycle_I(tensor(1, 2, 3, -1), tensor(0, 2, 1, 1)).item() == (1 + 0 + 2 + 2) / 4
-
-
-def test_disc_pulls_real_to_1_and_fake_to_0():
-    loss = model.disc(real=tensor(1, 0.5), fake=tensor(0, 2, 1, 1))
-    assert loss.item() == (0 + 0.25) / 2 + (0 + 4 + 1 + 1) / 4
-
-
-def test_disc_takes_the_real_mean_over_valid_pixels():
-    real, fake = tensor(-1, 0.5, 3, 9), tensor(0, 2, 1, 1)
-    valid = torch.tensor([True, True, True, False])
-    assert model.disc(real, fake, valid).item() == (4 + 0.25 + 4) / 3 + 1.5
-    assert model.disc(real, fake, valid=torch.zeros(4, dtype=torch.bool)).item() == 1.5
-
-
-def test_fool_pulls_fake_to_1():
-    assert model.fool(tensor(0, 3, 1, 1)).item() == (1 + 4) / 4
-
-
-def test_one_hot_of_an_ignored_pixel_is_the_zero_vector():
-    vectors = model.one_hot(torch.tensor([[[0, 2, IGNORE]]]), 3, torch.float64)
-    assert vectors.dtype == torch.float64
-    assert vectors[0, :, 0].T.tolist() == [[1, 0, 0], [0, 0, 1], [0, 0, 0]]
+    real, none = torch.rand(2, 1, 3, 5), torch.zeros(2, 1, 3, 5, dtype=torch.bool)
+    assert model.bce(real, 1.0, none).item() == 0
+    assert model.disc(real, torch.zeros(2, 1, 3, 5), none).item() == 0
 
 
 # Eq. 8 and 9
@@ -140,63 +92,41 @@ def test_the_sums_that_the_paper_prints_are_the_weights_of_reduction_sum():
 
     Eq. 3 and 6 sum over the channels too; Eq. 4 and 5 hold one probability per image.
     """
-    assert model.as_sums(dict.fromkeys(TERMS, 1.0), 3, 10, 20) == {
-        "gen_S": 1.0,
-        "gen_I": 3.0,
-        "cycle_S": 1.0,
-        "cycle_I": 3.0,
-        "disc_S": 1 / 200,
-        "disc_I": 1 / 200,
-    }
-    ours = build("cyclegan", *ODD_FLAGS, "--size", "16", "20", "--reduction", "sum")
-    assert ours.weights == model.as_sums(ODD, 1, 16, 20)
+    factors = 1, 3, 1, 3, 1 / 200, 1 / 200
+    sums = model.as_sums(dict.fromkeys(TERMS, 1.0), 3, 10, 20)
+    assert sums == dict(zip(TERMS, factors, strict=True))
+    ours = build("cyclegan", "--size", "16", "20", "--reduction", "sum")
+    assert ours.weights == model.as_sums({"gen_S": 1.0, **model.WEIGHTS}, 1, 16, 20)
 
 
 def test_the_weights_of_eq_8_leave_the_discriminators_loss_as_it_is():
     gradients = []
-    for flags in [], ODD_FLAGS:
+    for flags in [], ["--lambda4=0.5", "--lambda5=2"]:
         ours = build("cyclegan", *flags)
         ours.step(*batch())
         gradients.append([p.grad for p in parameters(ours, "D_S", "D_I")])
     assert same(*gradients)
 
 
-def test_discriminators_are_given_what_the_pools_return():
-    ours, (x, y, x_u) = build("cyclegan"), batch()
-    past_y, past_x = hot(y.flip(0)), x.flip(0)
-    ours.pools = {"y": lambda fakes: past_y, "x": lambda fakes: past_x}
-    losses = ours.step(x, y, x_u)
-    ours = build("cyclegan")
-    real = ours.D_S(hot(y))[:, 0][y != IGNORE]
-    expected = ((real - 1) ** 2).mean() + (ours.D_S(past_y) ** 2).mean()
-    torch.testing.assert_close(losses["D_S"], expected, **CLOSE)
-    torch.testing.assert_close(losses["D_I"], model.disc(ours.D_I(x_u), ours.D_I(past_x)), **CLOSE)
+def test_each_discriminator_is_given_what_its_pool_returns():
+    ours, (x, y, x_u) = build("cyclegan", "--pool-size", "3"), batch()
+    assert [pool.size for pool in ours.pools.values()] == [3, 3]
+    fakes, past = {"y": hot(y), "x": x}, {"y": hot(y.flip(0)), "x": x.flip(0)}
+    ours.pools = {"y": lambda _: past["y"], "x": lambda _: past["x"]}
+    found = ours.discriminator_terms(y, x_u, fakes)
+    ours.pools = build("cyclegan").pools  # the paper's: they return what they are given
+    assert same(found, ours.discriminator_terms(y, x_u, past))
 
 
-def test_each_discriminator_has_its_own_pool_and_the_papers_are_the_identity():
-    fakes = torch.rand(3, 1, 2, 2)
-    assert all(pool(fakes) is fakes for pool in build("cyclegan").pools.values())
-    pools = build("cyclegan", "--pool-size", "3").pools
-    assert (pools["y"].size, pools["x"].size) == (3, 3)
-    assert pools["y"] is not pools["x"]
-
-
-def test_replay_pool_fills_before_it_swaps():
-    pool, fakes = ReplayPool(40), torch.arange(40.0).view(40, 1, 1, 1)
-    assert torch.equal(pool(fakes), fakes)
-    assert torch.equal(torch.stack(pool.fakes), fakes)
-    pool(fakes)  # swaps some
-    assert {fake.untyped_storage().nbytes() for fake in pool.fakes} == {4}  # no views of a batch
-
-
-def test_replay_pool_swaps_about_half_for_stored_ones_and_loses_none():
+def test_replay_pool_fills_then_swaps_about_half_for_stored_ones_and_loses_none():
     torch.manual_seed(0)
     pool, given = ReplayPool(10), torch.arange(2010.0)
     returned = torch.cat([pool(fakes) for fakes in given.view(-1, 5, 1, 1, 1)]).flatten()
+    assert torch.equal(returned[:10], given[:10])
     late, swapped = returned[10:], returned[10:] != given[10:]
     assert 0.45 < swapped.float().mean() < 0.55
     assert (late[swapped] < given[10:][swapped]).all()  # a stored one is an earlier one
-    assert len({int(fake) for fake in pool.fakes}) == 10
+    assert {fake.untyped_storage().nbytes() for fake in pool.fakes} == {4}  # no views of a batch
     stored = torch.stack(pool.fakes).flatten()
     everything = torch.cat([late, stored])  # only the ten that filled the pool came out twice
     assert torch.equal(everything.sort().values, given)
@@ -205,73 +135,45 @@ def test_replay_pool_swaps_about_half_for_stored_ones_and_loses_none():
 # Gradients
 
 
-def reached(ours, name):
-    """The networks that the gradient of one term of either update reaches."""
-    x, y, x_u = batch(64, 96)
-    terms, fakes = ours.generator_terms(x, y, x_u)
-    term = {**terms, **ours.discriminator_terms(y, x_u, fakes)}[name]
-    ours.zero_grad(set_to_none=True)
-    if term.requires_grad:
-        term.backward()
-    found = {p for p in ours.parameters() if p.grad is not None and p.grad.abs().max() > 1e-9}
-    return {name for name, network in ours.named_children() if found & {*network.parameters()}}
-
-
-@pytest.mark.parametrize(
-    ("method", "name", "networks"),
-    [
-        ("cyclegan", "gen_S", {"G_IS"}),
-        ("cyclegan", "gen_I", {"G_SI"}),
-        ("cyclegan", "cycle_S", {"G_IS", "G_SI"}),
-        ("cyclegan", "cycle_I", {"G_IS", "G_SI"}),
-        ("cyclegan", "disc_S", {"G_IS"}),
-        ("cyclegan", "disc_I", {"G_SI"}),
-        ("cyclegan", "D_S", {"D_S"}),
-        ("cyclegan", "D_I", {"D_I"}),
-        ("advsemi", "adv", {"G_IS"}),
-        ("advsemi", "semi_adv", {"G_IS"}),
-        ("advsemi", "semi", {"G_IS"}),
-        ("advsemi", "D_S", {"D_S"}),
-    ],
-)
-def test_each_term_reaches_the_networks_that_it_trains_and_no_other(method, name, networks):
+@pytest.mark.parametrize("method", ["cyclegan", "advsemi"])
+def test_the_terms_of_generators_leave_no_gradient_in_discriminators(method):
     ours = build(method)
     ours.progress = 1.0
-    assert reached(ours, name) == networks
+    terms, _ = ours.generator_terms(*batch(64, 96))
+    sum(terms.values()).backward()
+    assert all(p.grad is None for p in ours.sides["D"].parameters())
+    assert all(p.requires_grad for p in ours.sides["D"].parameters())
 
 
 def test_argmax_gives_D_S_index_maps_and_G_IS_no_gradient_from_it():
     ours, data = build("cyclegan", "--disc-input", "argmax"), batch()
-    assert reached(ours, "disc_S") == set()
-    assert reached(ours, "cycle_I") == {"G_IS", "G_SI"}  # this one still reads the softmax map
     terms, fakes = ours.generator_terms(*data)
+    assert not terms["disc_S"].requires_grad
     assert torch.equal(fakes["y"], hot(ours.G_IS(data[2]).argmax(1)))
-    rec_x = ours.G_SI(ours.G_IS(data[2]).softmax(1))
-    torch.testing.assert_close(terms["cycle_I"], (rec_x - data[2]).abs().mean(), **CLOSE)
-    torch.testing.assert_close(terms["disc_S"], ((ours.D_S(fakes["y"]) - 1) ** 2).mean(), **CLOSE)
+    torch.testing.assert_close(terms["disc_S"], model.fool(ours.D_S(fakes["y"])), **CLOSE)
+    # this one still reads the softmax map
+    softmax_terms, _ = build("cyclegan").generator_terms(*data)
+    torch.testing.assert_close(terms["cycle_I"], softmax_terms["cycle_I"], **CLOSE)
 
 
-def test_frozen_lets_gradients_through_to_the_input_and_ends_even_after_an_error():
-    network, x = nn.Conv2d(1, 1, 1), torch.ones(1, 1, 2, 2, requires_grad=True)
-    with frozen(network):
-        network(x).sum().backward()
-    assert x.grad is not None
-    assert network.weight.grad is None
+def test_frozen_ends_even_after_an_error():
+    network = nn.Conv2d(1, 1, 1)
     with pytest.raises(KeyError), frozen(network):
         raise KeyError
     assert network.weight.requires_grad
-    assert network.bias.requires_grad
 
 
 # A weight of 0
 
 
 def assert_trains(ours, networks):
-    """Check which networks, by side, the optimizers update and DDP wraps."""
+    """Check which networks, by side, the paper's Adam updates and DDP wraps."""
     assert ours.optimizers.keys() == ours.sides.keys() == networks.keys()
     for side, names in networks.items():
         assert list(ours.sides[side].networks) == [getattr(ours, name) for name in names]
+        assert type(ours.optimizers[side]) is torch.optim.Adam
         (group,) = ours.optimizers[side].param_groups
+        assert (group["lr"], group["betas"], group["weight_decay"]) == (2e-4, (0.5, 0.999), 0)
         assert list(map(id, group["params"])) == list(map(id, parameters(ours, *names)))
 
 
@@ -303,13 +205,6 @@ def test_a_weight_of_0_drops_the_term_and_its_networks_and_nothing_else(off):
     torch.testing.assert_close(losses, {name: every[name] for name in names}, **CLOSE)
 
 
-def test_all_weights_of_0_leave_partial():
-    ours, partial = build("cyclegan", *(f"--lambda{i}=0" for i in range(1, 6))), build("supervised")
-    assert_trains(ours, {"G": ["G_IS"]})
-    for _ in range(2):
-        assert ours.step(*batch()) == partial.step(*batch())
-
-
 # Hung et al.
 
 
@@ -319,37 +214,6 @@ def test_baselines_have_the_constants_of_their_papers():
     assert (hung.threshold, hung.start) == (0.2, 0.25)
     assert teacher.weights == {"gen_S": 1.0, "cutmix": 1.0}
     assert (teacher.decay, teacher.ramp_up, teacher.cutmix_on) == (0.99, 0.25, "both")
-
-
-def test_judge_is_the_mean_cross_entropy_with_one_target_over_valid_pixels():
-    logits = tensor(0, math.log(3)).view(1, 1, 1, 2)  # probabilities 1/2 and 3/4
-    assert model.bce(logits, 1.0).item() == pytest.approx((LN2 + math.log(4 / 3)) / 2)
-    assert model.bce(logits, 0.0).item() == pytest.approx((LN2 + 2 * LN2) / 2)
-    second = torch.tensor([False, True]).view(1, 1, 1, 2)
-    assert model.bce(logits, 0.0, valid=second).item() == pytest.approx(2 * LN2)
-    assert model.bce(logits, 1.0, valid=second & False).item() == 0
-
-
-@pytest.mark.parametrize(
-    ("threshold", "expected"),
-    [
-        (0.0, (2 * math.log(4 / 3) + math.log(10 / 9) + LN2) / 4),  # every pixel passes
-        (0.2, (2 * math.log(4 / 3) + LN2) / 3),
-        (0.5, math.log(4 / 3)),  # the first alone: its confidence is the threshold
-        (0.6, 0.0),  # none
-    ],
-)
-def test_semi_is_the_cross_entropy_with_the_argmax_where_D_is_sure(threshold, expected):
-    of_0, of_1 = tensor(math.log(3), 0, 0, 0), tensor(0, math.log(3), math.log(9), 0)
-    logits = torch.stack([of_0, of_1]).view(1, 2, 1, 4)  # largest 3/4, 3/4, 9/10, 1/2
-    judgment = tensor(0, -math.log(3), -math.log(9), -math.log(3)).view(1, 1, 1, 4)
-    logits, judgment = logits.requires_grad_(), judgment.requires_grad_()
-    loss = model.semi(logits, judgment, threshold)  # confidences 1/2, 1/4, 1/10, 1/4
-    assert loss.item() == pytest.approx(expected)
-    loss.backward()
-    assert judgment.grad is None
-    assert logits.grad.isfinite().all()
-    assert bool(logits.grad.any()) == (expected > 0)
 
 
 def adversarial(progress=1.0):
@@ -383,27 +247,23 @@ def adversarial_by_hand(ours, x, y, x_u):
 def test_adversarial_step_descends_the_weighted_terms_and_then_the_loss_of_D():
     ours, data = adversarial(), batch(64, 96)
     ours.weights = {"gen_S": 1.0, "adv": 0.3, "semi_adv": 0.7, "semi": 1.9}
-    descend_plainly(ours, lr=1e-4)
     generator, discriminator = parameters(ours, "G_IS"), parameters(ours, "D_S")
-    weights = [*generator, *discriminator]
-    for _ in range(2):
+    for _ in range(2):  # the second step's gradients are not added to the first's
         terms, loss_D = adversarial_by_hand(ours, *data)
         loss = sum(ours.weights[name] * term for name, term in terms.items())
-        options = {"retain_graph": True, "materialize_grads": True}
-        grads = [*torch.autograd.grad(loss, generator, **options)]
-        grads += torch.autograd.grad(loss_D, discriminator)
-        expected = [p - 1e-4 * g for p, g in zip(copies(weights), grads, strict=True)]
+        options = {"retain_graph": True, "allow_unused": True}
+        expected = [*torch.autograd.grad(loss, generator, **options)]
+        expected += torch.autograd.grad(loss_D, discriminator)
         losses = ours.step(*data)
-        torch.testing.assert_close(copies(weights), expected, **CLOSE)
+        found = [p.grad for p in (*generator, *discriminator)]
+        torch.testing.assert_close(found, expected, **CLOSE)
         values = {name: term.detach() for name, term in (terms | {"D_S": loss_D}).items()}
         torch.testing.assert_close(losses, values, **CLOSE)
 
 
-@pytest.mark.parametrize(
-    ("progress", "begun"), [(0.0, False), (0.2499, False), (0.25, True), (0.9, True)]
-)
+@pytest.mark.parametrize(("progress", "begun"), [(0.2499, False), (0.25, True)])
 def test_learning_alone_begins_after_a_part_of_the_run(progress, begun):
-    losses = adversarial(progress=progress).step(*batch(64, 96))
+    losses = adversarial(progress).step(*batch(64, 96))
     assert (losses["semi"] > 0) == begun
     assert losses["semi_adv"] > 0
 
@@ -449,7 +309,7 @@ def test_cutmix_by_hand(monkeypatch):
     shift = torch.tensor([100.0, 200.0]).view(2, 1, 1, 1)
     monkeypatch.setattr(model, "perturb", lambda x: x + shift)  # after mixing, so per mixed image
     even, odd = [0.0, 0.0], [math.log(3), 0.0]  # probabilities (1/2, 1/2) and (3/4, 1/4)
-    rows = tensor([odd] * 4, [odd, even, odd, even])
+    rows = torch.tensor([[odd] * 4, [odd, even, odd, even]])
     student = rows.movedim(-1, 1).unsqueeze(2).requires_grad_()  # (2, 2, 1, 4)
     y_u = torch.tensor([[[1, IGNORE, 1, IGNORE]], [[IGNORE, 1, 1, IGNORE]]])
     x_u, inputs = torch.arange(8.0).view(2, 1, 1, 4), []
@@ -473,8 +333,6 @@ def test_mean_teacher_descends_gen_S_and_cutmix_whose_weight_grows_over_a_quarte
     ours.progress = progress
     for p in ours.teacher.parameters():
         p.data *= 3  # an average that is not its student
-    descend_plainly(ours, lr=1e-3)
-    weights = list(ours.G_IS.parameters())
     y_u = ours.teacher(x_u).argmax(1)
     mixed = {
         "labeled": (x, y),
@@ -485,20 +343,17 @@ def test_mean_teacher_descends_gen_S_and_cutmix_whose_weight_grows_over_a_quarte
     terms = {"gen_S": cross_entropy(ours.G_IS(x), y)}
     terms["cutmix"] = model.cutmix(ours.G_IS, *mixed[images])
     loss = terms["gen_S"] + weight * terms["cutmix"]
-    grads = torch.autograd.grad(loss, weights, materialize_grads=True)
-    expected = [p - 1e-3 * g for p, g in zip(copies(weights), grads, strict=True)]
+    expected = torch.autograd.grad(loss, parameters(ours, "G_IS"), allow_unused=True)
     torch.manual_seed(5)
     losses = ours.step(x, y, x_u)
-    assert ours.weights == {"gen_S": 1.0, "cutmix": weight}
+    torch.testing.assert_close([p.grad for p in parameters(ours, "G_IS")], [*expected], **CLOSE)
     values = {name: term.detach() for name, term in terms.items()}
     torch.testing.assert_close(losses, values, **CLOSE)
-    torch.testing.assert_close(copies(weights), expected, **CLOSE)
 
 
 def test_the_average_follows_G_IS_and_is_what_is_evaluated():
     ours, (x, y, x_u) = build("meanteacher", "--lr", "0.01"), batch()
     expected = copies(ours.G_IS.parameters())
-    torch.testing.assert_close(copies(ours.teacher.parameters()), expected, rtol=0, atol=0)
     for _ in range(3):
         ours.step(x, y, x_u)
         pairs = zip(expected, copies(ours.G_IS.parameters()), strict=True)
@@ -506,10 +361,7 @@ def test_the_average_follows_G_IS_and_is_what_is_evaluated():
     torch.testing.assert_close(copies(ours.teacher.parameters()), expected, **CLOSE)
     assert not any(p.requires_grad for p in ours.teacher.parameters())
     assert torch.equal(ours.segment(x), ours.G_IS(x))
-    ours.eval()
-    assert torch.equal(ours.segment(x), ours.teacher(x))
-    assert not torch.equal(ours.segment(x), ours.G_IS(x))
-    assert ours.evaluated is ours.teacher
+    assert torch.equal(ours.eval().segment(x), ours.teacher(x))
 
 
 # Methods
@@ -527,30 +379,13 @@ def test_the_average_follows_G_IS_and_is_what_is_evaluated():
 def test_every_method_gives_terms_and_fakes_by_name_and_trains_its_own_networks(
     method, networks, terms, fakes
 ):
-    ours, (x, y, x_u) = build(method), batch()
+    ours, data = build(method), batch()
     assert_trains(ours, networks)
     assert set(ours.weights) == set(terms)
-    term_values, fake_values = ours.generator_terms(x, y, x_u)
-    assert (list(term_values), list(fake_values)) == (terms, fakes)
-    assert all(value.shape == () for value in term_values.values())
-    discriminators = networks.get("D", [])
-    if discriminators:
-        losses = ours.discriminator_terms(y, x_u, fake_values)
-        assert list(losses) == discriminators
-        assert all(value.shape == () for value in losses.values())
-    losses = ours.step(x, y, x_u)
-    assert list(losses) == [*terms, *discriminators]
+    assert list(ours.generator_terms(*data)[1]) == fakes
+    losses = ours.step(*data)
+    assert list(losses) == [*terms, *networks.get("D", [])]
     assert not any(loss.requires_grad for loss in losses.values())
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_optimizers_are_the_papers_adam_and_the_flags_set_rate_and_betas(method):
-    settings = {"": (2e-4, (0.5, 0.999)), "--lr 0.003 --betas 0.9 0.99": (0.003, (0.9, 0.99))}
-    for flags, (lr, betas) in settings.items():
-        for optimizer in build(method, *flags.split()).optimizers.values():
-            assert type(optimizer) is torch.optim.Adam
-            (group,) = optimizer.param_groups
-            assert (group["lr"], group["betas"], group["weight_decay"]) == (lr, betas, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -563,39 +398,15 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_terms(method):
     assert all(torch.equal(p, before[name]) for name, p in ours.named_parameters())
 
 
-def test_distribute_wraps_each_side_and_changes_no_step_of_one_process(tmp_path):
-    ours, alone = build("cyclegan"), build("cyclegan")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model.distribute(ours, torch.device("cpu"))
-        for side, networks in ("G", ("G_IS", "G_SI")), ("D", ("D_S", "D_I")):
-            assert type(ours.sides[side]) is nn.parallel.DistributedDataParallel
-            wrapped = list(ours.sides[side].module.networks)
-            assert wrapped == [getattr(ours, name) for name in networks]
-        for _ in range(2):
-            torch.testing.assert_close(ours.step(*batch()), alone.step(*batch()), **CLOSE)
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("method", ["cyclegan", "advsemi", "meanteacher"])
 def test_one_seed_gives_every_method_the_same_first_G_IS(method):
     expected = build("supervised").G_IS.state_dict()
     torch.testing.assert_close(build(method).G_IS.state_dict(), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("flags", "generator", "discriminator"),
-    [
-        ("", (4, 1, 0.0), (4, "batch", 1)),  # no drop-out and batch norm: the paper's
-        (
-            "--ngf 5 --n-blocks 2 --dropout 0.25 --ndf 6 --disc-norm instance --disc-kernel 3",
-            (5, 2, 0.25),
-            (6, "instance", 3),
-        ),
-    ],
-)
-def test_the_flags_shape_the_networks(flags, generator, discriminator):
+def test_the_flags_shape_the_networks():
+    flags = "--ngf 5 --n-blocks 2 --dropout 0.25 --ndf 6 --disc-norm instance --disc-kernel 3"
+    generator, discriminator = (5, 2, 0.25), (6, "instance", 3)
     G_IS = ResNetGenerator(1, 4, *generator)
     expected = {
         "supervised": [G_IS],
@@ -605,20 +416,12 @@ def test_the_flags_shape_the_networks(flags, generator, discriminator):
             PixelDiscriminator(4, *discriminator),
             PixelDiscriminator(1, *discriminator),
         ],
-        "advsemi": [G_IS, FCDiscriminator(4, discriminator[0])],
+        "advsemi": [G_IS, FCDiscriminator(4, 6)],
         "meanteacher": [G_IS, G_IS],
     }
     for method, networks in expected.items():
         ours = build(method, *flags.split())
         assert list(map(repr, ours.children())) == list(map(repr, networks)), method
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_terms_come_in_the_type_of_the_images(dtype):
-    x, y, x_u = batch()
-    for method in METHODS:
-        losses = build(method).to(dtype).step(x.to(dtype), y, x_u.to(dtype))
-        assert {loss.dtype for loss in losses.values()} == {dtype}
 
 
 def test_bf16_runs_every_network_in_bf16_with_losses_in_fp32_close_to_those_of_fp32():
