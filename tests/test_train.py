@@ -1,5 +1,6 @@
 """One epoch of training, evaluation, the learning rate, and losses that are not finite."""
 
+import itertools
 import math
 import signal
 from pathlib import Path
@@ -12,7 +13,6 @@ from PIL import Image
 from runs import TINY, error_line, evaluations, last_state, record_steps, run, tiny_on
 
 import model
-from engine import checkpoint
 from engine.signals import stop
 from engine.train import evaluate
 from model import METHODS
@@ -98,64 +98,40 @@ def test_ignored_pixels_may_train_as_background_and_are_never_scored(monkeypatch
 # The learning rate
 
 
-@pytest.mark.parametrize(
-    ("decay", "factors"),
-    [
-        ([], [1] * 8 + [2 / 3] * 4 + [1 / 3] * 4),  # 4 steps per epoch; from epoch 1 to 0 at 4
-        (["--decay-epoch", "0"], [1] * 4 + [3 / 4] * 4 + [2 / 4] * 4 + [1 / 4] * 4),
-    ],
-)
-def test_learning_rates_follow_the_schedule(monkeypatch, decay, factors):
+def test_learning_rates_follow_the_schedule(monkeypatch):
     def rates(model, x, y) -> list[float]:
         return [optimizer.param_groups[0]["lr"] for optimizer in model.optimizers.values()]
 
     seen = record_steps(monkeypatch, "advsemi", rates)
-    flags = ["--method", "advsemi", "--epochs", "4", "--lr", "0.1", *decay]
+    flags = ["--method", "advsemi", "--epochs", "4", "--lr", "0.1"]
     assert run("--training", *TINY, *flags) == 0
+    factors = [1] * 8 + [2 / 3] * 4 + [1 / 3] * 4  # 4 steps per epoch; from epoch 1 to 0 at 4
     assert seen == [[pytest.approx(0.1 * factor)] * 2 for factor in factors]
 
 
 # Losses that are not finite
 
-
-def break_loss(monkeypatch, term: str, call: int) -> None:
-    """Let the call-th value of a loss function be nan."""
-    function, calls = getattr(model, term), []
-
-    def failing(*tensors, **more):
-        calls.append(1)
-        return function(*tensors, **more) * (math.nan if len(calls) == call else 1)
-
-    monkeypatch.setattr(model, term, failing)
+LAST = Path("checkpoints/tiny_cyclegan_0.2_s0/last.pt")
 
 
 @pytest.mark.parametrize(
-    ("method", "function", "calls_per_step", "term"),
+    ("step", "place", "advice"),
     [
-        ("supervised", "gen_S", 1, "gen_S"),
-        ("cyclegan", "cycle_I", 1, "cycle_I"),
-        ("advsemi", "bce", 4, "adv"),
-        ("meanteacher", "cutmix", 1, "cutmix"),
-        ("cyclegan", "disc", 2, "D_S"),
+        (0, "epoch 1, step 1", "no checkpoint exists"),
+        (6, "epoch 2, step 3", f"the last good checkpoint is {LAST}; try a lower --lr"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    capsys, monkeypatch, method, function, calls_per_step, term
+    capsys, monkeypatch, step, place, advice
 ):
-    break_loss(monkeypatch, function, 6 * calls_per_step + 1)
-    steps = record_steps(monkeypatch, method, lambda *_: None)
-    flags = ["--training", *TINY, "--method", method, "--epochs", "3"]
-    error = error_line(capsys, *flags, code=1)
-    assert error.startswith("error: epoch 2, step 3: a loss is not finite (")
-    assert f"{term} nan" in error
-    last = Path(f"checkpoints/tiny_{method}_0.2_s0/last.pt")
-    assert f"the last good checkpoint is {last}; try a lower --lr" in error
-    assert len(steps) == 7
-    assert checkpoint.load(last)["epoch"] == 1
+    disc, calls = model.disc, itertools.count()
 
+    def failing(*tensors, **more):
+        return disc(*tensors, **more) * (math.nan if next(calls) == 2 * step else 1)
 
-def test_a_loss_that_is_not_finite_at_once_leaves_no_checkpoint(capsys, monkeypatch):
-    break_loss(monkeypatch, "disc", 1)
-    error = error_line(capsys, "--training", *TINY, "--epochs", "1", code=1)
-    assert "epoch 1, step 1: a loss is not finite (D_S nan, D_I" in error
-    assert "no checkpoint exists" in error
+    monkeypatch.setattr(model, "disc", failing)
+    error = error_line(capsys, "--training", *TINY, "--epochs", "3", code=1)
+    assert error.startswith(f"error: {place}: a loss is not finite (D_S nan, D_I ")
+    assert advice in error
+    assert next(calls) == 2 * step + 2
+    assert LAST.exists() == (step > 0)
