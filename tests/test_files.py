@@ -1,6 +1,5 @@
 """Reading and writing pictures and NIfTI volumes, and the errors that name a bad file."""
 
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -15,7 +14,6 @@ from conftest import (
     folder_spec,
     make_acdc,
     make_folder,
-    picture_sample,
     read_errors,
     toy_spec,
     write_volume,
@@ -28,9 +26,6 @@ from datasets.spec import Sample, Slice, load_spec
 from utils import IGNORE
 
 VOC, ACDC = load_spec("voc"), load_spec("acdc")
-
-needs_permissions = pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-needs_avif = pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="no AVIF")
 
 
 def png(path: Path, values: np.ndarray) -> None:
@@ -54,33 +49,18 @@ def volume_sample(
 # Pictures
 
 
-@pytest.mark.parametrize(
-    ("spec", "values", "expected"),
-    [
-        (VOC, [[0, 1, 2], [20, 255, 15]], [[0, 1, 2], [20, IGNORE, 15]]),
-        (toy_spec(ignore=11), [[0, 11], [2, 1]], [[0, IGNORE], [2, 1]]),
-    ],
-)
-def test_a_palette_png_gives_its_indices_and_IGNORE(tmp_path, spec, values, expected):
-    image = np.zeros((*np.shape(values), 3), np.uint8)
-    mask = files.read_sample(picture_sample(tmp_path, image, np.array(values)), spec)[1]
-    assert mask.dtype == np.uint8
-    assert mask.tolist() == expected
-
-
 def test_a_picture_has_the_channels_of_the_dataset_and_without_a_mask_no_pixel_counts(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    png(tmp_path / "a.png", pixels)
-    sample = Sample("a", "a", tmp_path / "a.png", None)
-    image, mask = files.read_sample(sample, VOC)
+    path = tmp_path / "a.png"
+    png(path, pixels)
+    image, mask = files.read_sample(Sample("a", "a", path, None), VOC)
     assert image.dtype == np.uint8
     assert np.array_equal(image, pixels)
     assert (mask.shape, {*np.unique(mask)}) == ((5, 7), {IGNORE})
     gray = np.array(Image.fromarray(pixels).convert("L"))
-    assert np.array_equal(files.read_sample(sample, toy_spec(channels=1))[0], gray)
-    png(tmp_path / "a.png", gray)
-    channels = files.as_pixels(files.read_sample(sample, VOC)[0], 3)
-    assert np.array_equal(channels, [gray] * 3)
+    assert np.array_equal(files.read_image(path, 1), gray)
+    png(path, gray)
+    assert np.array_equal(files.read_image(path, 3), np.stack([gray] * 3, 2))
 
 
 def test_a_folders_deep_gray_pictures_keep_their_values_which_are_finite(tmp_path):
@@ -91,6 +71,7 @@ def test_a_folders_deep_gray_pictures_keep_their_values_which_are_finite(tmp_pat
         image, _ = files.read_sample(Sample("a", "a", tmp_path / file, None), folder_spec())
         assert image.dtype == np.float32
         assert np.array_equal(image, expected)
+        assert np.array_equal(files.as_pixels(image, 3), [expected] * 3)
     floats[3, 4] = np.nan
     Image.fromarray(floats).save(tmp_path / "b.tif")
     message = error_of(files.read_sample, Sample("a", "a", tmp_path / "b.tif", None), folder_spec())
@@ -115,35 +96,20 @@ def flip_checksum(path: Path) -> None:
     path.write_bytes(content)
 
 
-def zeros(*shape: int, dtype: type = np.uint8, value: float = 0):
-    return lambda path: png(path, np.full(shape, value, dtype))
-
-
-def replace_by(make):
-    def replace(path: Path) -> None:
-        path.unlink()
-        make(path)
-
-    return replace
+def filled(value: int, *shape: int):
+    return lambda path: png(path, np.full(shape, value, np.uint8))
 
 
 @pytest.mark.parametrize(
     ("kind", "breakage", "reason"),
     [
         ("image", Path.unlink, "No such file"),
-        ("image", lambda p: p.write_bytes(b""), "cannot identify"),
         ("image", cut, "truncated"),
-        ("image", zeros(20, 28, dtype=np.uint16), "mode I"),
-        ("image", png16, "of 16 bits"),
         ("image", lambda p: Image.new("CMYK", (28, 20)).save(p), "mode CMYK"),
-        ("image", replace_by(Path.mkdir), "Is a directory"),
-        ("mask", replace_by(lambda p: p.symlink_to(p)), ""),
-        pytest.param("mask", lambda p: p.chmod(0), "Permission denied", marks=needs_permissions),
-        ("mask", cut, ""),
+        ("image", png16, "of 16 bits"),
         ("mask", flip_checksum, "bad header checksum"),
-        ("mask", zeros(20, 27), "27x20 pixels, but its image has 28x20"),
-        ("mask", png16, "mode RGB"),
-        ("mask", zeros(20, 28, value=21), "label 21 is out of range; expected one of 0, 1, 2, 3"),
+        ("mask", filled(0, 20, 27), "27x20 pixels, but its image has 28x20"),
+        ("mask", filled(21, 20, 28), "label 21 is out of range; expected one of 0, 1, 2, 3"),
     ],
 )
 def test_a_bad_picture_is_named(voc, kind, breakage, reason):
@@ -186,12 +152,10 @@ def test_a_fourth_axis_of_length_one_is_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("affine", "fits"),
     [
-        (np.diag([1.5, 1.5, 10, 1]), True),
         (np.diag([1.5, 1.5, 10.01, 1]), True),  # rounded by another program
         (np.array([[1.5, 0, 0, 40], [0, 1.5, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), True),
         (np.diag([-1.5, 1.5, 10, 1]), False),
         (np.array([[0, 1.5, 0, 0], [1.5, 0, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), False),
-        (np.eye(4), False),
     ],
 )
 def test_a_mask_volume_has_the_axes_of_its_image(tmp_path, affine, fits):
@@ -242,23 +206,18 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
     ("suffix", "breakage", "reason"),
     [
         ("", Path.unlink, "No such file"),
-        ("", lambda p: p.write_bytes(b"junk"), ""),
         ("", lambda p: p.write_bytes(b""), ""),
-        ("", cut, ""),
         ("", without_checksum, "CRC"),
         ("", with_value(np.nan, np.float32), "slice 1 holds values"),
         ("", with_value(1e300, np.float64), "not finite as float32"),
         ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
         ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),
-        ("_gt", Path.unlink, "No such file"),
         ("_gt", volume_of(18, 14, 2), "has 2 slices; slice 2 is missing"),
         ("_gt", volume_of(18, 14, 5), "has 5 slices, but its image has"),
         ("_gt", volume_of(14, 18, 3), "14x18"),
-        ("_gt", with_value(4, np.uint8), "label 4 "),
         ("_gt", with_value(-1, np.int16), "label -1 "),
         ("_gt", with_value(259, np.int16), "label 259 "),  # 3 + 256
         ("_gt", with_value(1.5, np.float32), UNEVEN),
-        ("_gt", with_value(np.nan, np.float32), "slice 1 holds values"),
     ],
 )
 def test_a_bad_volume_is_named(tmp_path, suffix, breakage, reason):
@@ -328,25 +287,6 @@ def test_the_mask_beside_a_volume_is_no_image(tmp_path, image, mask):
     assert other == [f"{tmp_path / 'volumes' / mask}: the mask of {image}"]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
-def test_a_picture_of_any_mode_is_one_plane(tmp_path, mode):
-    Image.new(mode, (5, 4), 1).save(tmp_path / "a.tif")
-    for channels in 1, 3:
-        (plane,) = files.read_planes(tmp_path / "a.tif", channels)
-        assert plane.shape == (channels, 4, 5)
-        assert plane.dtype == (torch.float32 if mode in ("I;16", "F") else torch.uint8)
-
-
-def test_a_volumes_planes_are_its_slices(tmp_path):
-    volume = np.random.default_rng(0).integers(-9, 9, (4, 5, 3)).astype(np.int16)
-    write_volume(tmp_path / "a.nii.gz", volume)
-    planes = files.read_planes(tmp_path / "a.nii.gz", 3)
-    assert len(planes) == 3
-    for z, plane in enumerate(planes):
-        assert plane.dtype == torch.float32
-        assert np.array_equal(plane, [volume[:, :, z].T] * 3)
-
-
 # Orientation and pages
 
 
@@ -367,23 +307,14 @@ def with_exif(path: Path, orientation: int) -> None:
     Image.fromarray(RED).save(path, exif=oriented(orientation), **options)
 
 
-def with_raw_profile(kind: str):
+def with_raw_profile(path: Path, orientation: int) -> None:
     """A PNG with EXIF data as text, as ImageMagick writes them, behind its pixels."""
-
-    def write(path: Path, orientation: int) -> None:
-        Image.fromarray(RED).save(path)
-        exif = oriented(orientation).tobytes()
-        lines = f"\n{kind}\n{len(exif):8}\n{exif.hex()}\n"
-        data = b"Raw profile type %s\0\0" % kind.encode() + zlib.compress(lines.encode())
-        content = path.read_bytes()
-        path.write_bytes(content[:-12] + png_chunk(b"zTXt", data) + content[-12:])
-
-    return write
-
-
-def with_xmp(path: Path, orientation: int) -> None:
-    xmp = f'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="{orientation}"/>'
-    Image.fromarray(RED).save(path, xmp=xmp.encode())
+    Image.fromarray(RED).save(path)
+    exif = oriented(orientation).tobytes()
+    lines = f"\nAPP1\n{len(exif):8}\n{exif.hex()}\n"
+    data = b"Raw profile type APP1\0\0" + zlib.compress(lines.encode())
+    content = path.read_bytes()
+    path.write_bytes(content[:-12] + png_chunk(b"zTXt", data) + content[-12:])
 
 
 def with_exif_box(path: Path, orientation: int) -> None:
@@ -395,38 +326,11 @@ def with_exif_box(path: Path, orientation: int) -> None:
     path.write_bytes(before[:-4] + struct.pack(">I", 4 + len(box)) + box + size + header + after)
 
 
-ORIENTED = [
-    ("a.jpg", with_exif),
-    ("a.JPEG", with_xmp),
-    ("a.png", with_exif),
-    ("a.png", with_raw_profile("exif")),
-    ("a.png", with_raw_profile("APP1")),
-    ("a.webp", with_exif),
-    ("a.jp2", with_exif_box),
-    ("a.mpo", with_exif),
-    pytest.param("a.avif", with_exif, marks=needs_avif),
-]
-
-
-def reading(path: Path) -> list:
-    """Reading a picture as --predict does, and as an image of every kind of dataset."""
-    sample = Sample("a", "a", path, None)
-    return [
-        lambda: files.read_planes(path, 3)[0],
-        lambda: files.read_sample(sample, folder_spec())[0],
-        lambda: files.read_sample(sample, VOC)[0],
-    ]
-
-
-def mask_sample(mask: Path) -> Sample:
-    """A mask of RED's size, beside RED."""
+def read_mask(mask: Path, spec=None) -> np.ndarray:
+    """Read a mask of RED's size, beside RED."""
     image = mask.parent / "image.bmp"
     Image.fromarray(RED).save(image)
-    return Sample("a", "a", image, mask)
-
-
-def read_mask(mask: Path, spec=None) -> np.ndarray:
-    return files.read_sample(mask_sample(mask), spec or folder_spec())[1]
+    return files.read_sample(Sample("a", "a", image, mask), spec or folder_spec())[1]
 
 
 def mask_error(mask: Path, spec=None) -> str:
@@ -436,44 +340,38 @@ def mask_error(mask: Path, spec=None) -> str:
     return message.removeprefix(f"{mask}: ")
 
 
-@pytest.mark.parametrize("orientation", range(2, 9))
-@pytest.mark.parametrize(("name", "save"), ORIENTED)
-def test_a_picture_that_viewers_rotate_is_named_whatever_its_format(
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("a.jpg", with_exif),
+        ("a.png", with_exif),
+        ("a.png", with_raw_profile),
+        ("a.jp2", with_exif_box),
+        ("a.mpo", with_exif),
+    ],
+)
+def test_a_picture_that_viewers_rotate_is_named_but_not_orientations_without_a_meaning(
     tmp_path, name, save, orientation
 ):
     path = tmp_path / name
     save(path, orientation)
+    if orientation not in range(2, 9):
+        assert files.read_image(path, 3).shape == (20, 24, 3)
+        return
     found = f"viewers rotate it (EXIF orientation {orientation}); save it upright"
-    for read in reading(path):
-        assert error_of(read).startswith(f"{path}: {found}")
-
-
-def test_a_mask_that_viewers_rotate_is_an_error_too(tmp_path):
-    Image.fromarray(MASK).save(tmp_path / "a.png", exif=oriented(6))
-    assert mask_error(tmp_path / "a.png").startswith("viewers rotate it")
-
-
-@pytest.mark.parametrize("orientation", [0, 1, 9])
-@pytest.mark.parametrize(("name", "save"), ORIENTED)
-def test_orientations_without_a_meaning_are_upright(tmp_path, name, save, orientation):
-    if name == "a.avif" and orientation != 1:
-        pytest.skip("Pillow does not write it")
-    save(tmp_path / name, orientation)
-    for read in reading(tmp_path / name):
-        assert {*read().shape} == {3, 20, 24}
+    for read in files.read_image, files.read_planes:
+        assert error_of(read, path, 3).startswith(f"{path}: {found}")
 
 
 @pytest.mark.parametrize("damage", [b"Exif\0\0junk", b"Exif\0\0MM\0*\0\0\0\xff", b""])
 def test_damaged_exif_data_are_none(tmp_path, damage):
     Image.fromarray(RED).save(tmp_path / "a.jpg", exif=damage)
-    for read in reading(tmp_path / "a.jpg"):
-        read()
+    files.read_image(tmp_path / "a.jpg", 3)
 
 
-@pytest.mark.parametrize(
-    ("orientation", "compression"),
-    [*((n, None) for n in range(10)), *((n, "tiff_lzw") for n in range(1, 9))],
-)
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 def test_a_tiff_is_read_as_viewers_show_it(tmp_path, orientation, compression):
     image, mask = tmp_path / "a.tif", tmp_path / "mask.tif"
     for file, pixels in (image, RED), (mask, MASK):
@@ -493,8 +391,8 @@ def test_several_pages_are_an_error_of_images_and_masks_that_names_their_number(
     path = tmp_path / f"a.{ending}"
     pages = [Image.fromarray(k == MASK).convert("L") for k in (0, 1)]
     pages[0].save(path, save_all=True, append_images=pages[1:])
-    for read in [*reading(path), lambda: read_mask(path)]:
-        assert error_of(read) == f"{path}: has 2 pages; expected one picture per file"
+    message = f"{path}: has 2 pages; expected one picture per file"
+    assert error_of(files.read_image, path, 3) == error_of(files.read_mask, path) == message
 
 
 # Values of masks
@@ -505,13 +403,8 @@ def test_several_pages_are_an_error_of_images_and_masks_that_names_their_number(
     [
         ("a.jpg", {}, "JPEG"),
         ("a.png", {"format": "JPEG", "quality": 100}, "JPEG"),
-        ("a.mpo", EXTRA_IMAGE, "MPO"),
-        ("a.webp", {}, "WEBP"),
         ("a.webp", {"lossless": True}, "WEBP"),
-        ("a.jp2", {"irreversible": True}, "JPEG2000"),
-        ("a.jp2", {"quality_mode": "dB", "quality_layers": [40]}, "JPEG2000"),
         ("a.tif", {"compression": "jpeg"}, "TIFF with JPEG compression"),
-        pytest.param("a.avif", {}, "AVIF", marks=needs_avif),
     ],
 )
 def test_a_mask_in_a_lossy_format_is_an_error_that_names_it(tmp_path, name, options, format_name):
@@ -559,16 +452,10 @@ def test_a_palette_of_fewer_bits_gives_its_indices(tmp_path, bits):
     assert np.array_equal(files.read_mask(tmp_path / "a.png"), MASK)
 
 
-def one_bit(path: Path) -> None:
-    Image.fromarray(MASK * 255).convert("1").save(path)
-
-
 @pytest.mark.parametrize(
     ("name", "save"),
     [
-        ("a.png", one_bit),
-        ("a.tif", one_bit),
-        ("a.bmp", one_bit),
+        ("a.png", lambda path: Image.fromarray(MASK * 255).convert("1").save(path)),
         ("a.png", lambda path: Image.fromarray(MASK * 15).save(path, bits=4)),
         ("a.pgm", lambda path: path.write_bytes(b"P5\n24 20\n1\n" + MASK.tobytes())),
     ],
@@ -587,7 +474,6 @@ def test_gray_of_fewer_bits_is_black_and_white_where_label_ids_say_so(tmp_path, 
     [
         ("I;16", "save the same values with 8 bits"),
         ("LA", "save it without its alpha channel"),
-        ("RGB", "save one of its equal channels alone"),
         ("RGBA", "save one of its equal channels alone"),
         ("CMYK", "replace each color by its class index"),
     ],
@@ -623,10 +509,6 @@ def test_a_written_mask_reads_back_whatever_the_values_of_the_classes(tmp_path):
         colors = np.array(image.convert("RGB"))[0].tolist()
     assert colors == [*map(list, spec.palette), [224, 224, 192]]
     assert spec.lookup()[files.read_mask(tmp_path / "m.png")].tolist() == mask.tolist()
-    write_volume(tmp_path / "a.nii.gz", np.zeros((4, 1, 1), np.int16))
-    writers.save_prediction(tmp_path / "m", tmp_path / "a.nii.gz", mask[None].byte(), spec)
-    written = np.asarray(nibabel.load(tmp_path / "m.nii.gz").dataobj)
-    assert written[:, 0, 0].tolist() == [9, 200, 3, 7]
     writers.save_prediction(tmp_path / "new" / "a.b", Path("a.b.jpg"), mask[None], spec)
     assert files.read_mask(tmp_path / "new" / "a.b.png").tolist() == [[9, 200, 3, 7]]
 
