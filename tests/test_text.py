@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import error_of, make_acdc
 
-import utils
 from datasets.layouts import index, read_ids
 from datasets.spec import load_spec, read_toml
 from datasets.splits import read_lists
@@ -46,7 +45,6 @@ def test_a_mark_another_line_end_and_trailing_blanks_are_accepted_in_every_text_
     variants = [
         text.encode(),
         codecs.BOM_UTF8 + text.encode(),
-        text.replace("\n", "\r\n").encode(),
         text.replace("\n", "\r").encode(),
         codecs.BOM_UTF8 + text.replace("\n", " \t\r\n").encode() + b"  ",
     ]
@@ -73,8 +71,3 @@ def test_another_encoding_is_one_line_that_names_file_and_remedy(tmp_path, name,
     path = tmp_path / name
     path.write_bytes("\nä\n".encode(encoding))
     assert error_of(READERS[name][0], path).endswith(f"{name}: {reason}")
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    message = error_of(utils.read_text, tmp_path / "a.txt")
-    assert message == f"{tmp_path / 'a.txt'}: No such file or directory"
