@@ -114,21 +114,14 @@ def test_scores_are_the_papers_tables_1_and_2():
 
 def test_columns_of_tables_3_and_4_average_to_table_1_except_in_three_cells():
     iou, scores = plan.paper_iou(), plan.paper_scores()
-    sizes = {key: len(values) for key, values in iou.items()}
-    assert set(sizes.items()) == {
-        ((dataset, ratio, name), n)
-        for dataset, n in (("voc", 20), ("cityscapes", 19))
-        for ratio in (0.1, 0.2, 0.3)
-        for name in ("partial", "ours")
-    }
+    assert len(iou) == 2 * 2 * 3
+    assert {key[0]: len(values) for key, values in iou.items()} == {"voc": 20, "cityscapes": 19}
     off = {key: round(1e4 * (statistics.mean(iou[key]) - scores[key]), 1) for key in iou}
     assert {key: units for key, units in off.items() if abs(units) > 2} == {
         ("voc", 0.3, "ours"): 19.8,
         ("voc", 0.1, "ours"): 3.5,
         ("cityscapes", 0.2, "ours"): -3.6,
     }
-    assert iou["voc", 0.1, "partial"][:2] == (0.4236, 0.2046)
-    assert iou["cityscapes", 0.3, "ours"][-1] == 0.3618
 
 
 # Tables
