@@ -9,7 +9,7 @@ from runs import SUPERVISED, TINY, error_line, run, tiny_on
 
 from datasets.cache import decode
 from datasets.files import read_sample
-from datasets.labels import check_ignored
+from datasets.labels import check_classes, check_ignored
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Sample, Slice
 
@@ -103,6 +103,12 @@ def test_an_object_that_resizing_loses_is_an_object(tmp_path, capsys):
     checked(samples, spec)
 
 
+def test_a_class_that_no_mask_contains_is_printed(tmp_path, capsys):
+    samples, spec = samples_of(tmp_path, [OBJECT]), folder_spec(classes=["dark", "bright", "third"])
+    check_classes([(samples[0], OBJECT)], spec, role="validation", advice="look")
+    assert capsys.readouterr().out == "no validation mask contains third: look\n"
+
+
 def test_the_slices_of_a_volume_are_one_file(tmp_path):
     samples = []
     for name, value in ("a", 1), ("b", 255):
@@ -133,10 +139,11 @@ def replace(folder: str, mask: np.ndarray, step: int = 1) -> None:
         write_indexed(path, mask)
 
 
-def test_validation_masks_with_one_class_only_are_an_error(mixed, capsys):
-    replace("val/masks", EMPTY)
+@pytest.mark.parametrize(("part", "role"), [("masks", "labeled"), ("val/masks", "validation")])
+def test_labeled_and_validation_masks_with_one_class_only_are_an_error(mixed, capsys, part, role):
+    replace(part, EMPTY)
     message = error_line(capsys, "--training", *mixed)
-    assert message.startswith("error: the validation masks contain at most one class: ")
+    assert message.startswith(f"error: the {role} masks contain at most one class: ")
 
 
 @pytest.mark.parametrize(("part", "step"), [("masks", 2), ("val/masks", 1)])
