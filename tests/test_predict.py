@@ -11,7 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import add_acdc_testing, make_acdc, make_tiny, write_volume
+from conftest import make_acdc, make_tiny, write_volume
 from PIL import Image
 from runs import SIMPLE, TINY, edit_checkpoint, error_line, load_with, run, split_ids, tiny_on
 
@@ -151,12 +151,16 @@ def test_masks_at_native_size_are_the_argmax_of_enlarged_logits(capsys, trained)
 
 
 def test_a_run_is_tested_on_the_split_that_it_was_trained_with():
-    root = add_acdc_testing(make_acdc(Path("acdc"), 2, 2), 1)
+    root = make_acdc(Path("acdc"), 4, 2)
+    (root / "testing").mkdir()
+    (root / "training/patient004").rename(root / "testing/patient004")
     flags = [*tiny_on("acdc"), *PARTIAL, "--split", "standard", "--label-unit", "exam"]
     assert run("--training", *flags, "--data-root", root) == 0
+    ids = split_ids("acdc_supervised_0.5_s0")
+    assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == [8, 4, 4]
     assert run("--testing") == 0
     masks = stems(Path("results/acdc_supervised_0.5_s0/masks"))
-    assert {name.partition("_")[0] for name in masks} == {"patient003"}
+    assert {name.partition("_")[0] for name in masks} == {"patient004"}
 
 
 def test_normalization_holds_for_training_and_its_evaluations(monkeypatch):
@@ -207,27 +211,35 @@ def test_class_indices_in_place_of_values_of_more_than_8_bits_are_printed(capsys
 # --predict
 
 
-def test_pictures_and_volumes_are_predicted_at_their_own_size(capsys, trained):
+def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys, trained):
     mine = Path("mine/deep er")
     mine.mkdir(parents=True)
-    Image.fromarray(noise(30, 41)).save(mine / "grey.jpg")
-    Image.fromarray(noise(8, 9, dtype=np.float32) / 256).save(mine / "float.TIF")
+    pictures = {
+        "grey.jpg": Image.fromarray(noise(30, 41)),
+        "with alpha 1.png": Image.fromarray(noise(17, 90, 4)),
+        "deep.png": Image.fromarray(noise(33, 20, dtype=np.uint16) * 256),
+        "float.TIF": Image.fromarray(noise(8, 9, dtype=np.float32) / 256),
+        "print.jpg": Image.new("CMYK", (25, 26), (9, 80, 3, 0)),
+    }
+    for name, picture in pictures.items():
+        picture.save(mine / name)
     write_volume(mine / "heart.nii.gz", noise(21, 34, 3, dtype=np.int16), np.diag([1.5, 2, 10, 1]))
     (mine / "notes.txt").write_text("not a picture")
     (mine / "broken.png").write_bytes(b"junk")
+    write_volume(mine / "film.nii", np.zeros((4, 4, 2, 2, 2), np.int16))
     assert run("--predict", "mine", mine / "grey.jpg", "--overlay") == 1
     out, err = capsys.readouterr()
     assert err.startswith(f"error: unreadable files: {mine / 'broken.png'}: ")
-    for name in "broken.png", "notes.txt":
+    for name in "broken.png", "film.nii", "notes.txt":
         assert f"skipped {mine / name}: " in out
-    assert f"3 masks by {trained} (epoch 1): {MASKS}\n" in out
-    assert Image.open(MASKS / "deep er/grey.png").size == (41, 30)
-    assert Image.open(MASKS / "deep er/float.png").size == (9, 8)
+    assert f"6 masks by {trained} (epoch 1): {MASKS}\n" in out
+    for name, picture in pictures.items():
+        assert Image.open(MASKS / "deep er" / Path(name).with_suffix(".png")).size == picture.size
     labels = labels_of(MASKS / "deep er/heart.nii.gz")
     assert labels.shape == (21, 34, 3)
     assert f"heart.nii.gz: right ventricle {0.03 * (labels == 1).sum():.1f} ml, myocardium " in out
-    expected = {"grey", "float", "heart_s00", "heart_s01", "heart_s02"}
-    assert stems(OVERLAYS / "deep er") == expected
+    slices = {"heart_s00", "heart_s01", "heart_s02"}
+    assert stems(OVERLAYS / "deep er") == {Path(name).stem for name in pictures} | slices
 
 
 def test_nothing_to_predict_is_an_error(capsys, trained):
