@@ -51,25 +51,16 @@ def test_given_are_the_flags_of_the_command_line_alone():
     assert parse_args(flags).given == expected
 
 
-def test_help_is_one_line_of_usage_and_every_flag_by_group_with_its_default_but_none(capsys):
+def test_help_is_one_line_of_usage_and_the_flags_with_their_defaults_but_none(capsys):
     with pytest.raises(SystemExit) as caught:
         main.main(["--help"])
     assert caught.value.code == 0
-    text = capsys.readouterr().out
-    usage = "usage: python main.py --training | --testing | --predict PATH... [flags]"
-    assert text.split("\n\n")[0] == usage
-    places = [text.index(f"\n{title}:\n") for title in PARSER.keys]
-    assert places == sorted(places)
-    text = " ".join(text.split())
-    assert "(default: None)" not in text
-    assert "(default: False)" not in text
-    for action in ACTIONS:
-        default = action.default
-        if isinstance(default, bool | None):
-            assert action.help in text
-        else:
-            typed = " ".join(map(str, default)) if isinstance(default, list) else default
-            assert f"{action.help} (default: {typed})" in text
+    usage, _, flags = capsys.readouterr().out.partition("\n\n")
+    assert usage == "usage: python main.py --training | --testing | --predict PATH... [flags]"
+    assert "(default: 400)" in flags
+    assert "(default: 0.5 0.999)" in flags
+    assert "(default: None)" not in flags
+    assert "(default: False)" not in flags
 
 
 def test_flags_of_the_released_code_are_those_that_its_preset_changes():
@@ -148,16 +139,8 @@ def test_official_presets_are_the_released_code():
     [
         ("epocs = 3", "unknown key 'epocs'; did you mean 'epochs'?"),
         ("[supervised]\nlr = 1", "unknown key 'supervised'"),
-        ("epochs = 'many'", "argument --epochs"),
-        ("epochs = '3 --seed 4'", "argument --epochs"),
-        ("size = [64]", "argument --size"),
-        ("method = 'cycle'", "argument --method"),
-        ("split = 'parts.txt'", "expected paper, standard, image, acdc_14of70, "),
-        ("disc_kernel = 2", "must be odd"),
-        ("epochs = ", "not TOML"),
-        ("ratio = 0.2\nlabeled = 8", "--ratio and --labeled: give one of them"),
         ("overwrite = true", "unknown key 'overwrite'"),
-        ("testing = true", "unknown key 'testing'"),
+        ("epochs = 'many'", "argument --epochs"),
         ("[dataset]\nlayout = 'voc'", "give it as --dataset"),
     ],
 )
@@ -175,17 +158,11 @@ def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("", "--training"),
-        ("--training --testing", "--training"),
-        ("--dataset phantom", "--training"),
-        ("--testing", "python main.py --training"),
-        ("--testing --checkpoint none.pt", "none.pt"),
-        ("--testing --checkpoint junk.pt", "junk.pt"),
-        ("--predict none.png", "python main.py --training"),
+        ("", "give one of --training, --testing, --predict"),
+        ("--training --testing", "give one of --training, --testing, --predict"),
         # of another mode
         ("--training --checkpoint best.pt", "--checkpoint needs --testing or --predict; --init"),
         ("--training --overlay", "--overlay needs --predict"),
-        ("--training --native-size", "--native-size needs --testing"),
         ("--training --part test", "--part needs --testing"),
         ("--testing --config a.toml", "--config needs --training"),
         ("--testing --overwrite", "--overwrite needs --training"),
@@ -193,35 +170,27 @@ def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
         # a flag alone
         ("--training --epoch 3", "--epoch 3; --help lists the flags"),
         ("--training --ratio 1.5", "--ratio: 1.5 must be greater than 0 and at most 1"),
-        ("--training --ratio nan", "--ratio"),
         ("--training --size 15 64", "--size: 15 must be at least 16"),
-        ("--training --batch-size 0", "--batch-size"),
         ("--training --batch-size 2.5", "invalid int value"),
         ("--training --lr 0", "--lr: 0 must be greater than 0"),
-        ("--training --seed 4294967297", "at most"),
-        ("--training --disc-kernel 33", "from 1 to 31"),
+        ("--training --lr inf", "--lr: inf must be greater than 0"),
+        ("--training --disc-kernel 2", "2 must be odd, from 1 to 31"),
         ("--training --device tpu9", "--device tpu9"),
+        ("--training --device cuda:99", "--device cuda:99"),
         ("--training --name ../up", "--name ../up"),
-        ("--training --name .hidden", "--name .hidden"),
         ("--training --checkpoints main.py/x", "--checkpoints"),
         ("--training --cache main.py/x", "--cache"),
-        ("--training --init none.pt", "none.pt"),
-        ("--training --config none.toml", "none.toml"),
         # the dataset and its split
-        ("--training --dataset nothere", "--dataset nothere"),
-        ("--training --dataset official", "has no [dataset] table"),
         ("--training --dataset voc --data-root nowhere", "--data-root nowhere"),
         ("--training --data-root a\udcff", r"--data-root 'a\udcff': expected UTF-8"),
         ("--training --ratio 1", "--ratio 1 leaves no unlabeled image for --method cyclegan"),
         ("--training --ratio 0.2 --labeled 2", "--ratio and --labeled: give one of them"),
         ("--training --split parts", "expected paper, standard, image, acdc_14of70, "),
         ("--training --split none.json", "none.json"),
-        ("--training --split none.json --ratio 0.2", "--ratio: none.json says which images are"),
         ("--training --split none.json --labeled 2", "--labeled: none.json says which images are"),
     ],
 )
 def test_a_wrong_command_is_one_error_line(capsys, flags, named):
-    Path("junk.pt").write_bytes(b"junk" * 100)
     Path("main.py").write_text("a file where a folder should be")
     training = ["--training", *TINY] if "--training" in flags else []
     assert named in error_line(capsys, *training, *flags.replace("--training", "").split())

@@ -80,11 +80,9 @@ def test_a_checkpoints_settings_lie_under_the_command_line(trained):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--ngf 3", "--ngf is 2, not 3"),
         ("--size 16 32 --lr 1", "--size is [16, 16], not [16, 32]; --lr is 0.0002, not 1.0"),
         ("--split image", "--split is paper, not image"),
         ("--checkpoint {} --dataset voc", "--dataset is tiny, not voc"),
-        ("--checkpoint {} --seed 1", "--seed is 0, not 1"),
     ],
 )
 def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained, flags, named):
@@ -98,14 +96,9 @@ def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained
         (lambda state: state["settings"].update(ngf="wide"), "--ngf"),
         (lambda state: state["settings"].update(ngf=3), "does not fit the networks"),
         (lambda state: state["settings"].update(depth=3), "unknown key 'depth'"),
-        (lambda state: state["settings"].update(overwrite=True), "unknown key 'overwrite'"),
         (lambda state: state["settings"].update(size=torch.ones(2)), "--size"),
-        (lambda state: state["settings"].update({7: 7}), "lacks settings"),
-        (lambda state: state["dataset"].update(layout="cubes"), "layout"),
         (lambda state: state["dataset"].update(scored=torch.ones(2)), "scored"),
         (lambda state: state["dataset"].pop("classes"), "classes"),
-        (lambda state: state["dataset"].update(classes=[*"abcde"], palette=[[0] * 3] * 5), "fit"),
-        (lambda state: state["model"].update(more=torch.ones(3)), "more is (3,), expected none"),
         (lambda state: state.update(split="other"), "holds other images"),
         (lambda state: state.update(format=3), "format 2"),
     ],
