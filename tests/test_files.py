@@ -212,6 +212,7 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
         ("", with_value(1e300, np.float64), "not finite as float32"),
         ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
         ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),
+        ("", volume_of(18, 14, 3, 2, 2), "expected a volume (X, Y, Z) or"),
         ("_gt", volume_of(18, 14, 2), "has 2 slices; slice 2 is missing"),
         ("_gt", volume_of(18, 14, 5), "has 5 slices, but its image has"),
         ("_gt", volume_of(14, 18, 3), "14x18"),
@@ -285,6 +286,15 @@ def test_the_mask_beside_a_volume_is_no_image(tmp_path, image, mask):
     found, other = files.find_pictures([tmp_path / "volumes"])
     assert {path.name for path in found} == {image, "a_2.nii.gz", "b_gt.nii.gz"}
     assert other == [f"{tmp_path / 'volumes' / mask}: the mask of {image}"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])
+def test_a_picture_of_any_mode_is_one_plane(tmp_path, mode):
+    Image.new(mode, (5, 4), 1).save(tmp_path / "a.tif")
+    for channels in 1, 3:
+        (plane,) = files.read_planes(tmp_path / "a.tif", channels)
+        assert plane.shape == (channels, 4, 5)
+        assert plane.dtype == (torch.float32 if mode in ("I;16", "F") else torch.uint8)
 
 
 # Orientation and pages
