@@ -159,21 +159,6 @@ def test_batches_come_in_order_normalized_and_end_with_a_smaller_one(phantoms, n
     assert np.array_equal(y, phantoms.masks[rows])
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_each_process_gets_its_part_of_every_batch(phantoms, monkeypatch, n):
-    numbered = Cache(phantoms.images, np.arange(11, dtype=np.uint8)[:, None, None], phantoms.rows)
-    data = of(numbered, [*range(11)])
-    shards = []
-    monkeypatch.setenv("WORLD_SIZE", str(n))
-    for rank in range(n):
-        monkeypatch.setenv("RANK", str(rank))
-        shards.append([y.flatten().tolist() for _, y in Batches(data, 4, CPU)])
-    assert all(len(part) == 4 // n for shard in shards for part in shard[:-1])
-    for i, whole in enumerate([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]):
-        together = [shard[i] for shard in shards if i < len(shard)]
-        assert sorted(sum(together, [])) == whole
-
-
 def test_worker_processes_live_through_epochs_and_each_epoch_has_its_order():
     others = {*multiprocessing.active_children()}
     batches, readers = Batches(stored(0, 8), 2, CPU, workers=2), []
