@@ -6,7 +6,7 @@ import torch
 from conftest import toy_spec
 from PIL import Image
 
-from engine.pictures import WORDS, colorize, font_for, legend, picture_grid, save_overlay, shades
+from engine.pictures import WORDS, font_for, legend, picture_grid, save_overlay, shades
 from utils import IGNORE
 
 PALETTE = ((0, 0, 0), (70, 130, 180), (240, 200, 80), (200, 60, 60))
@@ -39,7 +39,8 @@ def test_picture_grid_has_one_row_per_image_and_one_column_per_picture_of_square
     mask[1, 0, 0] = 2
     grid = picture_grid(x, {"y": mask, "rec": x + 0.5}, SPEC)
     assert (grid.shape[0], grid.shape[2]) == (3, 3 * (156 + 4) + 4)
-    squares = colorize(mask, PALETTE).repeat_interleave(26, -1).repeat_interleave(26, -2)
+    colors = torch.tensor(PALETTE)[mask].permute(0, 3, 1, 2) / 255
+    squares = colors.repeat_interleave(26, -1).repeat_interleave(26, -2)
     for i in range(2):
         torch.testing.assert_close(cell(grid, i, 1, 130, 156), squares[i])
     first, second, rec = (cell(grid, i, j, 130, 156) for i, j in ((0, 0), (1, 0), (0, 2)))
