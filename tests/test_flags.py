@@ -180,6 +180,7 @@ def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
         ("--training --name ../up", "--name ../up"),
         ("--training --checkpoints main.py/x", "--checkpoints"),
         ("--training --cache main.py/x", "--cache"),
+        ("--training --init none.pt", "checkpoint none.pt: no such file"),
         # the dataset and its split
         ("--training --dataset voc --data-root nowhere", "--data-root nowhere"),
         ("--training --data-root a\udcff", r"--data-root 'a\udcff': expected UTF-8"),
