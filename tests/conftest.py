@@ -3,8 +3,10 @@
 Each make_... function returns the dataset's root.
 """
 
+import multiprocessing
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import SIMPLE, SUPERVISED
+from runs import SIMPLE, SUPERVISED, Program
 
 import main
 from datasets import files
@@ -215,11 +217,19 @@ def acdc(tmp_path) -> Path:
 
 
 @pytest.fixture
-def in_tmp(tmp_path, monkeypatch) -> None:
-    """A working folder of the test's own, with tiny.toml: 24 phantoms, 20 of them to train on."""
+def in_tmp(tmp_path, monkeypatch) -> Iterator[None]:
+    """A working folder of the test's own, with tiny.toml: 24 phantoms, 20 of them to train on.
+
+    Programs that a failed test leaves running are killed: Python would wait for them at its end.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stop, "signum", 0)
     make_tiny(20, 4)
+    yield
+    for child in multiprocessing.active_children():
+        if isinstance(child, Program):
+            child.kill()
+            child.join()
 
 
 @pytest.fixture(scope="session")
