@@ -19,7 +19,6 @@ CUTS = 20
 FLAGS = "--dataset tiny.toml --size 16 16 --ngf 4 --ndf 4 --n-blocks 2 --device cpu --ratio 0.3"
 FLAGS += " --epochs 12 --lr 0.01 --dropout 0.5 --pool-size 7 --workers 1 --save-every 0.002"
 FLAGS += " --eval-every 2"
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(name: str) -> list[str]:
@@ -30,7 +29,7 @@ def command(name: str) -> list[str]:
 def finish(name: str) -> float:
     """Run to the end; return the seconds it took."""
     started = time.monotonic()
-    ended = subprocess.run(command(name), capture_output=True, text=True, env=ONE_THREAD)
+    ended = subprocess.run(command(name), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr
     return time.monotonic() - started
@@ -44,7 +43,6 @@ def cut(name: str, seconds: float, signum: int) -> str:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=ONE_THREAD,
     )
     time.sleep(seconds)
     os.kill(process.pid, signum)

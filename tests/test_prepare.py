@@ -193,8 +193,10 @@ def test_download_gets_what_is_missing_once(root, voc_archives, monkeypatch):
         assert run("voc", "--root", root, "--download") == 0
         assert requests == ["voc", "sbd"]
         assert found_by_main("voc", root) == AUGMENTED
-    assert run("voc", "--root", root / "new", "--download", "--from", voc_archives[1]) == 0
-    assert requests[2:] == ["voc"]
+    for given, missing in zip(voc_archives, ("sbd", "voc"), strict=True):
+        requests.clear()
+        assert run("voc", "--root", root / f"no_{missing}", "--download", "--from", given) == 0
+        assert requests == [missing]
 
 
 @pytest.mark.parametrize("module", [voc, sbd])

@@ -128,8 +128,8 @@ def place_of(path: str, dataset: str) -> str | None:
     return None
 
 
-def arrange(dataset: str, home: Path, sources: list[Path]) -> None:
-    """Write the files of a layout, each from the first source that contains it."""
+def write_layout(dataset: str, home: Path, sources: list[Path]) -> dict[Path, list[Path]]:
+    """Write a layout's files, each from the first source that has it; return the others found."""
     found, n_written, other = set(), 0, {}
     for source in sources:
         for path, size, read in read_sources([source]):
@@ -140,6 +140,12 @@ def arrange(dataset: str, home: Path, sources: list[Path]) -> None:
                 found.add(place)
                 n_written += write_missing(home / place, path, read, size)
     print(f"{n_written} files written to {home}")
+    return other
+
+
+def arrange(dataset: str, home: Path, sources: list[Path]) -> None:
+    """Write a layout's files; InputError names the archive that is missing."""
+    other = write_layout(dataset, home, sources)
     for folder, archive in ARCHIVES[dataset].items():
         if not (home / folder).is_dir():
             download = "use --download, or " if dataset == "voc" else ""
@@ -192,7 +198,9 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
     home = next((home for home in homes if (home / "ImageSets/Segmentation").is_dir()), homes[-1])
     masks, lists = home / "SegmentationClassAug", home / "ImageSets/Segmentation"
     if may_download and not (home / "SegmentationClass").is_dir():
-        download(VOCSegmentation, root, year="2012")
+        write_layout("voc", home, sources)
+        if not (home / "SegmentationClass").is_dir():
+            download(VOCSegmentation, root, year="2012")
     arrange("voc", home, sources)
     for mask in sorted((home / "SegmentationClass").glob("*.png")):
         write_missing(masks / mask.name, mask, mask.read_bytes, mask.stat().st_size)
