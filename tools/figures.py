@@ -161,7 +161,7 @@ def save(figure: Figure, handles: list[Line2D], path: Path) -> None:
 def draw_curves(runs: list[Run], path: Path) -> str:
     """mIoU by step: one panel per experiment and share of labels of a dataset; the caption.
 
-    Each has Full and Partial too, with augmentation where the experiment has it.
+    Each has Full and Partial too: the augmented one beside augmented experiments.
     """
     cells = dict.fromkeys((run.labels, run.name) for run in runs)
     others = [cell for cell in cells if cell[1] not in ("full", "partial")]
@@ -174,7 +174,9 @@ def draw_curves(runs: list[Run], path: Path) -> str:
         axes.set_axis_off()
     legend = {}
     for axes, (labels, name) in zip(panels, cells, strict=False):
-        partial = f"partial{AUGMENT}" if name.endswith(AUGMENT) else "partial"
+        partial = f"partial{AUGMENT}"
+        if name == partial or not name.endswith(AUGMENT):
+            partial = "partial"
         for run in runs:
             if run.name == "full":
                 color = legend["Full"] = "0.6"
