@@ -1,8 +1,13 @@
-"""Gradients of G_SI's first layer after masks of one class and after others, for two norms.
+"""Gradients: of the loss terms in a run's segmentation network, or with two instance norms.
 
-    python tools/gradients.py --dataset acdc --size 64 64 --ngf 16 --ndf 16 --ratio 0.1 --seed 1
+    python tools/gradients.py terms checkpoints/ours/last.pt checkpoints/partial/last.pt
+    python tools/gradients.py norms --dataset acdc --size 64 64 --ngf 16 --ndf 16 --ratio 0.1
 
-All flags but --steps are main.py's. Each norm trains the same networks on the same batches: ours
+`terms`: a RUN is a run's folder, whose best.pt is taken, or a checkpoint. Every term is weighted as
+in the run, and computed on its training batches.
+
+`norms`: the gradients of G_SI's first layer after masks of one class and after others. All flags
+but --steps are main.py's. Each norm trains the same networks on the same batches: ours
 (arch/norm.py), which maps constant planes to 0, and PyTorch's, which amplifies their rounding.
 """
 
@@ -25,7 +30,8 @@ from arch.norm import InstanceNorm2d
 from data_utils import Batches, load_data
 from datasets.spec import load_spec
 from engine import program
-from engine.flags import Parser, bounded, parse_args
+from engine.flags import Flags, Parser, bounded, parse_args
+from engine.trained import Trained, load
 from model import METHODS, move
 
 
@@ -44,9 +50,14 @@ def use_pytorchs_norm(network: nn.Module) -> None:
                 setattr(module, name, PyTorchsNorm())
 
 
-def gradients(argv: list[str]) -> int:
+def medians_of(norms: dict) -> dict:
+    """The median of each list of norms."""
+    return {key: statistics.median(values) for key, values in norms.items() if values}
+
+
+def norms(argv: list[str]) -> int:
     """Print one line per norm."""
-    parser = Parser("gradients.py", description=__doc__)
+    parser = Parser("gradients.py norms", description=__doc__)
     parser.add_argument("--steps", type=bounded(int, 1), default=60, help="training steps")
     own, argv = parser.parse_known_args(argv)
     args = parse_args(["--training", *argv])
@@ -61,18 +72,70 @@ def gradients(argv: list[str]) -> int:
         if norm == "PyTorch's":
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
-        norms: dict[bool, list[float]] = {True: [], False: []}
+        found: dict[bool, list[float]] = {True: [], False: []}
         order = data.train.epoch(args.seed, 0, args.batch_size)[: own.steps * args.batch_size]
         batches = Batches(data.train, args.batch_size, device, 0, args.normalization)
         for x, y, x_u in batches.of(order):
             model.step(x, y, x_u)
             one_class = any(len(mask.unique()) == 1 for mask in y)
-            norms[one_class].append(weight.grad.norm().item())
-        values = [norms[kind] for kind in (True, False)]
-        medians = [f"{statistics.median(each):.3g}" if each else "none" for each in values]
+            found[one_class].append(weight.grad.norm().item())
+        medians = medians_of(found)
+        cells = [f"{medians[kind]:.3g}" if kind in medians else "none" for kind in found]
         root = model.optimizers["G"].state[weight]["exp_avg_sq"].sqrt().mean().item()
-        print(f"| {norm} | {' | '.join(medians)} | {root:.3g} |", flush=True)
+        print(f"| {norm} | {' | '.join(cells)} | {root:.3g} |", flush=True)
     return 0
+
+
+def of_terms(run: Trained, steps: int) -> dict[str, float]:
+    """The median over training batches of the norm of each weighted term's gradient in G_IS."""
+    args, model = run.args, run.model.train()
+    utils.seed_everything(args.seed, args.deterministic)
+    data = load_data(args, run.spec, run.state["split"], model.uses_unlabeled)
+    orientation = run.spec.orientation if args.augment else None
+    options = args.batch_size, run.device, 0, args.normalization, orientation
+    order = data.train.epoch(args.seed, 0, args.batch_size)[: steps * args.batch_size]
+    parameters, found = [*model.G_IS.parameters()], {}
+    for batch in Batches(data.train, *options).of(order):
+        terms, _ = model.generator_terms(*batch)
+        for name, term in terms.items():
+            weighted = model.weights[name] * term
+            parts = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
+            squares = [part.square().sum().item() for part in parts if part is not None]
+            found.setdefault(name, []).append(sum(squares) ** 0.5)
+    return medians_of(found)
+
+
+def terms(argv: list[str]) -> int:
+    """Print one line per run: the gradient of the labels' term, and the others' relative to it."""
+    parser = Parser("gradients.py terms", description=__doc__)
+    flag = parser.add_argument
+    flag("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
+    flag("--steps", type=bounded(int, 1), default=10, help="training batches")
+    for name in "--data-root", "--cache", "--device":
+        flag(name, help="as in main.py")
+    own = parser.parse_args(argv)
+    given = {"data_root": own.data_root, "cache": own.cache, "device": own.device}
+    given = {key: value for key, value in given.items() if value}
+    runs = {name: load(Flags({"checkpoint": name, **given})) for name in own.runs}
+    found = {name: of_terms(run, own.steps) for name, run in runs.items()}
+    others = dict.fromkeys(name for norms in found.values() for name in norms if norms[name])
+    others.pop("gen_S")
+    print(f"| run | gen_S | {' | '.join(f'{name} / gen_S' for name in others)} |")
+    print(f"|{' --- |' * (2 + len(others))}")
+    for run, medians in found.items():
+        cells = [f"{medians['gen_S']:.3g}"]
+        for name in others:
+            cells.append(f"{medians[name] / medians['gen_S']:.3g}" if name in medians else "-")
+        print(f"| {run} | {' | '.join(cells)} |")
+    return 0
+
+
+def gradients(argv: list[str]) -> int:
+    """The command line: terms or norms."""
+    commands = {"terms": terms, "norms": norms}
+    parser = Parser("tools/gradients.py", description=__doc__)
+    parser.add_argument("command", choices=[*commands])
+    return commands[parser.parse_args(argv[:1]).command](argv[1:])
 
 
 if __name__ == "__main__":
