@@ -19,7 +19,7 @@ import torch
 import utils
 from data_utils import Batches, Data, load_data, load_part
 from datasets import labels
-from datasets.spec import DatasetSpec, load_spec
+from datasets.spec import ORIENTATIONS, DatasetSpec, load_spec
 from engine import predict, program, trained
 from engine.flags import Flags, parse_args
 from engine.folder import open_folder
@@ -101,6 +101,9 @@ def describe(
     length = f"{utils.counted(args.epochs, 'epoch')} of {utils.counted(n_steps, 'step')}"
     print(f"method:  {args.method}, {args.rule.flag}, seed {args.seed}, {length}")
     print(f"data:    {spec.name} in {args.data_root}: {data.split.summary(args.rule.unit)}")
+    if args.augment:
+        turns = f'{ORIENTATIONS[spec.orientation]} (orientation = "{spec.orientation}")'
+        print(f"augment: {turns}, contrast, brightness")
     print(f"network: {height}x{width} pixels, ngf {args.ngf}, batches of {args.batch_size}")
     print(f"device:  {processes}{machine}, {args.precision}")
     print(f"files:   {folder}", flush=True)

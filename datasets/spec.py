@@ -15,7 +15,11 @@ CONFIG = Path(__file__).parents[1] / "config"
 LAYOUTS = ("voc", "cityscapes", "acdc", "folder", "phantom")  # see datasets/layouts.py
 PARTS = ("train", "val", "test")
 # Images may be flipped and turned by right angles; only left and right may be swapped; neither
-ORIENTATIONS = ("any", "mirror", "fixed")
+ORIENTATIONS = {  # what --augment does to images and masks
+    "any": "flips and right angles",
+    "mirror": "left and right swapped",
+    "fixed": "no flips",
+}
 
 
 @dataclass(frozen=True)

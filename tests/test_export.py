@@ -68,9 +68,10 @@ def batches(channels: int, dtype: torch.dtype) -> list[torch.Tensor]:
     ],
 )
 def test_a_pt2_computes_what_the_trained_network_computes(
-    runs, capsys, name, flags, channels, dtype, dataset
+    runs, capsys, recwarn, name, flags, channels, dtype, dataset
 ):
     assert exported(f"checkpoints/{name} {name}.pt2 {flags}") == 0
+    assert not list(recwarn)
     out, spec = capsys.readouterr().out, load_spec(dataset)
     assert f"{dtype:7}  (batch, {channels}, height, width)" in out
     assert f"float32  (batch, {len(spec.classes)}, height, width)" in out

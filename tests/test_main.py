@@ -26,6 +26,25 @@ def test_processes_start_with_equal_weights_and_draw_other_numbers(monkeypatch):
     assert not torch.equal(*draws)
 
 
+@pytest.mark.parametrize(
+    ("orientation", "turns"),
+    [
+        ("any", "flips and right angles"),
+        ("mirror", "left and right swapped"),
+        ("fixed", "no flips"),
+    ],
+)
+def test_what_augment_does_to_the_dataset_is_printed(capsys, orientation, turns):
+    table = Path("tiny.toml").read_text()
+    assert 'orientation = "any"' in table
+    Path("tiny.toml").write_text(table.replace('"any"', f'"{orientation}"'))
+    assert main.main(["--training", *SUPERVISED, "--augment"]) == 0
+    line = f'augment: {turns} (orientation = "{orientation}"), contrast, brightness\n'
+    assert line in capsys.readouterr().out
+    assert main.main(["--training", *SUPERVISED, "--overwrite"]) == 0
+    assert "augment" not in capsys.readouterr().out
+
+
 def test_other_counts_than_the_datasets_are_printed(capsys):
     assert main.main(["--training", *SUPERVISED]) == 0
     assert "instead of" not in capsys.readouterr().out

@@ -549,6 +549,15 @@ def test_frames_may_be_acdcs_own_and_slices_may_count_from_0(tmp_path):
     }
 
 
+def test_the_command_that_uses_the_lists_names_their_dataset_if_it_is_known(tmp_path, capsys):
+    root, lists = make_acdc(tmp_path / "acdc", 3, 2), {"labeled": "a", "unlabeled": "b", "val": "c"}
+    convert(tmp_path, lists)
+    assert "--training --dataset DATASET --split" in capsys.readouterr().out
+    patients = {role: f"patient00{n}_frame01" for n, role in enumerate(lists, 1)}
+    convert(tmp_path, patients, "--root", root)
+    assert "--training --dataset acdc --split" in capsys.readouterr().out
+
+
 def test_labeled_images_are_left_out_of_the_unlabeled_ones(tmp_path, capsys):
     lists = {"labeled": "a", "unlabeled": "a\nb", "val": "c"}
     assert convert(tmp_path, lists)["unlabeled"] == ["b"]

@@ -13,6 +13,7 @@ JSON: extra files of a .pt2, metadata of an ONNX model.
 import io
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,7 +60,9 @@ def serialize(network: nn.Module, pixels: Tensor, suffix: str, metadata: dict[st
     program = torch.export.export(network, (pixels,), dynamic_shapes=(shapes,), strict=False)
     if suffix == ".pt2":
         content = io.BytesIO()
-        torch.export.save(program, content, extra_files=metadata)
+        with warnings.catch_warnings():  # about the storage of weights on other devices
+            warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
+            torch.export.save(program, content, extra_files=metadata)
         return content.getvalue()
     names = {"input_names": ["pixels"], "output_names": ["logits"]}
     model = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto

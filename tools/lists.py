@@ -113,5 +113,6 @@ def make_split(argv: list[str]) -> int:
     rows = [f" {json.dumps(role)}: {json.dumps(names)}" for role, names in lists.items()]
     utils.write_atomically(args.out, "{\n" + ",\n".join(rows) + "\n}\n")
     counts = ", ".join(f"{len(names):,} {role}" for role, names in lists.items())
-    print(f"{args.out}: {counts}; use it with python main.py --training --split {args.out}")
+    use = f"python main.py --training --dataset {'acdc' if samples else 'DATASET'}"
+    print(f"{args.out}: {counts}; use it with {use} --split {args.out}")
     return 0
