@@ -360,7 +360,7 @@ def test_lines_of_a_figure_are_the_runs(monkeypatch):
         make_run("ours", seed, [0.1, 0.2][: 2 - seed], finished=seed == 0)
         make_run("ours", seed, [0.1, 0.2], ratio=0.2)
     make_run("partial_augment", 0, [0.2, 0.4])
-    make_run("ours_augment", 0, [0.2, 0.3])
+    make_run("ours_augment", 0, [0.2, 0.9])
     found, _ = read_runs(Path("checkpoints/reduced"), "reduced")
     assert figures.draw_curves(found, Path()).endswith("shows Partial, the experiment, Full.")
     panels = {axes.get_title(): axes.lines for axes in drawn[0].axes if axes.lines}
@@ -371,6 +371,8 @@ def test_lines_of_a_figure_are_the_runs(monkeypatch):
         "partial_augment, 10%": {"0.6": 1, "tab:blue": 2, "tab:red": 1},
         "ours_augment, 10%": {"0.6": 1, "tab:blue": 1, "tab:red": 1},
     }
+    for axes in drawn[0].axes:
+        assert all(line.get_ydata().max() <= axes.get_ylim()[1] for line in axes.lines)
     styles = [line.get_linestyle() for line in panels["ours, 10%"]]
     assert Counter(styles) == {"-": 4, "--": 1}
 

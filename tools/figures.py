@@ -166,8 +166,8 @@ def draw_curves(runs: list[Run], path: Path) -> str:
     cells = dict.fromkeys((run.labels, run.name) for run in runs)
     others = [cell for cell in cells if cell[1] not in ("full", "partial")]
     cells = others or [*cells]
-    n_columns = min(4, len(cells))
-    n_rows = math.ceil(len(cells) / n_columns)
+    n_rows = math.ceil(len(cells) / 4)
+    n_columns = math.ceil(len(cells) / n_rows)
     figure = Figure((max(4, 3.25 * n_columns), 2.6 * n_rows + 0.8), layout="constrained")
     panels = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).ravel()
     for axes in panels[len(cells) :]:
@@ -189,9 +189,10 @@ def draw_curves(runs: list[Run], path: Path) -> str:
             steps = [line["step"] for line in run.evaluations]
             scores = [line["miou"] or 0.0 for line in run.evaluations]
             axes.plot(steps, scores, "-" if run.finished else "--", color=color, linewidth=1)
-        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.set_xlim(0, None)
         axes.set_title(f"{name}, {labels}", fontsize="medium")
         axes.grid(alpha=0.3)
+    panels[0].set_ylim(0, None)  # shared, so after the last line
     figure.supxlabel("steps", fontsize="medium")
     figure.supylabel("mIoU", fontsize="medium")
     lines = [Line2D([], [], color=color, label=name) for name, color in legend.items()]
