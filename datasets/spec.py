@@ -14,7 +14,6 @@ from utils import IGNORE, InputError, is_folder_name, read_text
 CONFIG = Path(__file__).parents[1] / "config"
 LAYOUTS = ("voc", "cityscapes", "acdc", "folder", "phantom")  # see datasets/layouts.py
 PARTS = ("train", "val", "test")
-# Images may be flipped and turned by right angles; only left and right may be swapped; neither
 ORIENTATIONS = {  # what --augment does to images and masks
     "any": "flips and right angles",
     "mirror": "left and right swapped",

@@ -1,5 +1,6 @@
 """A trained run: find its checkpoint and load its networks."""
 
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import utils
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
 from datasets.splits import ByFile
 from engine import checkpoint
-from engine.flags import Flags, setting_names
+from engine.flags import Flags, Parser, setting_names
 from model import METHODS, Method, move
 from utils import InputError
+
+MACHINE = "data_root", "cache", "device"  # flags of main.py that tools have, too
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,19 @@ def load(args: Flags) -> Trained:
     model = move(METHODS[args.method].from_args(spec, args), device)
     checkpoint.load_weights(model, state["model"], path)
     return Trained(path, state, args, spec, device, model.eval())
+
+
+def run_flags(parser: Parser) -> None:
+    """Add what `load_runs` reads: RUN ... and main.py's flags of the machine."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
+    for name in MACHINE:
+        parser.add_argument(f"--{name.replace('_', '-')}", help="as in main.py")
+
+
+def load_runs(args: Namespace) -> list[Trained]:
+    """Load the runs that a tool's command line names."""
+    given = {key: value for key in MACHINE if (value := getattr(args, key))}
+    return [load(Flags({"checkpoint": run, **given})) for run in args.runs]
 
 
 def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> None:

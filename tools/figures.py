@@ -37,9 +37,9 @@ import utils
 from data_utils import Stored
 from datasets.spec import DatasetSpec
 from engine import program
-from engine.flags import Flags, Parser, bounded
+from engine.flags import Parser, bounded
 from engine.pictures import colorize, legend, shades
-from engine.trained import Trained, load
+from engine.trained import Trained, load_runs, run_flags
 from tools.plan import AUGMENT, EXPERIMENTS
 from tools.runs import Run
 from utils import InputError
@@ -174,9 +174,8 @@ def draw_curves(runs: list[Run], path: Path) -> str:
         axes.set_axis_off()
     legend = {}
     for axes, (labels, name) in zip(panels, cells, strict=False):
-        partial = f"partial{AUGMENT}"
-        if name == partial or not name.endswith(AUGMENT):
-            partial = "partial"
+        augmented = name.endswith(AUGMENT) and name != f"partial{AUGMENT}"
+        partial = f"partial{AUGMENT}" if augmented else "partial"
         for run in runs:
             if run.name == "full":
                 color = legend["Full"] = "0.6"
@@ -248,9 +247,7 @@ def draw_labels(runs: list[Run], path: Path) -> str:
 
 def rows(args: Namespace) -> Figure:
     """The figure of the command `rows`."""
-    machine = {key: getattr(args, key) for key in ("data_root", "cache", "device")}
-    given = {key: value for key, value in machine.items() if value}
-    runs = [load(Flags({"checkpoint": run, **given})) for run in args.runs]
+    runs = load_runs(args)
     stored = shared_images(runs, args.ids, args.n)
     images, truths = zip(*stored, strict=True)
     masks = [torch.stack(truths), *(predictions(run, stored) for run in runs)]
@@ -265,14 +262,13 @@ def figures(argv: list[str]) -> int:
     parser = Parser("tools/figures.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="rows")
     text = "draw images, true masks and the predictions of runs"
-    flag = commands.add_parser("rows", help=text, description=text).add_argument
-    flag("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
+    command = commands.add_parser("rows", help=text, description=text)
+    run_flags(command)
+    flag = command.add_argument
     flag("--out", required=True, type=Path, metavar="FILE", help="a .png, .pdf or .svg to write")
     flag("--titles", nargs="+", metavar="TITLE", help="one title per run, in order")
     flag("--ids", nargs="+", metavar="ID", help="validation images to show")
     flag("--n", type=bounded(int, 1, 100), default=4, help="images to show without --ids")
-    for name in "--data-root", "--cache", "--device":
-        flag(name, help="as in main.py")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"--out {args.out}: the name must end in .png, .pdf or .svg")

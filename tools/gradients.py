@@ -30,8 +30,8 @@ from arch.norm import InstanceNorm2d
 from data_utils import Batches, load_data
 from datasets.spec import load_spec
 from engine import program
-from engine.flags import Flags, Parser, bounded, parse_args
-from engine.trained import Trained, load
+from engine.flags import Parser, bounded, parse_args
+from engine.trained import Trained, load_runs, run_flags
 from model import METHODS, move
 
 
@@ -48,11 +48,6 @@ def use_pytorchs_norm(network: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, InstanceNorm2d):
                 setattr(module, name, PyTorchsNorm())
-
-
-def medians_of(norms: dict) -> dict:
-    """The median of each list of norms."""
-    return {key: statistics.median(values) for key, values in norms.items() if values}
 
 
 def norms(argv: list[str]) -> int:
@@ -79,10 +74,9 @@ def norms(argv: list[str]) -> int:
             model.step(x, y, x_u)
             one_class = any(len(mask.unique()) == 1 for mask in y)
             found[one_class].append(weight.grad.norm().item())
-        medians = medians_of(found)
-        cells = [f"{medians[kind]:.3g}" if kind in medians else "none" for kind in found]
+        medians = [f"{statistics.median(each):.3g}" if each else "none" for each in found.values()]
         root = model.optimizers["G"].state[weight]["exp_avg_sq"].sqrt().mean().item()
-        print(f"| {norm} | {' | '.join(cells)} | {root:.3g} |", flush=True)
+        print(f"| {norm} | {' | '.join(medians)} | {root:.3g} |", flush=True)
     return 0
 
 
@@ -100,29 +94,23 @@ def of_terms(run: Trained, steps: int) -> dict[str, float]:
         for name, term in terms.items():
             weighted = model.weights[name] * term
             parts = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
-            squares = [part.square().sum().item() for part in parts if part is not None]
-            found.setdefault(name, []).append(sum(squares) ** 0.5)
-    return medians_of(found)
+            norm = nn.utils.get_total_norm([part for part in parts if part is not None])
+            found.setdefault(name, []).append(norm.item())
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 def terms(argv: list[str]) -> int:
     """Print one line per run: the gradient of the labels' term, and the others' relative to it."""
     parser = Parser("gradients.py terms", description=__doc__)
-    flag = parser.add_argument
-    flag("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
-    flag("--steps", type=bounded(int, 1), default=10, help="training batches")
-    for name in "--data-root", "--cache", "--device":
-        flag(name, help="as in main.py")
+    run_flags(parser)
+    parser.add_argument("--steps", type=bounded(int, 1), default=10, help="training batches")
     own = parser.parse_args(argv)
-    given = {"data_root": own.data_root, "cache": own.cache, "device": own.device}
-    given = {key: value for key, value in given.items() if value}
-    runs = {name: load(Flags({"checkpoint": name, **given})) for name in own.runs}
-    found = {name: of_terms(run, own.steps) for name, run in runs.items()}
-    others = dict.fromkeys(name for norms in found.values() for name in norms if norms[name])
+    found = [of_terms(run, own.steps) for run in load_runs(own)]
+    others = dict.fromkeys(name for norms in found for name in norms if norms[name])
     others.pop("gen_S")
     print(f"| run | gen_S | {' | '.join(f'{name} / gen_S' for name in others)} |")
     print(f"|{' --- |' * (2 + len(others))}")
-    for run, medians in found.items():
+    for run, medians in zip(own.runs, found, strict=True):
         cells = [f"{medians['gen_S']:.3g}"]
         for name in others:
             cells.append(f"{medians[name] / medians['gen_S']:.3g}" if name in medians else "-")

@@ -143,9 +143,8 @@ def write_layout(dataset: str, home: Path, sources: list[Path]) -> dict[Path, li
     return other
 
 
-def arrange(dataset: str, home: Path, sources: list[Path]) -> None:
-    """Write a layout's files; InputError names the archive that is missing."""
-    other = write_layout(dataset, home, sources)
+def check_layout(dataset: str, home: Path, other: dict[Path, list[Path]]) -> None:
+    """InputError names the archive that is missing, and what `write_layout` found instead."""
     for folder, archive in ARCHIVES[dataset].items():
         if not (home / folder).is_dir():
             download = "use --download, or " if dataset == "voc" else ""
@@ -197,11 +196,11 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
     homes = root, root / "VOC2012", root / "VOCdevkit/VOC2012"  # as in the layout "voc"
     home = next((home for home in homes if (home / "ImageSets/Segmentation").is_dir()), homes[-1])
     masks, lists = home / "SegmentationClassAug", home / "ImageSets/Segmentation"
+    other = write_layout("voc", home, sources)
     if may_download and not (home / "SegmentationClass").is_dir():
-        write_layout("voc", home, sources)
-        if not (home / "SegmentationClass").is_dir():
-            download(VOCSegmentation, root, year="2012")
-    arrange("voc", home, sources)
+        download(VOCSegmentation, root, year="2012")
+        other = write_layout("voc", home, sources)
+    check_layout("voc", home, other)
     for mask in sorted((home / "SegmentationClass").glob("*.png")):
         write_missing(masks / mask.name, mask, mask.read_bytes, mask.stat().st_size)
     sbd = convert_sbd(masks, sources)
@@ -304,7 +303,7 @@ def prepare(argv: list[str]) -> int:
         if args.dataset == "voc":
             prepare_voc(root, sources, args.download)
         else:
-            arrange(args.dataset, root, sources)
+            check_layout(args.dataset, root, write_layout(args.dataset, root, sources))
     verify(load_spec(args.dataset), root, args.workers)
     return 0
 
