@@ -59,3 +59,23 @@ def test_a_terms_gradient_is_that_of_a_step_on_it_alone(in_tmp, capsys):
     ratios = [norms[name] / norms["gen_S"] for name in ("cycle_S", "cycle_I", "disc_S")]
     assert found == pytest.approx([norms["gen_S"], *ratios], rel=0.01)
     assert norms["gen_I"] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "terms"),
+    [
+        ("--method supervised", []),
+        ("--method advsemi", ["adv", "semi_adv", "semi"]),
+        ("--method meanteacher", ["cutmix"]),
+        ("--method cyclegan --disc-input argmax", ["cycle_S", "cycle_I"]),
+        ("--method cyclegan --lambda2 0 --lambda3 0 --precision bf16", ["disc_S"]),
+    ],
+)
+def test_each_method_has_a_column_per_term_that_trains_G_IS(in_tmp, capsys, flags, terms):
+    size = "--training --dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 0 --epochs 1"
+    assert main.main([*size.split(), *flags.split(), "--name", "run"]) == 0
+    capsys.readouterr()
+    assert gradients.gradients(["terms", "--steps", "2", "checkpoints/run"]) == 0
+    title = capsys.readouterr().out.splitlines()[0]
+    columns = [cell.strip() for cell in title.strip("|").split("|") if cell.strip()]
+    assert columns == ["run", "gen_S", *(f"{name} / gen_S" for name in terms)]

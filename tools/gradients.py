@@ -4,7 +4,7 @@
     python tools/gradients.py norms --dataset acdc --size 64 64 --ngf 16 --ndf 16 --ratio 0.1
 
 `terms`: a RUN is a run's folder, whose best.pt is taken, or a checkpoint. Every term is weighted as
-in the run, and computed on its training batches.
+in the run, and computed on its training batches. A term without a gradient in G_IS has no column.
 
 `norms`: the gradients of G_SI's first layer after masks of one class and after others. All flags
 but --steps are main.py's. Each norm trains the same networks on the same batches: ours
@@ -83,6 +83,7 @@ def norms(argv: list[str]) -> int:
 def of_terms(run: Trained, steps: int) -> dict[str, float]:
     """The median over training batches of the norm of each weighted term's gradient in G_IS."""
     args, model = run.args, run.model.train()
+    model.progress = run.state["epoch"] / args.epochs  # some weights depend on it
     utils.seed_everything(args.seed, args.deterministic)
     data = load_data(args, run.spec, run.state["split"], model.uses_unlabeled)
     orientation = run.spec.orientation if args.augment else None
@@ -92,8 +93,10 @@ def of_terms(run: Trained, steps: int) -> dict[str, float]:
     for batch in Batches(data.train, *options).of(order):
         terms, _ = model.generator_terms(*batch)
         for name, term in terms.items():
-            weighted = model.weights[name] * term
-            parts = torch.autograd.grad(weighted, parameters, retain_graph=True, allow_unused=True)
+            parts = []
+            if term.requires_grad:  # not that of --disc-input argmax
+                weighted, options = model.weights[name] * term, {"allow_unused": True}
+                parts = torch.autograd.grad(weighted, parameters, retain_graph=True, **options)
             norm = nn.utils.get_total_norm([part for part in parts if part is not None])
             found.setdefault(name, []).append(norm.item())
     return {name: statistics.median(values) for name, values in found.items()}
