@@ -555,7 +555,7 @@ def test_the_command_that_uses_the_lists_names_their_dataset_if_it_is_known(tmp_
     assert "--training --dataset DATASET --split" in capsys.readouterr().out
     patients = {role: f"patient00{n}_frame01" for n, role in enumerate(lists, 1)}
     convert(tmp_path, patients, "--root", root)
-    assert "--training --dataset acdc --split" in capsys.readouterr().out
+    assert f"--training --dataset acdc --data-root {root} --split" in capsys.readouterr().out
 
 
 def test_labeled_images_are_left_out_of_the_unlabeled_ones(tmp_path, capsys):

@@ -113,6 +113,7 @@ def make_split(argv: list[str]) -> int:
     rows = [f" {json.dumps(role)}: {json.dumps(names)}" for role, names in lists.items()]
     utils.write_atomically(args.out, "{\n" + ",\n".join(rows) + "\n}\n")
     counts = ", ".join(f"{len(names):,} {role}" for role, names in lists.items())
-    use = f"python main.py --training --dataset {'acdc' if samples else 'DATASET'}"
+    dataset = f"acdc --data-root {args.root}" if samples else "DATASET"
+    use = f"python main.py --training --dataset {dataset}"
     print(f"{args.out}: {counts}; use it with {use} --split {args.out}")
     return 0
