@@ -1,4 +1,4 @@
-"""tools/gradients.py: the terms' gradients in G_IS; two instance norms on the same batches."""
+"""tools/diagnose.py: the terms' gradients in G_IS; the image cycle; two instance norms."""
 
 import pytest
 import torch
@@ -7,16 +7,17 @@ from torch import nn
 import main
 from arch.generators import ResNetGenerator
 from arch.norm import InstanceNorm2d
-from data_utils import Batches, load_data
+from data_utils import Batches, load_data, normalize
 from engine.flags import Flags
 from engine.trained import load
 from model import CycleGAN
-from tools import gradients
+from tools import diagnose
+from utils import InputError
 
 
 def test_both_norms_get_a_row_with_every_column(in_tmp, capsys):
     flags = "--dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 0 --device cpu --steps 4"
-    assert gradients.gradients(["norms", *flags.split()]) == 0
+    assert diagnose.diagnose(["norms", *flags.split()]) == 0
     title, _, *rows = capsys.readouterr().out.splitlines()
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert [row[0] for row in cells] == ["PyTorch's", "ours"]
@@ -29,7 +30,7 @@ def test_every_instance_norm_is_replaced():
     torch.manual_seed(0)
     network, x = ResNetGenerator(1, 4, ngf=2, n_blocks=1), torch.randn(1, 1, 16, 16)
     before = network(x)
-    gradients.use_pytorchs_norm(network)
+    diagnose.use_pytorchs_norm(network)
     assert not any(isinstance(module, InstanceNorm2d) for module in network.modules())
     torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-4)
 
@@ -51,7 +52,7 @@ def test_a_terms_gradient_is_that_of_a_step_on_it_alone(in_tmp, capsys):
             [p.grad for p in model.G_IS.parameters() if p.grad is not None]
         ).item()
     capsys.readouterr()
-    assert gradients.gradients(["terms", "--steps", "1", "checkpoints/ours"]) == 0
+    assert diagnose.diagnose(["terms", "--steps", "1", "checkpoints/ours"]) == 0
     title, _, row = capsys.readouterr().out.splitlines()
     columns = [cell.strip() for cell in title.strip("|").split("|")]
     assert columns == ["run", "gen_S", *(f"{n} / gen_S" for n in ("cycle_S", "cycle_I", "disc_S"))]
@@ -75,7 +76,40 @@ def test_each_method_has_a_column_per_term_that_trains_G_IS(in_tmp, capsys, flag
     size = "--training --dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 0 --epochs 1"
     assert main.main([*size.split(), *flags.split(), "--name", "run"]) == 0
     capsys.readouterr()
-    assert gradients.gradients(["terms", "--steps", "2", "checkpoints/run"]) == 0
+    assert diagnose.diagnose(["terms", "--steps", "2", "checkpoints/run"]) == 0
     title = capsys.readouterr().out.splitlines()[0]
     columns = [cell.strip() for cell in title.strip("|").split("|") if cell.strip()]
     assert columns == ["run", "gen_S", *(f"{name} / gen_S" for name in terms)]
+
+
+def test_the_cycles_errors_are_those_of_images_painted_from_each_kind_of_mask(in_tmp, capsys):
+    flags = "--training --dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 0 --epochs 1"
+    assert main.main([*flags.split(), "--name", "ours", "--normalization", "half"]) == 0
+    run = load(Flags({"checkpoint": "checkpoints/ours"}))
+    data = load_data(run.args, run.spec, run.state["split"])
+    G_IS, G_SI, errors = run.model.G_IS.eval(), run.model.G_SI.eval(), []
+    for i in range(len(data.val)):  # image by image
+        x, y = (part.unsqueeze(0) for part in data.val[i])
+        x = normalize(x, "half")
+        p = G_IS(x).softmax(1)
+        masks = p, nn.functional.one_hot(p.argmax(1), 4).permute(0, 3, 1, 2).float()
+        truth = torch.stack([(y == k).float() for k in range(4)], 1)
+        painted = [G_SI(mask) for mask in (*masks, truth)]
+        errors.append([(each - x).abs().mean().item() for each in (*painted, x.mean())])
+    expected = [sum(column) / len(errors) for column in zip(*errors, strict=True)]
+    found = list(diagnose.of_cycle(run).values())
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=1e-4)  # a softmax map is not its argmax
+    capsys.readouterr()
+    assert diagnose.diagnose(["cycle", "checkpoints/ours"]) == 0
+    title, _, row = capsys.readouterr().out.splitlines()
+    assert title == "| run | softmax map | its argmax | true mask | the image's mean |"
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == ["checkpoints/ours", *(f"{error:.3f}" for error in found)]
+
+
+def test_a_method_without_an_image_cycle_is_an_error(in_tmp):
+    flags = "--training --dataset tiny.toml --size 16 16 --ngf 2 --n-blocks 0 --epochs 1"
+    assert main.main([*flags.split(), "--method", "supervised", "--name", "partial"]) == 0
+    with pytest.raises(InputError, match="partial.*supervised has no image cycle"):
+        diagnose.diagnose(["cycle", "checkpoints/partial"])

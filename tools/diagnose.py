@@ -1,10 +1,17 @@
-"""Gradients: of the loss terms in a run's segmentation network, or with two instance norms.
+"""Diagnose a run: what trains its segmentation network, and what its image cycle has learned.
 
-    python tools/gradients.py terms checkpoints/ours/last.pt checkpoints/partial/last.pt
-    python tools/gradients.py norms --dataset acdc --size 64 64 --ngf 16 --ndf 16 --ratio 0.1
+    python tools/diagnose.py terms checkpoints/ours/last.pt checkpoints/partial/last.pt
+    python tools/diagnose.py cycle checkpoints/ours/last.pt
+    python tools/diagnose.py norms --dataset acdc --size 64 64 --ngf 16 --ndf 16 --ratio 0.1
 
-`terms`: a RUN is a run's folder, whose best.pt is taken, or a checkpoint. Every term is weighted as
-in the run, and computed on its training batches. A term without a gradient in G_IS has no column.
+A RUN is a run's folder, whose best.pt is taken, or a checkpoint.
+
+`terms`: the gradients of the loss terms in G_IS, weighted as in the run, on its training batches.
+A term without a gradient in G_IS has no column.
+
+`cycle`: L_cycle^I (Eq. 6) on the validation images, where G_SI paints from the softmax map of
+G_IS(x), from its argmax, and from the true mask. If only the softmax map restores the image, it
+carries the image in small probabilities that the argmax does not show.
 
 `norms`: the gradients of G_SI's first layer after masks of one class and after others. All flags
 but --steps are main.py's. Each norm trains the same networks on the same batches: ours
@@ -32,7 +39,13 @@ from datasets.spec import load_spec
 from engine import program
 from engine.flags import Parser, bounded, parse_args
 from engine.trained import Trained, load_runs, run_flags
-from model import METHODS, move
+from model import METHODS, CycleGAN, cycle_I, move
+from utils import InputError
+
+
+def print_row(*cells: str) -> None:
+    """Print a row of a Markdown table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 class PyTorchsNorm(nn.Module):
@@ -52,15 +65,15 @@ def use_pytorchs_norm(network: nn.Module) -> None:
 
 def norms(argv: list[str]) -> int:
     """Print one line per norm."""
-    parser = Parser("gradients.py norms", description=__doc__)
+    parser = Parser("diagnose.py norms", description=__doc__)
     parser.add_argument("--steps", type=bounded(int, 1), default=60, help="training steps")
     own, argv = parser.parse_known_args(argv)
     args = parse_args(["--training", *argv])
     device = utils.pick_device(args.device, args.precision)
     spec = load_spec(args.dataset)
     data = load_data(args, spec)
-    print("| norm | steps with a one-class mask | other steps | mean of sqrt(v) |")
-    print("| --- | --- | --- | --- |")
+    print_row("norm", "steps with a one-class mask", "other steps", "mean of sqrt(v)")
+    print_row(*["---"] * 4)
     for norm in "PyTorch's", "ours":
         utils.seed_everything(args.seed, args.deterministic)
         model = move(METHODS[args.method].from_args(spec, args), device).train()
@@ -76,7 +89,7 @@ def norms(argv: list[str]) -> int:
             found[one_class].append(weight.grad.norm().item())
         medians = [f"{statistics.median(each):.3g}" if each else "none" for each in found.values()]
         root = model.optimizers["G"].state[weight]["exp_avg_sq"].sqrt().mean().item()
-        print(f"| {norm} | {' | '.join(medians)} | {root:.3g} |", flush=True)
+        print_row(norm, *medians, f"{root:.3g}")
     return 0
 
 
@@ -104,30 +117,63 @@ def of_terms(run: Trained, steps: int) -> dict[str, float]:
 
 def terms(argv: list[str]) -> int:
     """Print one line per run: the gradient of the labels' term, and the others' relative to it."""
-    parser = Parser("gradients.py terms", description=__doc__)
+    parser = Parser("diagnose.py terms", description=__doc__)
     run_flags(parser)
     parser.add_argument("--steps", type=bounded(int, 1), default=10, help="training batches")
     own = parser.parse_args(argv)
     found = [of_terms(run, own.steps) for run in load_runs(own)]
     others = dict.fromkeys(name for norms in found for name in norms if norms[name])
     others.pop("gen_S")
-    print(f"| run | gen_S | {' | '.join(f'{name} / gen_S' for name in others)} |")
-    print(f"|{' --- |' * (2 + len(others))}")
+    print_row("run", "gen_S", *(f"{name} / gen_S" for name in others))
+    print_row(*["---"] * (2 + len(others)))
     for run, medians in zip(own.runs, found, strict=True):
         cells = [f"{medians['gen_S']:.3g}"]
         for name in others:
             cells.append(f"{medians[name] / medians['gen_S']:.3g}" if name in medians else "-")
-        print(f"| {run} | {' | '.join(cells)} |")
+        print_row(run, *cells)
     return 0
 
 
-def gradients(argv: list[str]) -> int:
-    """The command line: terms or norms."""
-    commands = {"terms": terms, "norms": norms}
-    parser = Parser("tools/gradients.py", description=__doc__)
+@torch.inference_mode()
+def of_cycle(run: Trained) -> dict[str, float]:
+    """Mean of |G_SI(mask) - x| over the validation images, for masks of several kinds."""
+    args, model, sums = run.args, run.model.eval(), {}
+    if not isinstance(model, CycleGAN):
+        raise InputError(f"{run.path}: --method {args.method} has no image cycle")
+    data = load_data(args, run.spec, run.state["split"])
+    for x, y in Batches(data.val, args.batch_size, run.device, 0, args.normalization):
+        maps = model.segment(x).softmax(1)
+        painted = {
+            "softmax map": model.paint(maps),
+            "its argmax": model.paint(maps.argmax(1)),
+            "true mask": model.paint(y),
+            "the image's mean": x.mean((2, 3), keepdim=True).expand_as(x),
+        }
+        for name, rec_x in painted.items():
+            sums[name] = sums.get(name, 0.0) + len(x) * cycle_I(rec_x, x).item()
+    return {name: value / len(data.val) for name, value in sums.items()}
+
+
+def cycle(argv: list[str]) -> int:
+    """Print one line per run: the error of the image painted from each kind of mask."""
+    parser = Parser("diagnose.py cycle", description=__doc__)
+    run_flags(parser)
+    own = parser.parse_args(argv)
+    found = [of_cycle(run) for run in load_runs(own)]
+    print_row("run", *found[0])
+    print_row(*["---"] * (1 + len(found[0])))
+    for run, errors in zip(own.runs, found, strict=True):
+        print_row(run, *(f"{error:.3f}" for error in errors.values()))
+    return 0
+
+
+def diagnose(argv: list[str]) -> int:
+    """The command line: terms, cycle or norms."""
+    commands = {"terms": terms, "cycle": cycle, "norms": norms}
+    parser = Parser("tools/diagnose.py", description=__doc__)
     parser.add_argument("command", choices=[*commands])
     return commands[parser.parse_args(argv[:1]).command](argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(program.execute(gradients))
+    sys.exit(program.execute(diagnose))
