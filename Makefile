@@ -1,5 +1,5 @@
 # make demo: from nothing to a trained network, its masks and pictures.   make test: every fast test.
-# make test-slow: runs cut short at random moments, damaged files, arbitrary settings.
+# make test-slow: interrupted runs, damaged files, arbitrary settings, torch.compile.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -119,9 +119,9 @@ def normalize(x: Tensor, normalization: str = "range") -> Tensor:
 def augment(x: Tensor, orientation: str, y: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """--augment, for each image (B, C, H, W) and its mask (B, H, W) at random.
 
-    Flips and right angles if the dataset's orientation is "any" (180 degrees only if H != W), left
-    and right swapped if it is "mirror", neither if "fixed"; then contrast ±20% and brightness ±0.1,
-    cut off at -1 and 1.
+    Flips and 90-degree rotations if the dataset's orientation is "any" (180 degrees if H != W),
+    horizontal flips if it is "mirror", neither if "fixed"; then contrast ±20% and brightness ±0.1,
+    clipped to [-1, 1].
     """
     angles = range(0, 4, 1 if x.shape[-2] == x.shape[-1] else 2) if orientation == "any" else [0]
     flips = [False] if orientation == "fixed" else [False, True]
@@ -150,7 +150,7 @@ def _stacked(items: list[tuple[Tensor, ...]]) -> list[np.ndarray]:
 class Batches:
     """Batches (image, mask, ...) on the device: images normalized, masks int64.
 
-    `orientation`, the dataset's, also augments both.
+    With `orientation` (the dataset's), images and masks are also augmented.
 
     Iterating goes through all of the data in order. With several processes, each gets its share of
     every batch, of `batch_size` images in all. The worker processes live as long as this object.

@@ -6,7 +6,7 @@ Flags also come from TOML files: the parser's defaults (the paper's), config/<da
 --config FILE, the command line. Later ones override earlier ones.
 """
 
-if __name__ == "__main__":  # importing torch takes seconds; a signal during them is heard
+if __name__ == "__main__":  # importing torch takes seconds; handle signals from the start
     from engine import signals
 
     signals.install()
@@ -57,7 +57,7 @@ def train(args: Flags) -> int:
 
 
 def connect(args: Flags) -> torch.device:
-    """This process's device, connected to the others; InputError if they cannot share a batch."""
+    """Pick the device and connect the processes; InputError if they cannot share a batch evenly."""
     device = utils.pick_device(args.device, args.precision)
     if args.batch_size % utils.world_size():
         processes = f"{utils.world_size()} processes"
@@ -145,7 +145,7 @@ def command(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line, by default the program's own; the exit code, errors as one line."""
+    """Run `argv`, by default sys.argv[1:]; return the exit code and print errors as one line."""
     return program.execute(command, argv)
 
 

@@ -48,7 +48,7 @@ WEIGHTS = {  # lambda 1 to 5 of Eq. 8 (Section 3.3)
 }
 
 # Equations. Expectations and norms are means over images, pixels and channels, as in the released
-# code. With several processes, `count_per_process` makes their values' mean the whole batch's.
+# code. With several processes, the mean of values over `count_per_process` is the whole batch's.
 
 
 def gen_S(logits: Tensor, y: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def frozen(*networks: nn.Module) -> Iterator[None]:
 
 
 def descend(optimizer: Optimizer, loss: Tensor, terms: dict[str, Tensor]) -> None:
-    """Update the optimizer's parameters; NonFiniteLoss, before any change, if the loss is."""
+    """Take one optimizer step; raise NonFiniteLoss before it if the loss is not finite."""
     finite = total((~loss.detach().isfinite()).int()) == 0
     finite = finite.to("cpu", non_blocking=loss.is_cuda)
     known = torch.cuda.current_stream(loss.device).record_event() if loss.is_cuda else None
@@ -147,8 +147,7 @@ class Method(nn.Module):
     compute the networks in bfloat16.
 
     A subclass adds its networks, calls `optimize` for them, and defines `weights` and
-    `generator_terms`, with discriminators also `discriminator_terms`. A weight of 0 takes its term,
-    and the networks that only this term needs, out of the step.
+    `generator_terms`, with discriminators also `discriminator_terms`.
     """
 
     progress = 0.0  # share of the run that is done; the training loop sets it before every step
@@ -198,7 +197,7 @@ class Method(nn.Module):
         return self.G_IS
 
     def sources(self, weights: dict[str, Tensor], same_method: bool) -> dict[str, str]:
-        """By network: the one of another run, with these weights, from which it may start."""
+        """By network: the name of the network in another run's `weights` that it starts from."""
         names = [name for name, _ in self.named_children()]
         return {name: name for name in names if same_method or name == "G_IS"}
 
@@ -208,13 +207,13 @@ class Method(nn.Module):
             return network(x).to(x.dtype)
 
     def segment(self, x: Tensor) -> Tensor:
-        """Logits (B, K, H, W), in evaluation of the network that is scored."""
+        """Logits (B, K, H, W) of G_IS; in eval mode, of the network that is scored."""
         return self.compute(self.G_IS if self.training else self.evaluated, x)
 
     def generator_terms(
         self, x: Tensor, y: Tensor, x_u: Tensor | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The unweighted terms by name, without those of weight 0, and fakes for discriminators."""
+        """The unweighted terms by name, and the fakes that discriminators see."""
         raise NotImplementedError
 
     def step(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
@@ -255,9 +254,9 @@ class Supervised(Method):
 
 
 def as_sums(weights: dict[str, float], channels: int, height: int, width: int) -> dict[str, float]:
-    """The weights of Eq. 8 that give means the proportions of the sums in Eq. 2, 3, 6 and 7.
+    """Scale the weights of Eq. 8 so that means are weighted like the sums in Eq. 2, 3, 6 and 7.
 
-    These sum over pixels, Eq. 3 and 6 over channels too; Eq. 4 and 5 hold one probability per
+    Those sum over pixels, Eq. 3 and 6 also over channels; Eq. 4 and 5 have one probability per
     image. All weights are divided by H W, a common factor, to which Adam is invariant.
     """
     factors = {"gen_I": channels, "cycle_I": channels}
@@ -268,7 +267,8 @@ def as_sums(weights: dict[str, float], channels: int, height: int, width: int) -
 class CycleGAN(Method):
     """Ours: two generators and two discriminators trained alternately on Eq. 8.
 
-    weights: of the terms by name; WEIGHTS has the others. hard_fakes: D_S sees argmax maps of x_u,
+    weights: of the terms by name; WEIGHTS has the others. A weight of 0 takes its term, and the
+    networks that only this term needs, out of the step. hard_fakes: D_S sees argmax maps of x_u,
     as released. disc_norm, disc_kernel: as in PixelDiscriminator. pool_size: of past fakes.
     """
 
@@ -363,7 +363,7 @@ class CycleGAN(Method):
         return terms, fakes
 
     def discriminator_terms(self, y, x_u, fakes):
-        """Eq. 4, 5 on the detached fakes; separately, as batch norm would mix real and fake."""
+        """Eq. 4, 5 on the detached fakes; in two passes, as batch norm would mix them."""
         terms = {}
         if self.weights["disc_S"]:
             real = self.compute(self.D_S, one_hot(y, self.n_classes, x_u.dtype))
@@ -455,7 +455,8 @@ class AdvSemi(Method):
     def generator_terms(self, x, y, x_u):
         """G_IS's terms with D_S fixed, and the softmax maps of x and x_u.
 
-        gen_S: cross-entropy on x; adv, semi_adv: x, x_u look real to D_S; semi: x_u where it does.
+        gen_S: cross-entropy on x; adv, semi_adv: D_S should rate the maps of x, x_u as real; semi:
+        cross-entropy of x_u with its own argmax where D_S's score is at least `threshold`.
         """
         logits = self.segment(torch.cat([x, x_u]))
         maps = logits.softmax(1)
@@ -506,7 +507,7 @@ def perturb(x: Tensor) -> Tensor:
 
 
 def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of the student on mixed and perturbed images with equally mixed masks.
+    """Cross-entropy of the student on mixed and perturbed images with masks mixed the same way.
 
     A box in each image is filled from another image of the batch. Mean over all pixels, where
     ignored ones add 0.
@@ -521,8 +522,8 @@ def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
 class MeanTeacher(Method):
     """G_IS learns from labels and, under CutMix, from the masks of its own moving average.
 
-    The average is evaluated. cutmix_on: "both", "unlabeled", or as the control "labeled", labeled
-    images with their true masks, mixed and perturbed, and no unlabeled image.
+    The average is evaluated. cutmix_on: which images are mixed and perturbed: "both", "unlabeled",
+    or "labeled" (the control), which uses the true masks and no unlabeled image.
     """
 
     decay, ramp_up = 0.99, 0.25  # of the average; share of the run in which `cutmix` grows
@@ -579,7 +580,7 @@ METHODS = {
 
 
 def move(model: Method, device: torch.device) -> Method:
-    """Move a method to a device: channels last on a CPU, whose convolutions are faster so."""
+    """Move a method to a device; on a CPU in channels-last format, which speeds up convolutions."""
     layout = {"memory_format": torch.channels_last} if device.type == "cpu" else {}
     return model.to(device, **layout)
 
@@ -592,5 +593,5 @@ def distribute(model: Method, device: torch.device) -> None:
     for name, side in model.sides.items():
         devices = [device] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(side, device_ids=devices, gradient_as_bucket_view=True)
-        wrapped.broadcast_buffers = False  # batch norm's are equal; as an argument, deprecated
+        wrapped.broadcast_buffers = False  # batch norm's are equal; the argument is deprecated
         model.sides[name] = wrapped

@@ -1,4 +1,4 @@
-"""Errors that name files, devices and processes, the learning rate, atomic files."""
+"""Errors that name files; devices; processes; the learning rate; atomic writes."""
 
 import codecs
 import os
@@ -42,7 +42,7 @@ def counted(n: int, noun: str) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn any exception inside but MemoryError into an InputError that names the file."""
+    """Turn exceptions other than InputError and MemoryError into an InputError naming the file."""
     try:
         yield
     except (InputError, MemoryError):
@@ -217,8 +217,8 @@ def failure(error: Exception) -> str | None:
     signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return (
-            "out of memory; in training, half the --batch-size or half the area of --size needs "
-            "half of it, --ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
+            "out of memory; in training, half the --batch-size or half the area of --size takes "
+            "half the memory, --ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
         )
     if str(error).startswith("DataLoader worker (pid"):
         advice = "if it ran out of memory, give fewer --workers; checkpoints are intact"

@@ -54,9 +54,9 @@ class PixelDiscriminator(nn.Module):
 
     Three convolutions of width ndf, 2 ndf and 1. Leaky ReLU of slope 0.2 follows the first two;
     norm follows the second convolution: "batch" (the paper) or "instance" (the released code, which
-    then gives the last two convolutions a bias). The paper does not name the odd `kernel`: 1 is the
-    released code's; with 3 a judgment sees a neighborhood of 7x7 pixels, with zeros around the
-    image. ValueError for another norm or an even kernel.
+    then gives the last two convolutions a bias). The paper does not state the (odd) `kernel`: 1 is
+    the released code's; with 3, each score depends on 7x7 pixels, with zero padding. ValueError for
+    another norm or an even kernel.
     """
 
     def __init__(self, in_channels: int, ndf: int = 64, norm: str = "batch", kernel: int = 1):
@@ -90,8 +90,8 @@ class FCDiscriminator(nn.Module):
     """(B, C, H, W) to logits (B, 1, H, W): Hung et al.'s five 4x4 convolutions of stride 2.
 
     Widths ndf, 2 ndf, 4 ndf, 8 ndf and 1; leaky ReLU of slope 0.2 between them, no norm, PyTorch's
-    own first weights; then bilinear up-sampling with aligned corners, as in their code. Sides under
-    32 are padded with zeros.
+    default initialization; then bilinear up-sampling with aligned corners, as in their code. Sides
+    under 32 are padded with zeros.
     """
 
     def __init__(self, in_channels: int, ndf: int = 64):

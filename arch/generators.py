@@ -83,7 +83,7 @@ class ResNetGenerator(nn.Module):
         up = {"stride": 2, "padding": 1, "output_padding": 1}
 
         def block(conv: nn.Module) -> list[nn.Module]:
-            # not in place: instance norm's output is a view, which autograd would copy
+            # not in place: instance norm's backward pass needs its output
             return [conv, InstanceNorm2d(), nn.ReLU()]
 
         self.layers = nn.Sequential(

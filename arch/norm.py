@@ -13,8 +13,8 @@ EPS = 1e-5  # added to variances, as in PyTorch's norm
 def varies(mean: Tensor, var: Tensor) -> Tensor:
     """Whether a plane's variance is more than rounding; (B, C, 1, 1) bool.
 
-    That of the sums of a convolution, whose terms may be larger than what they add up to: 8 epsilon
-    times 1, the size of the terms, or times the mean if that is larger.
+    The threshold is the rounding of a convolution's sum, whose terms may be larger than the result:
+    8 epsilon times |mean|, or times 1 (the assumed size of a term) if that is larger.
     """
     rounding = 8 * torch.finfo(mean.dtype).eps  # 2^-20 in float32
     return var > (rounding * mean.abs().clamp(min=1)).square()
@@ -58,11 +58,11 @@ def normalize_planes_on_gpu(x: Tensor) -> Tensor:
 
 
 class InstanceNorm2d(nn.Module):
-    """(B, C, H, W) to the same shape and memory layout, without parameters.
+    """(B, C, H, W) to the same shape, without parameters; on a CPU, also to the same memory layout.
 
     Statistics are float32, or float64 for float64. nn.InstanceNorm2d divides the rounding of a
-    constant plane by sqrt(EPS), in each layer anew, and multiplies its gradients likewise: a mask
-    of one class makes every plane of G_SI constant. Here its output and its gradient are exactly 0.
+    constant plane, and its gradient, by sqrt(EPS) in every layer: a mask of one class makes every
+    plane of G_SI constant. Here the output and the gradient of such a plane are exactly 0.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The cache: every image of a dataset decoded and resized once, memory-mapped."""
+"""The cache: every image of a split decoded and resized once, memory-mapped."""
 
 import fcntl
 import hashlib
@@ -28,7 +28,7 @@ from datasets.workers import image_loader, loaded
 from utils import InputError, counted, first_ten, make_folder, writing
 
 TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
-READERS = (files, draw_phantom)  # the code that what a cache holds depends on, with decode()
+READERS = (files, draw_phantom)  # with decode() and resize(), the code that the key covers
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -141,7 +141,7 @@ def open_cache(
 
 @contextmanager
 def _locked(folder: Path, flags: int = 0) -> Iterator[bool]:
-    """Try to lock a folder, until however this process ends; yield whether it is locked."""
+    """Try to lock a folder, until the body or this process ends; yield whether it is locked."""
     try:
         file = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -160,7 +160,7 @@ def _locked(folder: Path, flags: int = 0) -> Iterator[bool]:
 
 @contextmanager
 def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A hidden folder, deleted at the end; before, delete those of killed processes."""
+    """A hidden folder, deleted at the end; first, delete those left behind by killed processes."""
     with ExitStack() as stack:
         with _locked(parent):
             for leftover in parent.glob(f".*{TEMPORARY}"):

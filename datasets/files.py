@@ -1,4 +1,4 @@
-"""Pictures and NIfTI volumes: find, read, check. What these functions return is cached."""
+"""Find, read and check images and NIfTI volumes. A change of this file makes caches anew."""
 
 import glob
 import gzip
@@ -48,7 +48,7 @@ def stem_of(path: Path) -> str:
 def opened(path: Path) -> Iterator[Image.Image]:
     """Open a picture, which the caller then decodes; InputError names it.
 
-    Also if its checksums are wrong, if it has several pages, or if viewers rotate what was decoded.
+    InputError also if its checksums are wrong, it has several pages, or viewers would rotate it.
     """
     with naming(path):
         with Image.open(path) as image:
@@ -70,7 +70,7 @@ def check_single(path: Path, image: Image.Image) -> None:
     """InputError if a picture has several pages, frames or images."""
     n_pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if n_pages > 1:  # a phone's MPO has its photo first
-        raise InputError(f"{path}: has {n_pages} pages; expected one picture per file")
+        raise InputError(f"{path}: has {n_pages} pages; expected one image per file")
 
 
 def check_upright(path: Path, image: Image.Image) -> None:
@@ -292,7 +292,7 @@ def visible_files(folder: Path) -> list[Path]:
     found, entered = [], set()
     for home, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(home)
-        if real in entered:  # a link to a folder above
+        if real in entered:  # already visited, through a link
             folders.clear()
             continue
         entered.add(real)
@@ -303,7 +303,7 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def image_of_mask(file: Path) -> Path | None:
-    """The volume beside which NAME_gt.nii.gz lies, as in ACDC."""
+    """The volume NAME.nii.gz if `file` is its mask NAME_gt.nii.gz, as in ACDC; otherwise None."""
     if not (is_volume(file) and stem_of(file).lower().endswith("_gt")):
         return None
     stem = stem_of(file)[: -len("_gt")]
@@ -328,7 +328,7 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
                 place = file.relative_to(path) if path.is_dir() else Path(file.name)
                 found.setdefault(file, place.with_name(stem_of(file)))
             else:
-                other.append(f"{file}: neither a picture nor a NIfTI volume")
+                other.append(f"{file}: neither an image nor a NIfTI volume")
     places = Counter((place, is_volume(file)) for file, place in found.items())
     if clashes := [str(place) for (place, _), count in places.items() if count > 1]:
         result = f"several files would be written as {first_ten(clashes)}"

@@ -1,4 +1,4 @@
-"""What the masks of a run hold: its classes, and files that another convention seems to have."""
+"""Check the masks of a run: absent classes, and files that seem to follow another convention."""
 
 import itertools
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from datasets.files import mask_file, read_labels
 from datasets.spec import DatasetSpec, Sample
 from utils import IGNORE, InputError, first_ten
 
-ADVICE = "are the masks' values class indices? docs/own_data.md explains label_ids and ignore"
+ADVICE = "check that mask values are class indices; docs/own_data.md explains label_ids and ignore"
 MAX_READ = 1000  # files to read again at full size
 Masks = Iterable[tuple[Sample, np.ndarray]]  # samples and their masks, (H, W) uint8
 
@@ -47,11 +47,11 @@ def check_classes(
 def check_ignored(masks: Masks, spec: DatasetSpec, unused: Iterable[Sample] = ()) -> None:
     """Print the share of ignored pixels, and the files that hold only them and one class.
 
-    What these files ignore may be their objects: half of a dataset may have the values 0 and 1,
-    the other half 0 and 255. If their ignored pixels are 255 (white), and no file that has several
-    classes ignores a pixel, that is as likely as the description, and an InputError. Where such
-    files ignore pixels too, as VOC's contours, it is a warning. Pixels of a void class count as
-    ignored; `unused` are more samples whose masks may show what is usual.
+    Their ignored pixels may be objects after all: half of a dataset may use the values 0 and 1, the
+    other half 0 and 255. InputError if 255 (white) is ignored and files with several classes exist
+    but none of those has an ignored pixel; otherwise a warning, since contours may be ignored, as
+    in VOC. Pixels of a void class count as ignored; the masks of `unused` samples are also read to
+    find files with several classes and ignored pixels.
     """
     masks = list(masks)
     void = [IGNORE] if spec.void is None else [IGNORE, spec.void]

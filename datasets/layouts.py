@@ -139,7 +139,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
             if file.is_dir():
                 problems.append(f"{file}: a folder; files must lie directly in {folder}")
             elif not (is_volume(file) or is_picture(file)):
-                problems.append(f"{file}: neither a picture nor a NIfTI volume")
+                problems.append(f"{file}: neither an image nor a NIfTI volume")
             elif stem in files:
                 problems.append(f"{file}: {files[stem].name} has the same stem")
             else:
@@ -161,7 +161,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
             if spec.group is not None:
                 match = re.search(spec.group, stem)
                 if not (match and match[1]):
-                    problems.append(f"{image}: names no patient: group is {spec.group!r}")
+                    problems.append(f"{image}: no patient in the name: group is {spec.group!r}")
                     continue
                 group = match[1]
                 if (other := parts.setdefault(group, part)) != part:
@@ -171,7 +171,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
             if part == "val" and mask is None:
                 problems.append(f"{image}: has no mask in {root / masks}")
             elif mask and is_volume(image) != is_volume(mask):
-                problems.append(f"{mask}: image and mask must be two volumes or two pictures")
+                problems.append(f"{mask}: image and mask must be two volumes or two image files")
             elif is_volume(image):
                 samples += slices(stem, group, image, mask, part)
             else:
@@ -236,6 +236,6 @@ def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
         raise InputError(f"--data-root {root}: duplicate ids: {first_ten(files)}")
     pictures = (str(s.mask) for s in samples if isinstance(s.mask, Path))
     if (value := spec.beyond_png()) and (picture := next(pictures, "")):
-        reason = "a picture holds values from 0 to 255, only a NIfTI mask others"
+        reason = "image files hold 0 to 255; only NIfTI masks can hold others"
         raise InputError(f"{picture}: [dataset] has {value}; {reason}")
     return samples

@@ -15,8 +15,8 @@ CONFIG = Path(__file__).parents[1] / "config"
 LAYOUTS = ("voc", "cityscapes", "acdc", "folder", "phantom")  # see datasets/layouts.py
 PARTS = ("train", "val", "test")
 ORIENTATIONS = {  # what --augment does to images and masks
-    "any": "flips and right angles",
-    "mirror": "left and right swapped",
+    "any": "flips and 90-degree rotations",
+    "mirror": "horizontal flips",
     "fixed": "no flips",
 }
 
@@ -72,7 +72,7 @@ class DatasetSpec:
 
 
 class Slice(NamedTuple):
-    """One short-axis slice of a NIfTI volume."""
+    """One slice of a NIfTI volume, along its third axis."""
 
     path: Path
     z: int
@@ -171,9 +171,9 @@ def _captures(pattern) -> bool:
 
 
 def _wrong_values(values, n: int | None = None) -> str:
-    """What the mask values of one key should be if they are wrong, otherwise "".
+    """The expected value of a key with mask values, or "" if its value is valid.
 
-    `n` values are of n classes, so they differ.
+    With `n`, one distinct value for each of n classes.
     """
     if not isinstance(values, tuple) or not all(type(value) is int for value in values):
         return "a list of integers"

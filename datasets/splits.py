@@ -1,7 +1,7 @@
 """Which images are labeled, unlabeled and for validation (Section 4.1).
 
-A rule says it, made once from --ratio, --labeled and --split; applied to a dataset's samples, it
-gives their Split.
+A Rule is made once from --split, --ratio, --labeled and --label-unit; applied to a dataset's
+samples, it returns their Split.
 """
 
 import hashlib
@@ -135,7 +135,7 @@ def has_val(spec: DatasetSpec, samples: Sequence[Sample]) -> bool:
 
 
 def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
-    """The first n of the units in random order: with the same rng, fewer are part of more."""
+    """The first n units in random order: for the same rng state, a smaller n gives a subset."""
     ordered = sorted(units)
     return {ordered[i] for i in rng.permutation(len(ordered))[:n]}
 

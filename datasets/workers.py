@@ -1,7 +1,7 @@
 """Processes that decode and load images: started, watched and ended so that nothing waits forever.
 
-They hear no signal but SIGKILL: Ctrl-C reaches the whole process group, but the main process alone
-decides. They hold nothing that would have to be saved.
+They block SIGINT, SIGTERM and SIGUSR1: Ctrl-C reaches the whole process group, but only the main
+process decides what to do. They hold nothing that would have to be saved.
 """
 
 import multiprocessing.queues
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils import TrainingError, reason
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
-LONGEST = 1800  # seconds without a batch after which a process, or the disk it reads, hangs
+LONGEST = 1800  # seconds without a batch after which a process or its disk counts as hung
 
 
 def image_loader(data: Dataset, n_workers: int, **options) -> DataLoader:
@@ -53,7 +53,7 @@ def loaded(loader: DataLoader) -> Iterator:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Handle signals after the body only; processes that it starts have them blocked for good."""
+    """Defer signals to the end of the body; processes started in it keep them blocked."""
     heard: list[int] = []
     handlers = {n: signal.signal(n, lambda n, _: heard.append(n)) for n in SIGNALS}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -83,7 +83,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def workers_ended() -> Iterator[None]:
-    """Kill the worker processes that the body has started; its exceptions keep loaders alive."""
+    """Kill the workers that the body started; the traceback of an error keeps loaders alive."""
     others = multiprocessing.active_children()
     try:
         yield

@@ -33,9 +33,9 @@ def as_values(mask: Tensor, spec: DatasetSpec) -> np.ndarray:
 
 
 def save_mask(path: Path, mask: Tensor, spec: DatasetSpec) -> None:
-    """Write an (H, W) mask of class indices as an indexed PNG of the mask files' values.
+    """Write an (H, W) mask of class indices as an indexed PNG with the values of the mask files.
 
-    Of class indices if a PNG cannot hold these values.
+    If a PNG cannot hold these values, it keeps the class indices.
     """
     if spec.beyond_png():
         spec = replace(spec, label_ids=None, void_ids=(), ignore=IGNORE)

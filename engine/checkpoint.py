@@ -64,7 +64,7 @@ def load(path: Path) -> dict:
 
 
 def _rename_orientation(state: dict) -> None:
-    """Give a checkpoint of the time before --augment the keys of today."""
+    """Convert a checkpoint from before --augment to the current keys."""
     turned = state["dataset"].pop("any_orientation") is True
     state["dataset"]["orientation"] = "any" if turned else "fixed"
     if isinstance(settings := state.get("settings"), dict):  # meanteacher turned its own images

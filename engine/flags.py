@@ -1,4 +1,4 @@
-"""Flags: the parser, and the tables that lie under a command line.
+"""Flags: the parser, and the TOML tables that a command line overrides.
 
 A TOML is a command line written down: parser defaults (the paper's) < config/<dataset>.toml <
 --config FILE < command line. A checkpoint's settings take the place of the TOMLs.
@@ -27,7 +27,7 @@ MODE_FLAGS = {  # the flags that only some modes have
     "part": ("testing",),
     "overlay": ("predict",),
 }
-# Groups of flags that change the result, but for those that say where the data are
+# Groups whose flags change the result, except those in DATA
 SETTINGS = ("data", "method", "training", "networks", "released code")
 DATA = ("dataset", "data_root")
 AMOUNTS = {"ratio", "labeled"}  # of labels; one takes the place of the other
@@ -108,7 +108,7 @@ def build_parser() -> Parser:
     flag = parser.group("mode")
     flag("--training", action="store_true", help="train, or resume an interrupted run")
     flag("--testing", action="store_true", help="score a trained run; write masks and panels")
-    predicted = "write masks of images, of NIfTI volumes, and of all in a folder"
+    predicted = "write masks of images, NIfTI volumes, or all of them in a folder"
     flag("--predict", nargs="+", metavar="PATH", help=predicted)
     flag("--config", metavar="FILE", help="TOML with flags, read after the dataset's TOML")
     trained = "checkpoint to test or predict with; default: newest run's best.pt"
@@ -126,7 +126,7 @@ def build_parser() -> Parser:
     flag("--data-root", metavar="DIR", help="folder of the dataset; default: data/<dataset>")
     ratio = "share of the training images that are labeled; masks of the others are not used"
     flag("--ratio", type=share, default=0.2, help=ratio)
-    number = "number of labeled images, in place of --ratio"
+    number = "number of labeled images or exams, in place of --ratio"
     flag("--labeled", type=count, metavar="N", help=number)
     unit = "what --ratio and --labeled count: images, or whole exams (patients)"
     flag("--label-unit", default="image", choices=["image", "exam"], help=unit)
@@ -160,7 +160,7 @@ def build_parser() -> Parser:
     for i, (name, default) in enumerate(WEIGHTS.items(), 1):
         about = f"weight of {terms[name]}"
         flag(f"--lambda{i}", type=weight, default=default, metavar="W", help=about)
-    sums = "mean over pixels, or the sum that Eq. 2, 3 and 6 print (a factor on lambda1, 3, 4, 5)"
+    sums = "mean over pixels, or sum as Eq. 2, 3, 6 are printed (rescales lambda1, 3, 4 and 5)"
     flag("--reduction", default="mean", choices=["mean", "sum"], help=sums)
     on = "images that are mixed and perturbed; with labeled, no unlabeled image is used"
     flag("--cutmix-on", default="both", choices=["both", "unlabeled", "labeled"], help=on)
@@ -175,7 +175,7 @@ def build_parser() -> Parser:
     flag("--lr", type=bounded(float, 0, above=True), default=2e-4, help="Adam's learning rate")
     betas = {"nargs": 2, "default": [0.5, 0.999], "metavar": ("B1", "B2")}
     flag("--betas", type=beta, **betas, help="Adam's betas")
-    augmented = "flip and turn images as the dataset's orientation allows, vary their contrast"
+    augmented = "flip and rotate images as the orientation allows; vary contrast and brightness"
     flag("--augment", action=switch, default=False, help=augmented)
     flag("--init", metavar="FILE", help="checkpoint (or run's folder) with initial weights")
     precision = "precision of the networks; losses stay fp32"
@@ -193,9 +193,7 @@ def build_parser() -> Parser:
 
     released = "Where the released code departs from the paper; config/official.toml sets them all."
     flag = parser.group("released code", released)
-    scales = (
-        "of images; range: (v - mean) / (max - min) by channel; half: (v - 0.5) / 0.5, as released"
-    )
+    scales = "range: (v - mean) / (max - min) per channel; half: (v - 0.5) / 0.5, as released"
     flag("--normalization", default="range", choices=["range", "half"], help=scales)
     ignored = "ignored pixels of training masks: skipped, or class 0 as released"
     flag("--ignored", default="skip", choices=["skip", "background"], help=ignored)
@@ -233,9 +231,9 @@ def build_parser() -> Parser:
 
 
 class Flags(argparse.Namespace):
-    """The value of every flag, from those `given` over tables of others, the lowest first.
+    """The value of every flag: defaults, overridden by `tables` in order, then by `given`.
 
-    given: the flags of the command line itself. rule: which images are labeled, of datasets.splits.
+    given: the flags of the command line itself. rule: which images are labeled (datasets.splits).
     """
 
     def __init__(self, given: dict, tables: Iterable[dict] = ()):
@@ -290,7 +288,7 @@ def parse_args(argv: list[str]) -> Flags:
     for key, modes in MODE_FLAGS.items():
         if key in given and given.keys().isdisjoint(modes):
             flag, needed = key.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
-            hint = "; --init sets a run's first weights" if key == "checkpoint" else ""
+            hint = "; --init sets a run's initial weights" if key == "checkpoint" else ""
             raise InputError(f"--{flag} needs {needed}{hint}")
     for key, value in given.items():  # config.toml and split.json are UTF-8
         if isinstance(value, str) and value != value.encode(errors="ignore").decode():

@@ -1,4 +1,4 @@
-"""A run's folder: its name, its lock, the last.pt of the same settings, config.toml, split.json."""
+"""A run's folder: its name, lock, config.toml and split.json, and whether its last.pt fits."""
 
 import fcntl
 import hashlib
@@ -27,7 +27,7 @@ class RunFolder:
 
     path: Path
     state: dict | None  # of its last.pt; None for a new run
-    initial: dict | None  # a new run's first weights: the checkpoint of --init
+    initial: dict | None  # a new run's initial weights: the checkpoint of --init
 
     @property
     def split_hash(self) -> str | None:
@@ -35,7 +35,7 @@ class RunFolder:
         return self.state["split"] if self.state else None
 
     def finished(self, epochs: int) -> str | None:
-        """What to say of a run that is finished after `epochs`; None for another one."""
+        """The message for a run that has finished all `epochs`; None if it has not."""
         progress = self.state["progress"] if self.state else {}
         if progress.get("evaluated") != epochs:
             return None
@@ -132,7 +132,7 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
     if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
         reason = "a run cannot resume from it; --overwrite starts over"
         raise InputError(f"checkpoint {path}: {reason}")
-    old = Flags({}, [state["settings"]])  # adds the defaults of flags that the run is older than
+    old = Flags({}, [state["settings"]])  # adds the defaults of flags newer than the run
     old_spec = make_spec(state["dataset"], f"checkpoint {path}")  # adds keys it does not have
     before, now = old.settings, args.settings
     if args.rule.same_kind(old.rule):

@@ -22,22 +22,22 @@ from tqdm import tqdm
 import utils
 from utils import naming, writing
 
-SECONDS_BETWEEN_LINES = 60  # of a log that is no terminal
+SECONDS_BETWEEN_LINES = 60  # when standard error is not a terminal
 
 
 class Logs:
     """The logs of one run; only the first process writes.
 
-    Where standard error is no terminal, lines on standard output take the place of the progress
+    Where standard error is not a terminal, lines on standard output take the place of the progress
     bar. first_step: TensorBoard hides what an earlier process logged from this step on.
     n_images, n_done: number of images in the whole run, and so far.
     """
 
     def __init__(self, folder: Path, first_step: int, n_images: int, n_done: int):
         first = utils.rank() == 0
-        self.n_left, self.n_own = n_images - n_done, 0  # images to come; of this process
+        self.n_left, self.n_own = n_images - n_done, 0  # images left; images since this start
         self.started = time.monotonic()
-        self.last_line = self.started, 0  # its time, and n_own then
+        self.last_line = self.started, 0  # time and n_own of the last line
         self.log = folder / "metrics.jsonl"
         self.events = EventLog(folder, first_step) if first else None
         self.bar = tqdm(
@@ -51,8 +51,8 @@ class Logs:
     def step(self, place: str, losses: dict[str, Tensor], n_images: int) -> None:
         """Count a step's images on the progress bar; without one, print a line every minute.
 
-        The line has the first process's losses, and waits for the device. The remaining time is
-        that of all images to come, at the mean speed of this process, evaluations included.
+        The line has the first process's losses; reading them waits for the device. The time left
+        assumes the mean speed since this start, evaluations included.
         """
         self.n_left, self.n_own = self.n_left - n_images, self.n_own + n_images
         self.bar.update(n_images)

@@ -12,7 +12,7 @@ class ConfusionMatrix:
     """Count pixels by (truth, prediction) in an int64 K x K matrix that stays on the device."""
 
     def __init__(self, n_classes: int, device: torch.device | str = "cpu"):
-        # the last count collects the ignored pixels: no index has to wait for the device
+        # the last entry counts ignored pixels; boolean indexing would wait for the device
         self.flat = torch.zeros(n_classes**2 + 1, dtype=torch.int64, device=device)
         self.counts = self.flat[:-1].view(n_classes, n_classes)
 
@@ -47,7 +47,7 @@ def segmentation_metrics(counts: Tensor, spec) -> dict:
     miou_official: the released code's. Rows and columns of unscored classes are cut out first, so
         confusions with them cost nothing.
     miou_foreground, dice_foreground: the means over spec.structures(), if background is scored.
-    constant: the class that is predicted for every pixel, if it is one alone.
+    constant: the class that is predicted for every pixel, if there is only one.
 
     Pixels are pooled over all images, in Dice as well. A class in neither truth nor prediction is
     None and enters no mean.
@@ -87,7 +87,7 @@ def format_means(metrics: dict) -> str:
         if metrics.get(key, metrics["miou"]) != metrics["miou"]:
             line += f", {title} {metrics[key] or 0:.4f}"
     if name := metrics.get("constant"):
-        line += f", predicts {name} alone"
+        line += f", predicts only {name}"
     return line
 
 
@@ -112,5 +112,5 @@ def format_metrics(metrics: dict) -> str:
     lines.append(row("pixel accuracy", metrics["pixel_accuracy"]))
     if name := metrics.get("constant"):
         miou = metrics["miou"] or 0
-        lines.append(f"predicts {name} alone: mIoU {miou:.3f} is what that scores")
+        lines.append(f"predicts only {name}, which scores mIoU {miou:.3f}")
     return "\n".join(lines)

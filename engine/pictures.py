@@ -63,7 +63,7 @@ def stretch(image: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def shades(image: Tensor) -> Tensor:
-    """An image (C, H, W) as it was read as (3, H, W) in [0, 1]; color keeps its balance."""
+    """Map an image (C, H, W), as read, to (3, H, W) in [0, 1]; the color balance is kept."""
     if len(image) == 3 and image.dtype == torch.uint8:
         return image / 255
     low, high = limits(image)

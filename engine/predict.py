@@ -1,4 +1,4 @@
-"""Trained networks: test() scores the validation set, predict() segments pictures and volumes."""
+"""Trained networks: score() scores the validation set, predict() segments pictures and volumes."""
 
 import itertools
 import json
@@ -135,7 +135,7 @@ def results_folder(results: str, checkpoint: Path) -> Path:
 
 
 def remove_overlays(folder: Path, places: Iterable[Path]) -> None:
-    """Remove the overlays of earlier masks of the files that are written to these places."""
+    """Remove earlier overlays of the files whose output paths are `places`."""
     names = {str(place) for place in places}
     for old in folder.rglob("*.png"):
         name = str(old.relative_to(folder).with_suffix(""))
@@ -177,7 +177,7 @@ def predict(trained: Trained) -> int:
     contents = Contents(spec)
     while batch := list(itertools.islice(waiting, args.batch_size)):
         x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]
-        if trained.state.get("image_dtype") == "float32":  # in training each had its own range
+        if trained.state.get("image_dtype") == "float32":  # as in training, each by its own range
             x = [each.float() for each in x]
         x = torch.cat([normalize(each, args.normalization) for each in x])
         logits = trained.model.segment(x)
@@ -196,7 +196,7 @@ def predict(trained: Trained) -> int:
     for problem in other + unreadable:
         print(f"skipped {problem}")
     if not n_written and not unreadable:
-        raise InputError("--predict: found no picture and no NIfTI volume")
+        raise InputError("--predict: found no images or NIfTI volumes")
     if contents.rows:
         utils.write_atomically(folder / "volumes.csv", contents.csv())
         print(contents.lines())

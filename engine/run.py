@@ -25,11 +25,11 @@ BROKEN = (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError,
 
 
 class Run:
-    """A training run, new or resumed; as a context, it hears signals and closes its logs.
+    """A training run, new or resumed; as a context manager, it handles signals and closes its logs.
 
     last.pt holds networks, optimizers, counters, the running sums of the losses, and each process's
     replay pools and random generators; the order of the images follows from seed and epoch, the
-    learning rate from the step. A resumed run therefore continues as if it had never stopped.
+    learning rate from the epoch. A resumed run therefore continues as if it had never stopped.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Run:
         self.evaluated = 0  # the epoch of the last evaluation
         self.best = {"miou": -1.0, "epoch": 0}
         self.metrics: dict = {}  # of the last evaluation
-        self.sums: dict[str, Tensor] = {}  # of each loss since then
-        self.signum = 0  # of the signal on which all processes end
+        self.sums: dict[str, Tensor] = {}  # of each loss, and the steps, since the last evaluation
+        self.signum = 0  # the signal that ends the run on all processes; 0 if none
         self.saved_at = self.epoch_started = time.monotonic()
-        self.first_image = 0  # of this process in the current epoch
+        self.first_image = 0  # of the current epoch since this start
         self.images_per_second: float | None = None  # of the last epoch
         if folder.state:
             self._restore(folder.state)
@@ -125,7 +125,7 @@ class Run:
                 group["lr"] = self.lr
 
     def after_step(self, losses: dict[str, Tensor]) -> None:
-        """Count a step; log, save and agree on a signal when due."""
+        """Count a step, agree on signals, and log and save when due."""
         counted = losses | {"steps": torch.ones((), device=self.device)}
         self.sums = {name: self.sums.get(name, 0) + value for name, value in counted.items()}
         self.step += 1
@@ -195,7 +195,7 @@ class Run:
             print(f"after the last epoch {format_means(self.metrics)}; {result}")
             print(f"curves: tensorboard --logdir {folder}")
             print(f"test it: python main.py --testing --checkpoint {folder / 'best.pt'}")
-            print(f"use it:  python main.py --predict PICTURES --checkpoint {folder / 'best.pt'}")
+            print(f"use it:  python main.py --predict IMAGES --checkpoint {folder / 'best.pt'}")
         return 0
 
     def _mean_losses(self) -> dict[str, float]:

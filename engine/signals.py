@@ -36,7 +36,7 @@ stop = Stop()
 def install() -> None:
     """Install the handler, and standard streams in place of closed ones.
 
-    The next file opened would otherwise get their number, and the messages.
+    The next file opened would otherwise get their descriptor, and the messages.
     """
     for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):
         if getattr(sys, name) is None:

@@ -12,7 +12,7 @@ from utils import NonFiniteLoss
 
 
 def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:
-    """Train on the batches (x, y, x_u) of the current epoch, or until a signal; TrainingError."""
+    """Train on batches (x, y, x_u) until their end or a signal; TrainingError if they diverge."""
     model.train()
     for x, y, *x_u in batches:
         run.before_step()

@@ -19,7 +19,7 @@ MACHINE = "data_root", "cache", "device"  # flags of main.py that tools have, to
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint's networks and settings, under the flags of the command line."""
+    """A checkpoint's networks, and its settings overridden by the command line."""
 
     path: Path
     state: dict
@@ -62,7 +62,7 @@ def load_runs(args: Namespace) -> list[Trained]:
 
 
 def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> None:
-    """InputError if flags on the command line are others than the checkpoint's."""
+    """InputError if flags on the command line contradict those of the checkpoint."""
     fixed = {**before.settings, "dataset": spec.name}
     asked = {key: args.given[key] for key in args.given if key in fixed and key != "batch_size"}
     if "dataset" in asked:

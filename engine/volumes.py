@@ -45,7 +45,7 @@ MEASURES = Score._fields[4:]
 MM = {"meter": 1000, "micron": 0.001}  # of NIfTI's units of length; "mm" and "unknown" are mm
 
 
-# Scores of one class: boolean volumes that both contain a voxel
+# Scores of one class, from boolean volumes; distances need a voxel in both
 
 
 def overlap(truth: np.ndarray, predicted: np.ndarray) -> tuple[float, float]:
@@ -62,7 +62,7 @@ def surface(mask: np.ndarray) -> np.ndarray:
 def surface_distances(
     truth: np.ndarray, predicted: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The distance of each surface voxel to the other mask's surface: of truth's, of predicted's.
+    """Distances of truth's surface voxels to predicted's surface, and of predicted's to truth's.
 
     Distances are computed within the box around both masks.
     """

@@ -290,7 +290,7 @@ def test_real_cityscapes_decodes():
         ("fixed", (6, 6), [0], [False]),
     ],
 )
-def test_images_and_masks_are_flipped_and_turned_alike_as_the_orientation_allows(
+def test_images_and_masks_are_flipped_and_rotated_alike_as_the_orientation_allows(
     orientation, shape, angles, flips
 ):
     torch.manual_seed(0)

@@ -256,7 +256,7 @@ def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_pa
     places = {str(file.relative_to(tmp_path)): str(place) for file, place in found.items()}
     expected = {"a.png": "a", "b/a.jpg": "b/a", "b/c.nii.gz": "b/c", "D.NII": "D", "a.nii": "a"}
     assert places == expected
-    assert other == [f"{tmp_path / 'notes.txt'}: neither a picture nor a NIfTI volume"]
+    assert other == [f"{tmp_path / 'notes.txt'}: neither an image nor a NIfTI volume"]
 
 
 def test_paths_to_predict_must_exist_and_their_results_differ(tmp_path):
@@ -401,7 +401,7 @@ def test_several_pages_are_an_error_of_images_and_masks_that_names_their_number(
     path = tmp_path / f"a.{ending}"
     pages = [Image.fromarray(k == MASK).convert("L") for k in (0, 1)]
     pages[0].save(path, save_all=True, append_images=pages[1:])
-    message = f"{path}: has 2 pages; expected one picture per file"
+    message = f"{path}: has 2 pages; expected one image per file"
     assert error_of(files.read_image, path, 3) == error_of(files.read_mask, path) == message
 
 
@@ -502,7 +502,7 @@ def test_values_beyond_a_byte_are_an_error_where_masks_are_pictures(tmp_path, ch
     root, key = make_folder(tmp_path, 3), next(iter(changes))
     message = error_of(index, folder_spec(**changes), root)
     assert message.startswith(f"{root / 'masks' / 'picture 0.png'}: [dataset] has {key} ")
-    assert message.endswith("; a picture holds values from 0 to 255, only a NIfTI mask others")
+    assert message.endswith("; image files hold 0 to 255; only NIfTI masks can hold others")
 
 
 # Writing

@@ -71,7 +71,7 @@ def test_such_files_are_a_warning_where_ignoring_is_likely(tmp_path, capsys, mas
     checked(samples, folder_spec(**changes))
     _, line = capsys.readouterr().out.splitlines()
     assert line.startswith("1 mask file holds only ignored pixels (")
-    assert f": {samples[-1].mask}: are the masks' values class indices?" in line
+    assert f": {samples[-1].mask}: check that mask values are class indices;" in line
 
 
 def test_masks_that_are_not_used_may_show_that_objects_have_contours(tmp_path, capsys):

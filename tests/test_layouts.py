@@ -150,13 +150,13 @@ def rename(old: str, new: str):
         ("folder", lambda root: (root / "images/picture 1.bmp").write_text(""),
          "picture 1.png: picture 1.bmp has the same stem"),
         ("folder", lambda root: (root / "images/notes.txt").write_text(""),
-         "notes.txt: neither a picture nor"),
+         "notes.txt: neither an image nor"),
         ("folder", lambda root: (root / "masks/more.png").mkdir(),
          "more.png: a folder; files must lie"),
         ("folder", lambda root: (root / "val/masks/picture 6.png").unlink(),
          "picture 6.png: has no mask"),
         ("folder", rename("masks/picture 1.png", "masks/picture 1.nii"),
-         "picture 1.nii: image and mask must be two volumes or two pictures"),
+         "picture 1.nii: image and mask must be two volumes or two image files"),
         ("folder", rename("unlabeled/picture 5.png", "unlabeled/picture 0.png"),
          "duplicate ids: |images/picture 0.png)|unlabeled/picture 0.png)"),
         ("voc", lambda root: (root / TRAIN_AUG).unlink(), "train_aug.txt: no such file"),
@@ -211,7 +211,7 @@ def test_a_stem_without_a_patient_is_named(tmp_path, pattern):
     make_folder(tmp_path, 2)
     message = error_of(index, folder_spec(group=pattern), tmp_path)
     for i in 0, 1:
-        assert f"images/picture {i}.png: names no patient: group is {pattern!r}" in message
+        assert f"images/picture {i}.png: no patient in the name: group is {pattern!r}" in message
 
 
 @pytest.mark.parametrize("part", ["val", "test"])

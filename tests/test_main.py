@@ -29,8 +29,8 @@ def test_processes_start_with_equal_weights_and_draw_other_numbers(monkeypatch):
 @pytest.mark.parametrize(
     ("orientation", "turns"),
     [
-        ("any", "flips and right angles"),
-        ("mirror", "left and right swapped"),
+        ("any", "flips and 90-degree rotations"),
+        ("mirror", "horizontal flips"),
         ("fixed", "no flips"),
     ],
 )

@@ -91,8 +91,8 @@ def test_a_single_predicted_class_is_said_to_be_what_that_scores():
     found = segmentation_metrics(counts, metric_spec(3))
     assert found["constant"] == "a"
     last_line = format_metrics(found).splitlines()[-1]
-    assert last_line == "predicts a alone: mIoU 0.167 is what that scores"
-    assert format_means(found) == "mIoU 0.1667, predicts a alone"
+    assert last_line == "predicts only a, which scores mIoU 0.167"
+    assert format_means(found) == "mIoU 0.1667, predicts only a"
     counts = counted(3, truth=[0, 0, 1, 2], prediction=[0, 0, 0, 1])
     assert segmentation_metrics(counts, metric_spec(3))["constant"] is None
 

@@ -242,7 +242,7 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
 
 
 def test_nothing_to_predict_is_an_error(capsys, trained):
-    assert "found no picture" in error_line(capsys, "--predict", "tiny.toml")
+    assert "found no images" in error_line(capsys, "--predict", "tiny.toml")
     Path("broken.png").write_bytes(b"junk")
     assert "unreadable files: " in error_line(capsys, "--predict", "broken.png", code=1)
 

@@ -5,9 +5,9 @@
     python tools/benchmark.py --dataset voc --options bf16 --rounds 0          memory only
     python tools/benchmark.py --dataset voc --count                            without a GPU
 
-All other flags are main.py's. A plain step is what the released code runs: an eager fp32 step with
-one generator call per set of images; PyTorch's default on GPUs lets its convolutions round to TF32.
-Steps take turns. Ratios are between medians, with extremes over rounds in parentheses.
+All other flags are main.py's. A plain step is like the released code's: eager, fp32, with separate
+generator calls for each input. "plain tf32" is PyTorch's default on GPUs, TF32 in convolutions.
+Steps are timed alternately. Ratios are between medians, with extremes over rounds in parentheses.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # before the slow imports, so that a signal during them is heard
+if __name__ == "__main__":  # before the slow imports, to handle signals during them
     from engine import signals
 
     signals.install()

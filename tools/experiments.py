@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # before the slow imports, so that a signal during them is heard
+if __name__ == "__main__":  # before the slow imports, to handle signals during them
     from engine import signals
 
     signals.install()
@@ -50,8 +50,8 @@ MAIN = Path(__file__).resolve().parents[1] / "main.py"
 def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]:
     """(--dataset, experiment, ratio) as the flags say; InputError if there is none.
 
-    Ratios come from --ratios, else from --table, else from the scale, else from the paper. If none
-    of them has any, the ratio is 0.2 where --names are given or the paper lacks the dataset.
+    Ratios are the experiment's own (Full), else those of --ratios, --table, the scale or the paper,
+    whichever comes first; otherwise 0.2 where --names are given or the paper lacks the dataset.
     """
     if unknown := [name for name in args.names or () if name not in EXPERIMENTS]:
         raise InputError(f"--names {unknown[0]}: expected some of {', '.join(EXPERIMENTS)}")

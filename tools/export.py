@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # before the slow imports, so that a signal during them is heard
+if __name__ == "__main__":  # before the slow imports, to handle signals during them
     from engine import signals
 
     signals.install()
@@ -138,8 +138,8 @@ def export(argv: list[str]) -> int:
     if dtype == "float32" and normalization == "half":
         print("        scaled to their own range, as 16-bit images and volumes were in training")
     print(f"output  logits  float32  (batch, {len(spec.classes)}, height, width)")
-    print("then    logits to the image's size, bilinear, then argmax: the masks of --predict;")
-    print("        argmax first, then nearest, differs along the edges")
+    print("then    resize the logits to the image's size, bilinear; then argmax, as --predict does")
+    print("        (argmax first and nearest resizing would differ along the edges)")
     print("classes " + ", ".join(f"{k} {name}" for k, name in enumerate(spec.classes)))
     return 0
 

@@ -55,7 +55,7 @@ def paper_cells(table: int | None) -> list[tuple[str, float, str]]:
 
 
 def dataset_name(dataset: str) -> str:
-    """The name of what --dataset takes."""
+    """The dataset's name, from a value of --dataset."""
     return dataset if dataset in DATASETS else load_spec(dataset).name
 
 
@@ -79,7 +79,7 @@ def run_flags(cell: tuple[str, str, float], scale: str, seed: int, extra: list[s
 def planned(dataset: str, name: str, scale: str) -> dict:
     """The settings of an experiment's runs at a scale, without seed and ratio.
 
-    For a dataset of one's own only those that scale and experiment set: its TOML may set others.
+    For a dataset without a TOML in config/, only those that the scale and the experiment set.
     """
     known = (CONFIG / f"{dataset}.toml").is_file()
     flags = ["--training", "--dataset", dataset if known else "phantom"]
@@ -90,7 +90,7 @@ def planned(dataset: str, name: str, scale: str) -> dict:
 
 
 def references(name: str, scale: str) -> dict[str, str]:
-    """The experiments that one is compared with, by what the comparison is called.
+    """Map the title of each comparison to the experiment that `name` is compared with.
 
     Augmented ones are compared with augmented ones, and with themselves without augmentation.
     """

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-if __name__ == "__main__":  # before the slow imports, so that a signal during them is heard
+if __name__ == "__main__":  # before the slow imports, to handle signals during them
     from engine import signals
 
     signals.install()
@@ -276,7 +276,7 @@ def print_shares(spec: DatasetSpec, pixels: dict[str, np.ndarray]) -> None:
 
 
 def prepare(argv: list[str]) -> int:
-    """Prepare, unless --verify is given, and verify; or convert lists."""
+    """Prepare a dataset (unless --verify is given) and verify it, or convert lists."""
     if argv[:1] == ["split"]:
         return make_split(argv[1:])
     parser = Parser("prepare.py", description=__doc__)

@@ -67,7 +67,7 @@ def score_rows(runs: list[Run]) -> list[dict]:
 
 
 def paper_score(run: Run) -> float | None:
-    """The paper's mIoU for a run's cell, whose labels are single images."""
+    """The paper's mIoU for a run's cell; None if whole exams are labeled."""
     return paper_scores().get(run.cell) if run.settings["label_unit"] == "image" else None
 
 

@@ -131,9 +131,9 @@ def results_of(folder: Path) -> Path:
 
 
 def checked(run: Run) -> Run:
-    """The run with all of its settings, after access to every field that a report needs.
+    """Return the run with the defaults of newer flags; check every field that a report needs.
 
-    A flag that the run is older than has its default. InputError if it has other flags.
+    InputError if the run has flags that no longer exist.
     """
     if dropped := sorted(run.settings.keys() - PAPER.keys()):
         flags, commit = as_flags(dict.fromkeys(dropped, True)), run.versions.get("commit")
