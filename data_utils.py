@@ -6,7 +6,7 @@ does not count.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,34 +232,43 @@ def load_data(
     split = rule.apply(samples, spec, args.seed)
     if uses_unlabeled and not split.unlabeled:
         raise InputError(f"{rule.flag} leaves no unlabeled image for --method {args.method}")
-    if expected_split not in (None, split.hash()):
-        cause = f"--data-root {args.data_root}: holds other images"
-        if isinstance(rule, ByFile):
-            cause = f"{rule.flag}: lists other images"
-        cause += " than the run started with, which its split.json names"
-        advice = "; give --name for another folder, or --overwrite to start over"
-        raise InputError(f"{cause}{advice if args.training else ''}")
+    if expected_split is not None:
+        check_split(args, split, expected_split)
     utils.check_same(split.ids(), "the split's images")
     return open_data(args, spec, samples, split)
 
 
-def load_part(args, spec: DatasetSpec) -> Data:
+def check_split(args, split: Split, expected: str) -> None:
+    """InputError if a split does not have the hash of the run's."""
+    if split.hash() == expected:
+        return
+    cause = f"--data-root {args.data_root}: holds other images"
+    if isinstance(args.rule, ByFile):
+        cause = f"{args.rule.flag}: lists other images"
+    cause += " than the run started with, which its split.json names"
+    advice = "; give --name for another folder, or --overwrite to start over"
+    raise InputError(f"{cause}{advice if args.training else ''}")
+
+
+def load_part(args, spec: DatasetSpec, expected_split: str, used: Iterable[str] = ()) -> Data:
     """Index --part, which a run has not trained on, as validation images, and open its cache.
 
-    A split file's own test images take precedence over the layout's. InputError if the run's split
-    uses the part or some of its images, or if it has no masks.
+    A split file's own test images take precedence over the layout's. expected_split: the hash of
+    the run's split. used: the ids of its images, where known. InputError if the run's split uses
+    the part or some of its images, or if it has no masks.
     """
     rule, root, part = args.rule, Path(args.data_root), args.part
     lists = rule.lists()
     if part == "test" and part in lists:
         samples = index(spec, root, rule.kind)
-        test = rule.apply(samples, spec, args.seed).test
-        return open_data(args, spec, samples, Split((), (), test))
+        split = rule.apply(samples, spec, args.seed)
+        check_split(args, split, expected_split)
+        return open_data(args, spec, samples, Split((), (), split.test))
     if part in rule.seen_parts(spec):
         advice = "--testing alone scores the run's validation images"
         raise InputError(f"--part {part}: the run's split uses this part; {advice}")
     samples = [s for s in index(spec, root, part) if s.mask is not None]
-    listed = {*itertools.chain(*lists.values())}
+    listed = {*itertools.chain(*lists.values()), *used}
     if seen := sorted(s.id for s in samples if {s.id, s.volume, s.group} & listed):
         raise InputError(f"--part {part}: in the run's split: {first_ten(seen)}")
     if not samples:

@@ -51,6 +51,13 @@ WEIGHTS = {  # lambda 1 to 5 of Eq. 8 (Section 3.3)
 # code. With several processes, the mean of values over `count_per_process` is the whole batch's.
 
 
+def mean_over(error: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean of the error where `valid`, a mask of its shape, is true; 0 if it is nowhere."""
+    if valid is None:
+        return error.mean()
+    return (error * valid).sum() / count_per_process(valid.sum())
+
+
 def gen_S(logits: Tensor, y: Tensor) -> Tensor:
     """Eq. 1, 2: cross-entropy H(y, G_IS(x)), mean over the pixels that count; 0 if none does."""
     # reduction="sum" has no deterministic kernel on GPUs
@@ -68,11 +75,7 @@ def disc(real: Tensor, fake: Tensor, valid: Tensor | None = None) -> Tensor:
 
     `valid`, a mask of real's shape, selects the real pixels that count.
     """
-    error = (real - 1).square()
-    real_term = (
-        error.mean() if valid is None else (error * valid).sum() / count_per_process(valid.sum())
-    )
-    return real_term + fake.square().mean()
+    return mean_over((real - 1).square(), valid) + fake.square().mean()
 
 
 def fool(fake: Tensor) -> Tensor:
@@ -216,6 +219,12 @@ class Method(nn.Module):
         """The unweighted terms by name, and the fakes that discriminators see."""
         raise NotImplementedError
 
+    def discriminator_terms(
+        self, x: Tensor, y: Tensor, x_u: Tensor | None, fakes: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The losses by name; fakes: those of generator_terms, to be detached."""
+        raise NotImplementedError
+
     def step(self, x: Tensor, y: Tensor, x_u: Tensor | None = None) -> dict[str, Tensor]:
         """Eq. 9, one alternation: generators with the discriminators fixed, then the opposite.
 
@@ -227,7 +236,7 @@ class Method(nn.Module):
         descend(self.optimizers["G"], loss, terms)
         losses = {}
         if "D" in self.sides:
-            losses = self.sides["D"](y, x_u, fakes)
+            losses = self.sides["D"](x, y, x_u, fakes)
             descend(self.optimizers["D"], sum(losses.values()), losses)  # Eq. 4 + Eq. 5
         return {name: term.detach() for name, term in (terms | losses).items()}
 
@@ -362,7 +371,7 @@ class CycleGAN(Method):
                 terms["disc_I"] = fool(self.compute(self.D_I, fakes["x"]))
         return terms, fakes
 
-    def discriminator_terms(self, y, x_u, fakes):
+    def discriminator_terms(self, x, y, x_u, fakes):
         """Eq. 4, 5 on the detached fakes; in two passes, as batch norm would mix them."""
         terms = {}
         if self.weights["disc_S"]:
@@ -420,7 +429,7 @@ def bce(logits: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
     """
     truth = torch.full_like(logits, target)
     error = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    return error.mean() if valid is None else (error * valid).sum() / count_per_process(valid.sum())
+    return mean_over(error, valid)
 
 
 def semi(logits: Tensor, judgment: Tensor, threshold: float) -> Tensor:
@@ -471,7 +480,7 @@ class AdvSemi(Method):
         terms["semi"] = semi(logits_u, judgment, self.threshold) if begun else logits.new_zeros(())
         return terms, {"y": maps}
 
-    def discriminator_terms(self, y, x_u, fakes):
+    def discriminator_terms(self, x, y, x_u, fakes):
         """Half the cross-entropy of predictions with 0, half that of true masks with 1.
 
         As in their code, predictions include those on unlabeled images. Ignored pixels do not
@@ -552,7 +561,8 @@ class MeanTeacher(Method):
         return super().sources(weights, same_method) | own
 
     def generator_terms(self, x, y, x_u):
-        """Eq. 1, 2, and `cutmix` on labeled images, unlabeled images or both."""
+        """Eq. 1, 2, and `cutmix`, whose weight grows, on labeled or unlabeled images or both."""
+        self.weights["cutmix"] = min(1.0, self.progress / self.ramp_up)
         terms = {"gen_S": gen_S(self.segment(x), y)}
         if self.uses_unlabeled:
             with torch.no_grad():
@@ -563,8 +573,7 @@ class MeanTeacher(Method):
         return terms, {}
 
     def step(self, x, y, x_u=None):
-        """One update of G_IS, then of its average; the weight of `cutmix` grows at the start."""
-        self.weights["cutmix"] = min(1.0, self.progress / self.ramp_up)
+        """One update of G_IS, then of its average."""
         losses = super().step(x, y, x_u)
         with torch.no_grad():
             self.follow(list(self.teacher.parameters()), list(self.G_IS.parameters()), None)

@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -204,12 +205,19 @@ def check_same(values: dict, name: str) -> None:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Run the body on the first process of each machine, then on the others."""
+    """Run the body on the first process of each machine, then on the others.
+
+    They wait up to a day, not gloo's 30 minutes: the body may decode a large dataset.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if local_rank():
-        max_over_processes(0)
+        dist.barrier(group)
     yield
     if not local_rank():
-        max_over_processes(0)
+        dist.barrier(group)
 
 
 def failure(error: Exception) -> str | None:
@@ -257,7 +265,7 @@ def writing(path: Path, size: int) -> Iterator[None]:
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace a file; readers find either the old content or the new, never a part."""
     content = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path, len(content)):
             with open(temporary, "wb") as file:

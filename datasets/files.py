@@ -20,7 +20,7 @@ from torch import Tensor
 
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice
-from utils import IGNORE, InputError, first_ten, naming
+from utils import IGNORE, InputError, first_ten, naming, reason
 
 LOSSLESS = (  # formats of gray or indexed pictures whose values are those that were saved
     *("BMP", "DIB", "FITS", "FLI", "GBR", "GIF", "IM", "MSP", "PCX", "PNG", "PPM", "PSD", "SGI"),
@@ -290,7 +290,11 @@ def read_sample(sample: Sample, spec: DatasetSpec) -> tuple[np.ndarray, np.ndarr
 def visible_files(folder: Path) -> list[Path]:
     """The files under a folder and in folders that it links to, except hidden ones."""
     found, entered = [], set()
-    for home, folders, names in os.walk(folder, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"{error.filename}: unreadable ({reason(error)})") from error
+
+    for home, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(home)
         if real in entered:  # already visited, through a link
             folders.clear()

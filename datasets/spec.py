@@ -86,7 +86,7 @@ class Sample:
     group: str  # what no split may divide: an exam or patient; without one, the image itself
     image: Path | Slice | int
     mask: Path | Slice | int | None
-    part: str | None = None  # train, val or test if the layout says so
+    part: str = "train"  # train, val or test
     phase: str = ""  # ED or ES in ACDC
 
     @property

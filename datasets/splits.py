@@ -84,10 +84,11 @@ def split(
     label_unit: training samples that have a mask ("image") or whole groups ("exam").
 
     The validation set and the order in which samples get labels depend on the seed alone, so that a
-    smaller labeled set is part of a larger one. Samples without a mask are always unlabeled.
+    smaller labeled set is part of a larger one. Samples without a mask are unlabeled, or unused if
+    their group is held out for validation.
     """
     parts = parts_of(spec, kind)
-    samples = [s for s in samples if s.part is None or s.part in parts]
+    samples = [s for s in samples if s.part in parts]
     samples.sort(key=lambda s: s.id)
     rng = np.random.default_rng(seed)
     if kind == "standard" or has_val(spec, samples):
@@ -102,8 +103,9 @@ def split(
         masked = {unit for unit, s in zip(units, samples, strict=True) if s.mask is not None}
         held_out = max(1, round(len(masked) * n_val / (n_train + n_val)))
         val_units = _first(masked, held_out, rng)
-        val = {s for unit, s in zip(units, samples, strict=True) if unit in val_units}
-        train = [s for s in samples if s not in val]
+        of_units = list(zip(units, samples, strict=True))
+        val = {s for unit, s in of_units if unit in val_units and s.mask is not None}
+        train = [s for unit, s in of_units if unit not in val_units]
 
     def unit(sample: Sample) -> str:
         return sample.group if label_unit == "exam" else sample.id

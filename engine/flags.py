@@ -68,7 +68,7 @@ def bounded(kind: type, low: float, high: float = math.inf, above: bool = False)
 
     def convert(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high or not math.isfinite(value) or (above and value == low):
+        if not low <= value <= high or value == math.inf or (above and value == low):
             limit = f" and at most {high:,}" if high < math.inf else ""
             least = f"{'greater than' if above else 'at least'} {low:,}"
             raise argparse.ArgumentTypeError(f"{text} must be {least}{limit}")

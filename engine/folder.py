@@ -18,6 +18,7 @@ from engine import checkpoint
 from engine.flags import Flags
 from utils import InputError
 
+NOTE = "# python main.py --training"  # a run's config.toml begins with it
 PROGRESS = ("epoch", "step", "evaluated", "best")  # of a run, kept in last.pt
 
 
@@ -52,7 +53,7 @@ class RunFolder:
                 shutil.rmtree(path) if is_folder else path.unlink()  # the sign of a run goes last
         for path in self.path.glob("events.out.tfevents*"):  # of a run without any last.pt
             path.unlink()
-        note = f"# python main.py --training --dataset {config} --name NAME repeats this run"
+        note = f"{NOTE} --dataset {config} --name NAME repeats this run"
         tables = f"{to_toml(args.flags)}\n[dataset]\n{to_toml(asdict(spec))}"
         utils.write_atomically(config, f"{note}\n{tables}")
         lists = json.dumps({**split.ids(), "hash": split.hash()}, indent=1)
@@ -117,11 +118,13 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
     """
     path = folder / "last.pt"
     if args.overwrite:
-        if contents(folder) and not (folder / "config.toml").is_file():
+        if contents(folder) and not is_run(folder):
             raise InputError(f"--overwrite: {folder} contains no run; delete it by hand")
         return None
     advice = "give --name for another folder, or --overwrite to start over"
     if not path.is_file():
+        if (folder / "config.toml").exists() and not is_run(folder):
+            raise InputError(f"{folder}: contains a config.toml that no run wrote; give --name")
         results = "best.pt", "metrics.jsonl"
         if found := [name for name in results if (folder / name).exists()]:
             lacking = f"contains {found[0]} but no last.pt, so no run can resume"
@@ -143,6 +146,12 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
         differ = utils.first_ten(f"{key} was {before.get(key)}, is {now[key]}" for key in keys)
         raise InputError(f"{folder}: holds a run with other settings ({differ}); {advice}")
     return state
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run wrote the folder's config.toml."""
+    config = folder / "config.toml"
+    return config.is_file() and config.read_bytes().startswith(NOTE.encode())
 
 
 def contents(folder: Path) -> list[Path]:

@@ -174,6 +174,6 @@ def write_manifest(folder: Path, device: torch.device, **more) -> None:
         commit = None  # not a checkout, or no git
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     now = {"command": shlex.join(sys.argv), "device": str(device), "gpu": gpu, "commit": commit}
-    now |= {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    now |= {name: version(name) for name in ("torch", "numpy")}
     now |= {"python": platform.python_version(), "platform": platform.platform()}
     utils.write_atomically(path, json.dumps({**before, **now, **more}, indent=1))

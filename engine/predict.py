@@ -44,6 +44,10 @@ def score(trained: Trained, data: Data) -> int:
     Those of --part go to a folder of that name.
     """
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
+    dtype = state.get("image_dtype", data.val.image_dtype)
+    if args.normalization == "half" and dtype != data.val.image_dtype:
+        found = f"--normalization half: images are {data.val.image_dtype}, in training {dtype}"
+        raise InputError(f"{found}, which it scales in another way")
     check_ignored(data.masks(), spec, data.unlabeled.samples)
     folder = results_folder(args.results, trained.path) / (args.part or "")
     for sub in ("masks", "panels"):

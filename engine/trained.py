@@ -8,7 +8,7 @@ import torch
 
 import utils
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
-from datasets.splits import ByFile
+from datasets.splits import ROLES, ByFile, read_lists
 from engine import checkpoint
 from engine.flags import Flags, Parser, setting_names
 from model import METHODS, Method, move
@@ -27,6 +27,14 @@ class Trained:
     spec: DatasetSpec
     device: torch.device
     model: Method
+
+    def used_ids(self) -> set[str]:
+        """The ids in the run's split.json; none if the images come from another folder."""
+        own, before = self.path.with_name("split.json"), self.state["data_root"]
+        if not own.is_file() or Path(self.args.data_root).resolve() != Path(before).resolve():
+            return set()
+        lists = read_lists(own)
+        return {name for role in ROLES for name in lists[role]}
 
 
 def load(args: Flags) -> Trained:

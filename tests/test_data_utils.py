@@ -258,9 +258,8 @@ def test_real_acdc_in_the_literatures_split_has_136_labeled_slices():
 def test_real_voc_decodes():
     spec = load_spec("voc")
     samples = index(spec, REAL / "voc")
-    assert len(samples) == 160
     seen = set()
-    for sample in samples:
+    for sample in samples[:: max(1, len(samples) // 160)]:
         image, mask = decode(sample, spec, (64, 64))
         assert (image.shape, mask.shape) == ((3, 64, 64), (64, 64))
         seen |= {*mask.unique().tolist()}
@@ -271,8 +270,7 @@ def test_real_voc_decodes():
 def test_real_cityscapes_decodes():
     spec = load_spec("cityscapes")
     samples = index(spec, REAL / "cityscapes")
-    assert len(samples) == 5
-    for sample in samples:
+    for sample in samples[:: max(1, len(samples) // 5)]:
         mask = decode(sample, spec, (128, 256))[1]
         assert mask.max() <= 19
         assert len(mask.unique()) > 5

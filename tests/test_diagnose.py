@@ -26,6 +26,26 @@ def test_both_norms_get_a_row_with_every_column(in_tmp, capsys):
     assert float(cells[0][2]) == pytest.approx(float(cells[1][2]), rel=0.2)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--method supervised", "--method supervised has no G_SI"),
+        ("--ratio 1", "--ratio 1 leaves no unlabeled image for --method cyclegan"),
+    ],
+)
+def test_norms_are_those_of_cyclegan_with_unlabeled_images(in_tmp, flags, message):
+    with pytest.raises(InputError, match=message):
+        diagnose.diagnose(["norms", "--dataset", "tiny.toml", *flags.split()])
+
+
+def test_norms_may_take_more_steps_than_an_epoch_has(in_tmp, monkeypatch):
+    steps, step = [], CycleGAN.step
+    monkeypatch.setattr(CycleGAN, "step", lambda *batch: steps.append(1) or step(*batch))
+    flags = "--dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 0 --device cpu --steps 25"
+    assert diagnose.diagnose(["norms", *flags.split()]) == 0
+    assert len(steps) == 2 * 25
+
+
 def test_every_instance_norm_is_replaced():
     torch.manual_seed(0)
     network, x = ResNetGenerator(1, 4, ngf=2, n_blocks=1), torch.randn(1, 1, 16, 16)
@@ -80,6 +100,16 @@ def test_each_method_has_a_column_per_term_that_trains_G_IS(in_tmp, capsys, flag
     title = capsys.readouterr().out.splitlines()[0]
     columns = [cell.strip() for cell in title.strip("|").split("|") if cell.strip()]
     assert columns == ["run", "gen_S", *(f"{name} / gen_S" for name in terms)]
+
+
+def test_weights_that_grow_are_those_of_the_checkpoints_epoch(in_tmp):
+    flags = "--training --dataset tiny.toml --size 16 16 --ngf 2 --n-blocks 0 --epochs 1"
+    assert main.main([*flags.split(), "--method", "meanteacher", "--name", "run"]) == 0
+    run, found = load(Flags({"checkpoint": "checkpoints/run"})), []
+    for epochs in 1, 8:  # the end of the run, and half of the ramp of a quarter of it
+        run.args.epochs = epochs
+        found.append(diagnose.of_terms(run, 1)["cutmix"])
+    assert found[1] == pytest.approx(found[0] / 2, rel=1e-4)
 
 
 def test_the_cycles_errors_are_those_of_images_painted_from_each_kind_of_mask(in_tmp, capsys):

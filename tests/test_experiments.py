@@ -341,3 +341,11 @@ def test_the_tool_is_a_program():
     line = [sys.executable, str(Path(experiments.__file__)), "list", "--table", "2"]
     result = subprocess.run(line, capture_output=True, text=True, check=True)
     assert result.stdout.count("--method cyclegan") == 5
+
+
+def test_a_finished_run_that_cannot_be_read_is_no_failure_of_the_others(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/last.pt").write_bytes(b"of another version")
+    finished = SimpleNamespace(returncode=0)
+    result = experiments.Job("old", False, 0, finished, 0, 0.0).result(tmp_path)
+    assert result.startswith("finished, but the report cannot read it: ")

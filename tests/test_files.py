@@ -1,5 +1,7 @@
 """Reading and writing pictures and NIfTI volumes, and the errors that name a bad file."""
 
+import errno
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -277,6 +279,20 @@ def test_linked_folders_are_searched_once_and_hidden_ones_not(tmp_path):
     found, other = files.find_pictures([mine])
     assert {*map(str, found.values())} == {"a", "link/c", "real/d"}
     assert not other
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "closed/b.png")
+    scandir = os.scandir
+
+    def denied(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    message = error_of(files.find_pictures, [tmp_path])
+    assert message == f"{tmp_path / 'closed'}: unreadable (Permission denied)"
 
 
 @pytest.mark.parametrize("mask", ["a_GT.NII.GZ", "a_gt.nii", "a_Gt.nii.gz"])

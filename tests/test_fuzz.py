@@ -31,7 +31,7 @@ SMALL = [*TINY, "--epochs", "1"]
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 odd_numbers = st.sampled_from([0, 1, 0.5, -1, 1e-3, 1e308, 255, 1000])
-numbers = st.integers(-3, 2**70) | st.floats() | odd_numbers
+numbers = st.integers(-3, 2**70) | st.just(10**310) | st.floats() | odd_numbers
 odd_words = ["none.pt", "tiny.toml", "a.json", "..", "/", "a\0b", "nan", "1e400", "0x10", "-1"]
 choices = [choice for action in ACTIONS for choice in (action.choices or ())]
 words = st.text(max_size=12) | st.sampled_from([*choices, *odd_words, "--", "٣"])

@@ -26,20 +26,11 @@ def test_processes_start_with_equal_weights_and_draw_other_numbers(monkeypatch):
     assert not torch.equal(*draws)
 
 
-@pytest.mark.parametrize(
-    ("orientation", "turns"),
-    [
-        ("any", "flips and 90-degree rotations"),
-        ("mirror", "horizontal flips"),
-        ("fixed", "no flips"),
-    ],
-)
-def test_what_augment_does_to_the_dataset_is_printed(capsys, orientation, turns):
+def test_what_augment_does_to_the_dataset_is_printed(capsys):
     table = Path("tiny.toml").read_text()
-    assert 'orientation = "any"' in table
-    Path("tiny.toml").write_text(table.replace('"any"', f'"{orientation}"'))
+    Path("tiny.toml").write_text(table.replace('orientation = "any"', 'orientation = "mirror"'))
     assert main.main(["--training", *SUPERVISED, "--augment"]) == 0
-    line = f'augment: {turns} (orientation = "{orientation}"), contrast, brightness\n'
+    line = 'augment: horizontal flips (orientation = "mirror"), contrast, brightness\n'
     assert line in capsys.readouterr().out
     assert main.main(["--training", *SUPERVISED, "--overwrite"]) == 0
     assert "augment" not in capsys.readouterr().out

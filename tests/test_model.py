@@ -113,9 +113,9 @@ def test_each_discriminator_is_given_what_its_pool_returns():
     assert [pool.size for pool in ours.pools.values()] == [3, 3]
     fakes, past = {"y": hot(y), "x": x}, {"y": hot(y.flip(0)), "x": x.flip(0)}
     ours.pools = {"y": lambda _: past["y"], "x": lambda _: past["x"]}
-    found = ours.discriminator_terms(y, x_u, fakes)
+    found = ours.discriminator_terms(x, y, x_u, fakes)
     ours.pools = build("cyclegan").pools  # the paper's: they return what they are given
-    assert same(found, ours.discriminator_terms(y, x_u, past))
+    assert same(found, ours.discriminator_terms(x, y, x_u, past))
 
 
 def test_replay_pool_fills_then_swaps_about_half_for_stored_ones_and_loses_none():

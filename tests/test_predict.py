@@ -279,6 +279,15 @@ def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeyp
     assert torch.equal(torch.stack(ends), torch.tensor([-1.0, 1.0]))
 
 
+def test_images_that_half_would_scale_otherwise_than_in_training_are_not_scored(capsys, trained):
+    state = checkpoint.load(trained)
+    state["settings"]["normalization"] = "half"
+    other = {"uint8": "float32", "float32": "uint8"}[state["image_dtype"]]
+    checkpoint.save(trained, state | {"image_dtype": other})
+    error = error_line(capsys, "--testing")
+    assert f"--normalization half: images are {state['image_dtype']}, in training {other}" in error
+
+
 def test_masks_of_large_pictures_need_one_class_of_logits_at_a_time(monkeypatch):
     interpolate, sizes = torch.nn.functional.interpolate, []
 

@@ -325,6 +325,8 @@ for exam in "training/patient001", "training/patient002", "testing/patient003":
 def test_acdc_is_taken_from_a_folder_with_a_link(root, acdc_files, tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "training").symlink_to(acdc_files / "training")
+    for loop in "ab":  # 2^40 paths, if followed
+        (tmp_path / "links" / loop).symlink_to(tmp_path / "links")
     assert prepare("acdc", root, tmp_path / "links") == 0
     assert files(root) == {name for name in ACDC_FILES if name.startswith("training")}
 

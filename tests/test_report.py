@@ -58,7 +58,7 @@ def make_run(
     """
     ratio = 1.0 if name == "full" else ratio
     experiment = name if name in plan.EXPERIMENTS else "ours"
-    args = parse_args(plan.run_flags((dataset, experiment, ratio), scale, seed, []))
+    args = parse_args(plan.command_flags((dataset, experiment, ratio), scale, seed, []))
     settings = args.settings | settings | {"data_root": "/home/me/data", "workers": 3}
     spec = load_spec(dataset)
     folder = Path(f"checkpoints/{scale}/{spec.name}_{name}_{ratio:g}_s{seed}")

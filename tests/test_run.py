@@ -150,6 +150,18 @@ def test_ones_own_images_need_a_few_lines_of_toml(capsys):
     assert names(masks) == {"picture 12.png", "picture 13.png"}
 
 
+def test_patients_may_have_masks_of_some_of_their_images(capsys):
+    root = make_folder(Path("pictures"), 30)
+    for number in range(0, 30, 3):
+        (root / "masks" / f"picture {number}.png").unlink()
+    Path("own.toml").write_text(f"ratio = 1\n{OWN}group = '(.)$'\n")  # three images each
+    assert (
+        run("--training", *tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root", root) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "16 of 24 images labeled, 8 unlabeled, 4 for validation" in printed
+
+
 def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     root = make_folder(Path("pictures"), 8, n_val=3)
     (root / "val").rename("kept")
@@ -167,6 +179,14 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     metrics = json.loads((results / "metrics.json").read_text())
     assert (metrics["part"], metrics["n_images"]) == ("test", 3)
     assert names(results / "masks") == {"picture 8.png", "picture 9.png", "picture 10.png"}
+    (trained_on,) = json.loads(Path("checkpoints/own_supervised_0.5_s0/split.json").read_text())[
+        "labeled"
+    ][:1]
+    for role in "images", "masks":  # as if it had been kept for the test
+        (root / role / f"{trained_on}.png").rename(root / "test" / role / f"{trained_on}.png")
+    assert f"--part test: in the run's split: {trained_on}" in error_line(capsys, *part)
+    for role in "images", "masks":
+        (root / "test" / role / f"{trained_on}.png").rename(root / role / f"{trained_on}.png")
     other = make_folder(Path("other/test"), 2).parent  # of another hospital, with nothing else
     assert run(*part, "--data-root", other, "--results", "theirs") == 0
     error = error_line(capsys, "--testing", "--part", "val")
@@ -414,7 +434,13 @@ def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
     precious.write_text("years of work")
     flags = ["--training", *TINY, "--name", "precious", "--overwrite"]
     assert "precious contains no run" in error_line(capsys, *flags)
+    config = precious.with_name("config.toml")
+    config.write_text("ngf = 2\n")
+    assert "precious contains no run" in error_line(capsys, *flags)
+    error = error_line(capsys, *flags[:-1], "--config", config)
+    assert "precious: contains a config.toml that no run wrote" in error
     assert precious.is_file()
+    assert config.read_text() == "ngf = 2\n"
 
 
 @pytest.mark.parametrize("name", ["best.pt", "metrics.jsonl"])
@@ -616,7 +642,7 @@ def test_the_manifest_names_command_versions_and_machine_and_keeps_what_it_held(
     assert (manifest["started"], manifest["finished"]) == ("today", "tomorrow")
     assert (manifest["command"], manifest["device"]) == ("main.py --training", "cpu")
     assert (manifest["torch"], manifest["gpu"]) == (version("torch"), None)
-    assert {"torchvision", "numpy", "python", "platform", "commit"} <= manifest.keys()
+    assert {"numpy", "python", "platform", "commit"} <= manifest.keys()
     monkeypatch.setenv("PATH", "nowhere")  # without git
     write_manifest(Path("."), CPU)
     assert json.loads(Path("manifest.json").read_text())["commit"] is None

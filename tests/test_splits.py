@@ -174,7 +174,7 @@ def test_summary_counts_the_units_that_get_labels():
     assert by_exam.summary() == by_exam.summary("exam") == expected
     parts = ByRatio("paper", "image", 0.1).apply(without_masks(samples, 100), spec, 0)
     unlabeled = "1,388 unlabeled (1,372 have masks that are not used)"
-    expected = f"152 of 1,540 images labeled, {unlabeled}, 478 for validation"
+    expected = f"152 of 1,540 images labeled, {unlabeled}, 473 for validation"
     assert parts.summary() == parts.summary("image") == expected
     single = ByRatio("paper", "exam", 0.2).apply(made_up(20), folder_spec(), 0)
     assert single.unit() == "image"
@@ -183,21 +183,22 @@ def test_summary_counts_the_units_that_get_labels():
 # Masks that are missing
 
 
-@pytest.mark.parametrize("unit", ["image", "exam"])
-def test_an_image_without_a_mask_is_neither_labeled_nor_counted_nor_validated_on(unit):
+def test_an_image_without_a_mask_is_neither_labeled_nor_counted_nor_validated_on():
     samples = without_masks(made_up(200), 2)
-    parts, half = (split(samples, ratio, 0, toy_spec(), "paper", unit) for ratio in (1, 0.5))
+    parts, half = (split(samples, ratio, 0, toy_spec()) for ratio in (1, 0.5))
     assert len(parts.val) == 15  # of the 100 with a mask
     assert (len(parts.labeled), len(half.labeled)) == (85, 42)
     assert all(s.mask is not None for s in parts.labeled + parts.val)
     assert {s.mask for s in parts.unlabeled} == {None}
 
 
-def test_an_exams_slice_without_a_mask_is_never_labeled():
+@pytest.mark.parametrize("unit", ["image", "exam"])
+def test_an_exams_slice_without_a_mask_is_unlabeled_or_unused(unit):
     samples = without_masks(acdc_like(40), 7)
-    parts = split(samples, 1, 0, load_spec("acdc"), "paper", "exam")
-    assert all(s.mask is not None for s in parts.labeled)
+    parts = split(samples, 1, 0, load_spec("acdc"), "paper", unit)
+    assert all(s.mask is not None for s in parts.labeled + parts.val)
     assert {s.mask for s in parts.unlabeled} == {None}
+    assert not {*groups(parts.labeled + parts.unlabeled)} & {*groups(parts.val)}
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,21 @@ def test_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     assert seen == [(3, False)]
 
 
+def test_two_processes_that_write_a_file_at_once_leave_one_whole(tmp_path, monkeypatch):
+    path, fsync = tmp_path / "a", os.fsync
+
+    def meanwhile(file):
+        monkeypatch.setattr(os, "fsync", fsync)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: -1)
+            utils.write_atomically(path, b"other")
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    utils.write_atomically(path, b"own")
+    assert path.read_bytes() == b"own"
+    assert [*tmp_path.iterdir()] == [path]
+
+
 def test_folder_is_made_empty_with_its_parents_or_named_with_its_flag(tmp_path):
     utils.make_folder(tmp_path / "a" / "b", "--results")
     assert [*tmp_path.rglob("*")] == [tmp_path / "a", tmp_path / "a" / "b"]

@@ -18,6 +18,7 @@ but --steps are main.py's. Each norm trains the same networks on the same batche
 (arch/norm.py), which maps constant planes to 0, and PyTorch's, which amplifies their rounding.
 """
 
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -69,9 +70,14 @@ def norms(argv: list[str]) -> int:
     parser.add_argument("--steps", type=bounded(int, 1), default=60, help="training steps")
     own, argv = parser.parse_known_args(argv)
     args = parse_args(["--training", *argv])
+    if args.method != "cyclegan":
+        raise InputError(f"--method {args.method} has no G_SI")
     device = utils.pick_device(args.device, args.precision)
     spec = load_spec(args.dataset)
-    data = load_data(args, spec)
+    data = load_data(args, spec, uses_unlabeled=True)
+    n_epochs = -(-own.steps // data.train.n_steps(args.batch_size))
+    epochs = [data.train.epoch(args.seed, i, args.batch_size) for i in range(n_epochs)]
+    order = [*itertools.chain(*epochs)][: own.steps * args.batch_size]
     print_row("norm", "steps with a one-class mask", "other steps", "mean of sqrt(v)")
     print_row(*["---"] * 4)
     for norm in "PyTorch's", "ours":
@@ -81,7 +87,6 @@ def norms(argv: list[str]) -> int:
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
         found: dict[bool, list[float]] = {True: [], False: []}
-        order = data.train.epoch(args.seed, 0, args.batch_size)[: own.steps * args.batch_size]
         batches = Batches(data.train, args.batch_size, device, 0, args.normalization)
         for x, y, x_u in batches.of(order):
             model.step(x, y, x_u)

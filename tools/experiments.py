@@ -39,7 +39,7 @@ from engine import program
 from engine.flags import Parser, bounded, parse_args, read_flags
 from engine.signals import SIGNALS
 from tools import report, runs
-from tools.plan import EXPERIMENTS, SCALES, dataset_name, paper_cells, paper_scores, run_flags
+from tools.plan import EXPERIMENTS, SCALES, command_flags, paper_cells, paper_scores, short_name
 from tools.runs import as_flags
 from utils import InputError
 
@@ -61,7 +61,7 @@ def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]
     if args.table:
         names = [name for name in names if name in {name for _, _, name in cells}]
     for dataset in [args.dataset] if args.dataset else in_paper:
-        short = dataset_name(dataset)
+        short = short_name(dataset)
         table = SCALES[scale].get("ratios", {})
         usual = table.get(short, table.get("*", []))
         fallback = [] if short in in_paper and not args.names else [0.2]
@@ -113,7 +113,10 @@ class Job:
             return f"{what}exit code {code} after {duration}: {message} (see {log})"
         if self.testing:
             return f"tested in {duration}"
-        run = runs.read_folder(folder / self.name)
+        try:
+            run = runs.read_folder(folder / self.name)
+        except InputError as error:  # of a finished run of an earlier version
+            return f"finished, but the report cannot read it: {error}"
         trained = evaluated(folder / self.name) != self.before
         result = f"finished in {duration}" if trained else "was finished"
         return result + (f", mIoU {run.last:.4f}, best {run.best:.4f}" if run.epoch else "")
@@ -216,10 +219,10 @@ def show(args: argparse.Namespace, scale: str) -> int:
     """list: one line per dataset, experiment and ratio."""
     lines = ["dataset     experiment             labeled   paper  command"]
     for cell in select(args, scale):
-        short, name, ratio = dataset_name(cell[0]), *cell[1:]
+        short, name, ratio = short_name(cell[0]), *cell[1:]
         paper = report.number(paper_scores().get((short, ratio, name)))
         row = f"{short:11} {name:22} {f'{100 * ratio:g}%':>7}  {paper:>6}"
-        lines.append(f"{row}  {command(run_flags(cell, scale, 0, []))}")
+        lines.append(f"{row}  {command(command_flags(cell, scale, 0, []))}")
     print(*lines, sep="\n")
     return 0
 
@@ -236,7 +239,7 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
         extra = ["--data-root", args.data_root, *extra]
     for seed in args.seeds:
         for cell in cells:
-            flags = run_flags(cell, scale, seed, extra)
+            flags = command_flags(cell, scale, seed, extra)
             name = parse_args(flags).name
             commands[name] = [flags, test_flags(scale, name, extra)]
     if args.dry_run:
@@ -297,10 +300,7 @@ def experiments(argv: list[str]) -> int:
     scale = args.scale or (args.source.resolve().stem if args.source else "paper")
     source = args.source or Path("checkpoints") / scale
     out = args.out or (source.parent if source.is_file() else source)
-    try:
-        (report.write if args.action == "report" else runs.keep)(source, scale, out)
-    except ImportError as error:
-        raise InputError(f"{error}: pip install -r tools/requirements.txt") from error
+    (report.write if args.action == "report" else runs.keep)(source, scale, out)
     return 0
 
 

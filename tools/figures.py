@@ -41,7 +41,7 @@ from engine.flags import Parser, bounded
 from engine.pictures import colorize, legend, shades
 from engine.trained import Trained, load_runs, run_flags
 from tools.plan import AUGMENT, EXPERIMENTS
-from tools.runs import Run
+from tools.runs import RunRecord
 from utils import InputError
 
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
@@ -158,7 +158,7 @@ def save(figure: Figure, handles: list[Line2D], path: Path) -> None:
     figure.savefig(path, dpi=100, metadata={"Software": None})
 
 
-def draw_curves(runs: list[Run], path: Path) -> str:
+def draw_curves(runs: list[RunRecord], path: Path) -> str:
     """mIoU by step: one panel per experiment and share of labels of a dataset; the caption.
 
     Each has Full and Partial too: the augmented one beside augmented experiments.
@@ -199,7 +199,7 @@ def draw_curves(runs: list[Run], path: Path) -> str:
     return f"mIoU by step, one line per run; each panel shows {', '.join(legend)}."
 
 
-def draw_labels(runs: list[Run], path: Path) -> str:
+def draw_labels(runs: list[RunRecord], path: Path) -> str:
     """mIoU against the number of labeled exams, one line per experiment; the caption.
 
     Augmented experiments have a panel of their own. "" if the runs of a dataset have fewer than two

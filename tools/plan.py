@@ -54,7 +54,7 @@ def paper_cells(table: int | None) -> list[tuple[str, float, str]]:
     return list(dict.fromkeys(cells))
 
 
-def dataset_name(dataset: str) -> str:
+def short_name(dataset: str) -> str:
     """The dataset's name, from a value of --dataset."""
     return dataset if dataset in DATASETS else load_spec(dataset).name
 
@@ -65,10 +65,12 @@ def scale_flags(dataset: str, scale: str) -> list[str]:
     return [*table.get("*", "").split(), *table.get(dataset, "").split()]
 
 
-def run_flags(cell: tuple[str, str, float], scale: str, seed: int, extra: list[str]) -> list[str]:
+def command_flags(
+    cell: tuple[str, str, float], scale: str, seed: int, extra: list[str]
+) -> list[str]:
     """main.py's flags for a run of (--dataset, experiment, ratio); `extra` are the user's."""
     dataset, name, ratio = cell
-    short = dataset_name(dataset)
+    short = short_name(dataset)
     flags = ["--training", "--dataset", dataset, "--ratio", f"{ratio:g}", "--seed", str(seed)]
     flags += [*scale_flags(short, scale), *extra, *EXPERIMENTS[name]["flags"].split()]
     flags += ["--checkpoints", f"checkpoints/{scale}"]

@@ -10,10 +10,10 @@
 Archives and folders under --root are used as well. A repeated command writes missing files only.
 """
 
-import glob
 import http.client
 import io
 import re
+import socket
 import sys
 import tarfile
 import zipfile
@@ -36,7 +36,7 @@ from torchvision.datasets import SBDataset, VOCSegmentation
 from tqdm import tqdm
 
 import utils
-from datasets.files import read_sample
+from datasets.files import read_sample, visible_files
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Sample, load_spec, voc_palette
 from datasets.writers import flat_palette
@@ -74,10 +74,8 @@ WORDS = (  # of these paths, for archives that spell them otherwise, such as TRA
 def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     """Yield path, size and reader of each file in a folder, zip or tar, in the order of storage."""
     if source.is_dir():
-        for name in sorted(glob.iglob("**", root_dir=source, recursive=True)):  # follows links
-            path = source / name
-            if path.is_file():
-                yield name, path.stat().st_size, path.read_bytes
+        for path in visible_files(source):
+            yield path.relative_to(source).as_posix(), path.stat().st_size, path.read_bytes
     elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
@@ -176,6 +174,7 @@ def convert_sbd(masks: Path, sources: list[Path]) -> set[str]:
 
 def download(dataset: type, root: Path, **options) -> None:
     """Download with a dataset class of torchvision."""
+    socket.setdefaulttimeout(60)  # seconds without an answer; torchvision sets none
     try:
         dataset(root, image_set="train", download=True, **options)
     except (OSError, RuntimeError, http.client.HTTPException, tarfile.TarError) as error:

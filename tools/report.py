@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 import utils
 from datasets.splits import ROLES
 from tools.plan import DATASETS, EXPERIMENTS, paper_iou, paper_scores, references
-from tools.runs import PAPER, Run, as_flags, read_runs
+from tools.runs import PAPER, RunRecord, as_flags, read_runs
 
 VOLUME_MEASURES = {"dice": "Dice", "hd95_mm": "HD95, mm", "assd_mm": "ASSD, mm"}
 
@@ -42,16 +42,16 @@ def span(values: Iterable[int]) -> str:
     return " to ".join(map(str, dict.fromkeys([values[0], values[-1]])))
 
 
-def by_cell(runs: list[Run]) -> dict[tuple, dict[int, Run]]:
+def by_cell(runs: list[RunRecord]) -> dict[tuple, dict[int, RunRecord]]:
     """The finished runs of each cell by seed."""
-    cells: dict[tuple, dict[int, Run]] = {}
+    cells: dict[tuple, dict[int, RunRecord]] = {}
     for run in runs:
         if run.finished:
             cells.setdefault(run.cell, {})[run.settings["seed"]] = run
     return cells
 
 
-def score_rows(runs: list[Run]) -> list[dict]:
+def score_rows(runs: list[RunRecord]) -> list[dict]:
     """One row per dataset, ratio and experiment with finished runs: mIoU over seeds."""
     rows = []
     for (dataset, ratio, name), seeds in by_cell(runs).items():
@@ -66,12 +66,12 @@ def score_rows(runs: list[Run]) -> list[dict]:
     return rows
 
 
-def paper_score(run: Run) -> float | None:
+def paper_score(run: RunRecord) -> float | None:
     """The paper's mIoU for a run's cell; None if whole exams are labeled."""
     return paper_scores().get(run.cell) if run.settings["label_unit"] == "image" else None
 
 
-def difference_rows(runs: list[Run], scale: str) -> list[dict]:
+def difference_rows(runs: list[RunRecord], scale: str) -> list[dict]:
     """One row per cell and reference: the mean difference, paired by seed, and its intervals."""
     cells, rows = by_cell(runs), []
     for (dataset, ratio, name), seeds in cells.items():
@@ -98,7 +98,7 @@ def difference_rows(runs: list[Run], scale: str) -> list[dict]:
     return rows
 
 
-def class_rows(runs: list[Run]) -> list[dict]:
+def class_rows(runs: list[RunRecord]) -> list[dict]:
     """IoU of each scored class after the last epoch, mean over the seeds where it occurs."""
     rows = []
     for (dataset, ratio, name), seeds in by_cell(runs).items():
@@ -116,7 +116,7 @@ def class_rows(runs: list[Run]) -> list[dict]:
     return rows
 
 
-def volume_rows(runs: list[Run]) -> list[dict]:
+def volume_rows(runs: list[RunRecord]) -> list[dict]:
     """One row per cell whose runs were tested on whole volumes: scores over seeds."""
     rows = []
     for (dataset, ratio, name), seeds in by_cell(runs).items():
@@ -192,7 +192,7 @@ def csv_text(rows: list[dict]) -> str:
     return text.getvalue()
 
 
-def commits_of(runs: list[Run]) -> str:
+def commits_of(runs: list[RunRecord]) -> str:
     """The commits that the runs of each experiment were made with."""
     commits: dict[str, dict[str, None]] = {}
     for run in runs:
@@ -202,7 +202,7 @@ def commits_of(runs: list[Run]) -> str:
     return "; ".join(f"{name} {', '.join(found)}" for name, found in commits.items())
 
 
-def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
+def section(dataset: str, runs: list[RunRecord], *tables: list[dict]) -> str:
     """The tables of one dataset, from the rows of all datasets."""
     rows = [[row for row in table if row["dataset"] == dataset] for table in tables]
     scores, differences, classes, volumes = rows
@@ -250,7 +250,9 @@ def section(dataset: str, runs: list[Run], *tables: list[dict]) -> str:
     return text
 
 
-def page(scale: str, runs: list[Run], tables: list[list[dict]], figures: dict[str, dict]) -> str:
+def page(
+    scale: str, runs: list[RunRecord], tables: list[list[dict]], figures: dict[str, dict]
+) -> str:
     """The report, from the rows of its tables and the captions of each dataset's figures."""
     text = f"""# Results: {scale}
 

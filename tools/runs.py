@@ -34,7 +34,7 @@ def as_flags(settings: dict) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """A run, as one line of a kept log."""
 
     name: str  # of the experiment
@@ -89,7 +89,7 @@ class Run:
         return f"{self.n_exams} exams" if self.n_exams and ratio < 1 else f"{100 * ratio:g}%"
 
 
-def read_folder(folder: Path) -> Run:
+def read_folder(folder: Path) -> RunRecord:
     """A run from its folder, or InputError that names the file with an error.
 
     Its `name` is "" if the folder is not named <dataset>_<experiment>_<ratio>_s<seed>.
@@ -118,7 +118,7 @@ def read_folder(folder: Path) -> Run:
         is_last = lines and test.get("epoch") == lines[-1]["epoch"]
         path, name = folder, match[1] if match and match[1] in EXPERIMENTS else ""
         volumes = test.get("volumes", {}) if is_last else {}
-        run = Run(name, folder.name, settings, dataset, lines, versions, split, volumes)
+        run = RunRecord(name, folder.name, settings, dataset, lines, versions, split, volumes)
         return checked(run) if name else run
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not as main.py writes it ({error!r})") from error
@@ -130,7 +130,7 @@ def results_of(folder: Path) -> Path:
     return scale.parent.parent / "results" / scale.name / folder.name
 
 
-def checked(run: Run) -> Run:
+def checked(run: RunRecord) -> RunRecord:
     """Return the run with the defaults of newer flags; check every field that a report needs.
 
     InputError if the run has flags that no longer exist.
@@ -139,19 +139,19 @@ def checked(run: Run) -> Run:
         flags, commit = as_flags(dict.fromkeys(dropped, True)), run.versions.get("commit")
         what = f"{' '.join(flags)} no longer exist"
         raise InputError(f"{run.run}: {what}; read it with commit {commit or 'of its time'}")
-    run = Run(**{**asdict(run), "settings": PAPER | run.settings})
+    run = RunRecord(**{**asdict(run), "settings": PAPER | run.settings})
     _ = run.place, run.finished, run.labels, [run.split[role] for role in ROLES]
     _ = [(line["step"], line["miou"], line["iou"]) for line in run.evaluations]
     _ = [run.dataset["classes"][k] for k in run.dataset["scored"]]
     return run
 
 
-def read_lines(path: Path) -> list[Run]:
+def read_log(path: Path) -> list[RunRecord]:
     """The runs of a kept log, or InputError with the number of the line with an error."""
-    runs: dict[tuple, Run] = {}
+    runs: dict[tuple, RunRecord] = {}
     for number, line in enumerate(utils.read_lines(path), 1):
         try:
-            run = checked(Run(**json.loads(line)))
+            run = checked(RunRecord(**json.loads(line)))
         except InputError as error:
             raise InputError(f"{path}: line {number}: {error}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -162,9 +162,9 @@ def read_lines(path: Path) -> list[Run]:
     return [*runs.values()]
 
 
-def read_runs(source: Path, scale: str) -> tuple[list[Run], list[str]]:
+def read_runs(source: Path, scale: str) -> tuple[list[RunRecord], list[str]]:
     """The sorted runs of a folder or kept log, and the folders without an experiment's name."""
-    found = read_lines(source) if source.is_file() else []
+    found = read_log(source) if source.is_file() else []
     found += [read_folder(path.parent) for path in sorted(source.glob("*/config.toml"))]
     runs = sorted((run for run in found if run.name), key=lambda run: run.place)
     if not runs:
@@ -173,7 +173,7 @@ def read_runs(source: Path, scale: str) -> tuple[list[Run], list[str]]:
     return runs, [run.run for run in found if not run.name]
 
 
-def check_settings(runs: list[Run], scale: str, source: Path) -> None:
+def check_settings(runs: list[RunRecord], scale: str, source: Path) -> None:
     """InputError if runs are not those of their scale, or differ in what they must share."""
     if scale not in SCALES:
         raise InputError(f"{source}: {scale!r} is no scale; give --scale ({', '.join(SCALES)})")
@@ -206,7 +206,7 @@ def keep(source: Path, scale: str, out: Path) -> None:
     path, (found, _) = out / f"{scale}.jsonl", read_runs(source, scale)
     utils.make_folder(out, "--out")
     finished = {run.place: run for run in found if run.finished}
-    kept = {run.place: run for run in read_lines(path)} if path.is_file() else {}
+    kept = {run.place: run for run in read_log(path)} if path.is_file() else {}
     kept |= finished
     runs = [kept[place] for place in sorted(kept)]
     check_settings(runs, scale, path)
