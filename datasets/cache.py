@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from datasets.workers import image_loader, loaded
 from utils import InputError, counted, first_ten, make_folder, writing
 
 TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
+PATIENCE = 60  # seconds to wait for another process that deletes such folders; it may be suspended
 READERS = (files, draw_phantom)  # with decode() and resize(), the code that the key covers
 
 
@@ -140,19 +142,26 @@ def open_cache(
 
 
 @contextmanager
-def _locked(folder: Path, flags: int = 0) -> Iterator[bool]:
-    """Try to lock a folder, until the body or this process ends; yield whether it is locked."""
+def _locked(folder: Path, seconds: float = 0) -> Iterator[bool]:
+    """Try to lock a folder for some seconds, and yield whether it is locked.
+
+    The lock lasts until the body or this process ends.
+    """
     try:
         file = os.open(folder, os.O_RDONLY)
     except OSError:
         yield False
         return
+    held, deadline = False, time.monotonic() + seconds
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | flags)
-            held = True
-        except OSError:  # in use, or a file system without locks
-            held = False
+        while not held:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except OSError as error:  # in use, or a file system without locks
+                if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.1)
         yield held
     finally:
         os.close(file)
@@ -162,9 +171,9 @@ def _locked(folder: Path, flags: int = 0) -> Iterator[bool]:
 def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """A hidden folder, deleted at the end; first, delete those left behind by killed processes."""
     with ExitStack() as stack:
-        with _locked(parent):
+        with _locked(parent, PATIENCE):
             for leftover in parent.glob(f".*{TEMPORARY}"):
-                with _locked(leftover, fcntl.LOCK_NB) as abandoned:
+                with _locked(leftover) as abandoned:
                     if abandoned:
                         shutil.rmtree(leftover, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(TEMPORARY, f".{name}.", parent))

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import inspect
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,18 @@ def test_a_cache_in_the_making_is_not_swept(voc, tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.cache, "_fill_cache", fill_beside_another_run)
     assert voc_cache(voc, tmp_path / "cache").images.shape[-2:] == (8, 8)
+
+
+def test_a_suspended_process_that_holds_the_lock_is_not_waited_for(voc, tmp_path, monkeypatch):
+    home = tmp_path / "cache"
+    home.mkdir()
+    lock, naps = os.open(home, os.O_RDONLY), []
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    monkeypatch.setattr(time, "monotonic", lambda: len(naps))
+    monkeypatch.setattr(time, "sleep", naps.append)
+    assert len(voc_cache(voc, home).images) == 4
+    os.close(lock)
+    assert len(naps) == datasets.cache.PATIENCE
 
 
 def test_a_cache_is_made_where_folders_cannot_be_locked(voc, tmp_path, monkeypatch):
