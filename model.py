@@ -37,7 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import NormedConv2d, NormedConvTranspose2d, ResNetGenerator
-from utils import IGNORE, NonFiniteLoss, count_per_process, total, world_size
+from utils import IGNORE, InputError, NonFiniteLoss, count_per_process, total, world_size
 
 WEIGHTS = {  # lambda 1 to 5 of Eq. 8 (Section 3.3)
     "gen_I": 1.0,
@@ -518,9 +518,11 @@ def perturb(x: Tensor) -> Tensor:
 def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of the student on mixed and perturbed images with masks mixed the same way.
 
-    A box in each image is filled from another image of the batch. Mean over all pixels, where
-    ignored ones add 0.
+    A box in each image is filled from another image of the batch, which InputError asks for. Mean
+    over all pixels, where ignored ones add 0.
     """
+    if len(x) < 2:
+        raise InputError("CutMix needs two images per process; give a larger --batch-size")
     box = boxes(x)
     x_mixed = perturb(torch.where(box, x.roll(1, 0), x))
     y_mixed = torch.where(box.squeeze(1), y.roll(1, 0), y)

@@ -264,7 +264,8 @@ def writing(path: Path, size: int) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace a file; readers find either the old content or the new, never a part."""
-    content = content.encode() if isinstance(content, str) else content
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")  # of file names that are not UTF-8
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path, len(content)):

@@ -182,7 +182,8 @@ def read_frames(path: Path) -> np.ndarray:
                 pass
     volume = np.asanyarray(nibabel.load(path).dataobj)
     n_frames = max(volume.shape[3:], default=1)
-    if volume.ndim < 3 or n_frames != prod(volume.shape[3:]) or volume.dtype.kind not in "uif":
+    has_frames = volume.ndim >= 3 and n_frames == prod(volume.shape[3:]) and volume.size
+    if not has_frames or volume.dtype.kind not in "uif":
         found = f"shape {volume.shape} of {volume.dtype}"
         expected = "a volume (X, Y, Z) or (X, Y, Z, T) of numbers"
         raise InputError(f"{path}: {found}: expected {expected}")
@@ -207,7 +208,7 @@ def check_geometry(image: Path, mask: Path) -> None:
     if depths[0] != depths[1]:
         raise InputError(f"{mask}: has {depths[1]} slices, but its image has {depths[0]}")
     axes = [nibabel.load(path).affine[:3, :3] for path in (image, mask)]
-    if not np.allclose(*axes, rtol=0, atol=0.01 * np.abs(axes[0]).max()):
+    if not np.allclose(*axes, rtol=0, atol=0.01 * np.linalg.norm(axes[0], axis=0)):
         found = "its affine has other axes or voxel sizes than its image's"
         raise InputError(f"{mask}: {found}; save it in the image's geometry")
 
@@ -292,7 +293,7 @@ def visible_files(folder: Path) -> list[Path]:
     found, entered = [], set()
 
     def unreadable(error: OSError) -> None:
-        raise InputError(f"{error.filename}: unreadable ({reason(error)})") from error
+        print(f"skipped {error.filename}: unreadable ({reason(error)})")
 
     for home, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(home)

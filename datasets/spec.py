@@ -214,7 +214,7 @@ def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
             spec.group is None or (spec.layout == "folder" and _captures(spec.group)),
             "a regular expression with a (group), for the layout 'folder'",
         ),
-        "orientation": (spec.orientation in ORIENTATIONS, f"one of {', '.join(ORIENTATIONS)}"),
+        "orientation": (spec.orientation in [*ORIENTATIONS], f"one of {', '.join(ORIENTATIONS)}"),
         "void": (spec.void is None or _ints((spec.void,), 0, k), f"an index from 0 to {k - 1}"),
         "label_ids": (not wrong_ids, wrong_ids),
         "void_ids": (not wrong_voids, wrong_voids),

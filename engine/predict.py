@@ -134,7 +134,7 @@ def results_folder(results: str, checkpoint: Path) -> Path:
             raise InputError(f"{folder}: contains the results of {before}; {advice}")
     elif any(folder.iterdir()):
         raise InputError(f"{folder}: contains files but no checkpoint.txt; {advice}")
-    utils.write_atomically(note, f"{checkpoint}\n")
+    utils.write_atomically(note, f"{checkpoint.resolve()}\n")
     return folder
 
 

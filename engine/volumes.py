@@ -42,7 +42,7 @@ class Score(NamedTuple):
 
 
 MEASURES = Score._fields[4:]
-MM = {"meter": 1000, "micron": 0.001}  # of NIfTI's units of length; "mm" and "unknown" are mm
+MM = {1: 1000, 3: 0.001}  # by NIfTI's code of a unit of length: m, micron; others are mm
 
 
 # Scores of one class, from boolean volumes; distances need a voxel in both
@@ -143,7 +143,7 @@ class Assembly:
 def spacing_of(volume: Path) -> tuple[float, float, float]:
     """The size of a voxel (z, y, x) in mm, from the header's zooms and their unit."""
     header = nibabel.load(volume).header
-    mm = MM.get(header.get_xyzt_units()[0], 1)
+    mm = MM.get(int(header["xyzt_units"]) % 8, 1)
     x, y, z = (float(zoom) * mm for zoom in header.get_zooms()[:3])
     return z, y, x
 

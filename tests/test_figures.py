@@ -157,6 +157,8 @@ def test_text_overlaps_nothing(dataset):
         ("a supervised 0.2|b cyclegan 0.2|c advsemi 0.2|d supervised 1",
          "Partial|Ours|Hung et al.|Full"),
         ("a cyclegan 0.2|b cyclegan 0.125", "Ours, 20%|Ours, 12.5%"),
+        ("a supervised 8exams|b supervised 0.2", "Partial, 8exams|Partial, 20%"),
+        ("a labeled 0.2|b meanteacher 0.2", "Control|Mean teacher"),
         ("a cyclegan 0.2|b cyclegan 0.2", "a|b"),
         ("a cyclegan 0.2|a cyclegan 0.2", "a/best.pt|a/best.pt"),
     ],
@@ -165,7 +167,10 @@ def test_titles_are_table_1s_as_far_as_they_tell_the_runs_apart(runs, titles):
     named = []
     for text in runs.split("|"):
         folder, method, ratio = text.split()
-        args = SimpleNamespace(method=method, ratio=float(ratio))
+        control = {"method": "meanteacher", "cutmix_on": "labeled"}
+        about = control if method == "labeled" else {"method": method, "cutmix_on": "both"}
+        number = None if ratio == "8exams" else float(ratio)
+        args = SimpleNamespace(**about, ratio=number, rule=SimpleNamespace(label=ratio))
         named.append(SimpleNamespace(path=Path(folder, "best.pt"), args=args))
     assert figures.titles_of(named) == titles.split("|")
 

@@ -157,6 +157,7 @@ def test_a_fourth_axis_of_length_one_is_dropped(tmp_path):
         (np.diag([1.5, 1.5, 10.01, 1]), True),  # rounded by another program
         (np.array([[1.5, 0, 0, 40], [0, 1.5, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), True),
         (np.diag([-1.5, 1.5, 10, 1]), False),
+        (np.diag([1.55, 1.5, 10, 1]), False),
         (np.array([[0, 1.5, 0, 0], [1.5, 0, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), False),
     ],
 )
@@ -214,6 +215,7 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
         ("", with_value(1e300, np.float64), "not finite as float32"),
         ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
         ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),
+        ("", volume_of(0, 14, 3), "expected a volume (X, Y, Z)"),
         ("", volume_of(18, 14, 3, 2, 2), "expected a volume (X, Y, Z) or"),
         ("_gt", volume_of(18, 14, 2), "has 2 slices; slice 2 is missing"),
         ("_gt", volume_of(18, 14, 5), "has 5 slices, but its image has"),
@@ -281,7 +283,7 @@ def test_linked_folders_are_searched_once_and_hidden_ones_not(tmp_path):
     assert not other
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_skipped_and_named(tmp_path, monkeypatch, capsys):
     touch(tmp_path, "a.png", "closed/b.png")
     scandir = os.scandir
 
@@ -291,8 +293,10 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    message = error_of(files.find_pictures, [tmp_path])
-    assert message == f"{tmp_path / 'closed'}: unreadable (Permission denied)"
+    found, _ = files.find_pictures([tmp_path])
+    assert [*found] == [tmp_path / "a.png"]
+    line = f"skipped {tmp_path / 'closed'}: unreadable (Permission denied)\n"
+    assert capsys.readouterr().out == line
 
 
 @pytest.mark.parametrize("mask", ["a_GT.NII.GZ", "a_gt.nii", "a_Gt.nii.gz"])

@@ -17,7 +17,7 @@ from arch.generators import ResNetGenerator
 from datasets.spec import load_spec
 from engine.flags import parse_args
 from model import METHODS, ReplayPool, frozen
-from utils import IGNORE, NonFiniteLoss
+from utils import IGNORE, InputError, NonFiniteLoss
 
 SPEC = load_spec("phantom")  # 1 channel, 4 classes
 TERMS = ("gen_S", "gen_I", "cycle_S", "cycle_I", "disc_S", "disc_I")
@@ -300,6 +300,12 @@ def test_perturbed_images_differ_in_contrast_brightness_and_noise():
         assert value.mean() == pytest.approx((low + high) / 2, abs=0.03)
     expected = torch.full((300,), 0.1, dtype=torch.float64)
     torch.testing.assert_close(noise.std((1, 2, 3)), expected, rtol=0, atol=0.005)
+
+
+def test_cutmix_of_one_image_is_an_error():
+    x, y = torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    with pytest.raises(InputError, match="two images per process; give a larger --batch-size"):
+        model.cutmix(lambda mixed: mixed, x, y)
 
 
 def test_cutmix_by_hand(monkeypatch):

@@ -255,7 +255,7 @@ def test_results_of_another_run_with_the_same_name_are_kept(capsys, trained):
     assert run(*predict, *options, trained) == 0
     for mode in predict, ["--testing"]:
         error = error_line(capsys, *mode, *options, other / "last.pt")
-        expected = f"elsewhere/{other.name}: contains the results of {trained}; give another folder"
+        expected = f"elsewhere/{other.name}: contains the results of {trained.resolve()}; give"
         assert expected in error
     assert run("--testing", *options, trained.with_name("last.pt")) == 0  # of the same run
     shutil.rmtree(trained.parent)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import statistics
 from collections import Counter
 from dataclasses import asdict
@@ -77,6 +78,13 @@ def make_run(
             line = {"epoch": epoch, "step": 10 * epoch, "miou": miou, "iou": iou, "answers": {}}
             file.write(json.dumps(line) + "\n")
     return folder
+
+
+def write_test(folder: Path, **changes) -> None:
+    """Write the metrics.json of a run's last checkpoint."""
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    test = {"epoch": last["epoch"], "miou": last["miou"]} | changes
+    (results_of(folder) / "metrics.json").write_text(json.dumps(test))
 
 
 def report_of(scale: str = "reduced") -> str:
@@ -232,15 +240,16 @@ def test_a_section_has_the_shared_flags_the_commits_and_the_unfinished_runs():
 
 def test_scores_of_whole_volumes_are_over_the_seeds_that_have_them():
     for seed, dice in enumerate([0.5, 0.7, None]):
-        results = results_of(make_run("partial", seed))
-        results.mkdir(parents=True)
+        folder = make_run("partial", seed)
+        results_of(folder).mkdir(parents=True)
         mean = {"dice": dice, "hd95_mm": 12.0 + seed, "assd_mm": None}
-        volumes = {} if dice is None else {"volumes": {"all": {"mean": mean}}}
-        (results / "metrics.json").write_text(json.dumps({"epoch": 50} | volumes))
+        classes = {"a": {"n": 20, "missed": 3 + seed}, "b": {"n": 20, "missed": 0}}
+        scores = {"all": {"mean": mean, "classes": classes}}
+        write_test(folder, volumes={} if dice is None else scores)
     row = table_of(report_of(), "### Scores of whole volumes")["partial, 10%"]
     assert row == {
         "experiment": "partial, 10%", "n": "2", "Dice": "0.6000 ± 0.1414",
-        "HD95, mm": "12.50 ± 0.71", "ASSD, mm": "-",
+        "HD95, mm": "12.50 ± 0.71", "ASSD, mm": "-", "missed": "8.8%",
     }  # fmt: skip
     assert rows_of_csv("reduced_volumes.csv")[0]["dice"] == "0.6"
 
@@ -386,7 +395,8 @@ def test_the_chart_is_the_mean_score_of_each_method_by_labeled_exams(monkeypatch
                 make_run(name, seed, [ratio + seed / 10], scale="exams", ratio=ratio)
     make_run("full", 0, [0.75], scale="exams")
     make_run("partial", 2, [0.9], scale="exams", finished=False)
-    make_run("ours_augment", 0, [0.5], scale="exams")
+    variant = "ours_sum_without_cycle_I"  # exists with --augment only
+    make_run(f"{variant}_augment", 0, [0.5], scale="exams")
     found, _ = read_runs(Path("checkpoints/exams"), "exams")
     assert figures.draw_labels(found, Path())
     figure, handles, _ = drawn[0]
@@ -401,7 +411,7 @@ def test_the_chart_is_the_mean_score_of_each_method_by_labeled_exams(monkeypatch
     ends = [segment[:, 1] for segment in bars.get_segments()]
     assert ends[1] == pytest.approx([0.15 - 0.005**0.5, 0.15 + 0.005**0.5])
     assert axes.lines[-1].get_ydata() == [0.75, 0.75]
-    assert [handle.get_label() for handle in handles] == ["Partial", "Ours", "Full"]
+    assert [handle.get_label() for handle in handles] == ["Partial", "Ours", "Full", variant]
     assert figures.draw_labels([run for run in found if run.n_exams == 8], Path()) == ""
 
 
@@ -424,15 +434,17 @@ def test_a_report_from_a_kept_log_is_the_same_bytes():
 
 
 def test_a_kept_line_has_what_a_report_needs_and_no_path():
-    make_run("ours")
-    results = Path("results/reduced/acdc_ours_0.1_s0")
-    results.mkdir(parents=True)
-    for epoch, volumes in {48: {}, 50: {"dice": 0.6}}.items():  # the test of an older checkpoint
-        test = {"epoch": epoch, "volumes": {"dice": 0.6}}
-        (results / "metrics.json").write_text(json.dumps(test))
+    folder = make_run("ours")
+    results_of(folder).mkdir(parents=True)
+    of_others = {"epoch": 48}, {"miou": 0.1}  # an older checkpoint; a deleted run of this name
+    for other in *of_others, {}:
+        write_test(folder, **{"volumes": {"dice": 0.6}} | other)
         assert run("keep --scale reduced --out kept") == 0
         text = Path("kept/reduced.jsonl").read_text()
-        assert json.loads(text)["volumes"] == volumes
+        assert json.loads(text)["volumes"] == ({} if other else {"dice": 0.6})
+    shutil.rmtree("results")
+    assert run("keep --scale reduced --out kept") == 0
+    assert Path("kept/reduced.jsonl").read_text() == text
     assert "/home" not in text
     line = json.loads(text)
     assert list(line) == "name run settings dataset evaluations versions split volumes".split()

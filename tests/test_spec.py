@@ -80,6 +80,7 @@ def test_missing_key_is_named():
 
 
 WRONG = {
+    "orientation": ["up", {"a": 1}],
     "name": ["a/b", 3, "", ".a", "a\nb"],
     "layout": ["nope"],
     "classes": [["one"], ["sky", "tree", "tree"], [1, 2, 3], "abc"],

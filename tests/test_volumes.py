@@ -175,13 +175,17 @@ def test_acdc_is_scored_by_exam_and_phase(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("unit", "mm"), [("micron", 0.001), ("meter", 1000), ("mm", 1), ("unknown", 1)]
+    ("unit", "mm"),
+    [("micron", 0.001), ("meter", 1000), ("mm", 1), ("unknown", 1), ("undefined", 1)],
 )
 def test_spacing_is_the_headers_in_mm_whatever_its_unit_and_the_affine(tmp_path, unit, mm):
     path, volume = tmp_path / "a.nii.gz", nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), None)
     volume.header.set_zooms((0.5, 2, 4))
     volume.header.set_sform(np.eye(4), 1)
-    volume.header.set_xyzt_units(unit, "sec")
+    if unit == "undefined":
+        volume.header["xyzt_units"] = 8 + 5  # seconds, and a code that NIfTI does not define
+    else:
+        volume.header.set_xyzt_units(unit, "sec")
     nibabel.save(volume, path)
     assert np.allclose(nibabel.load(path).affine, np.eye(4))
     assert volumes.spacing_of(path) == pytest.approx((4 * mm, 2 * mm, mm / 2))

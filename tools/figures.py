@@ -59,9 +59,11 @@ def titles_of(runs: list[Trained]) -> list[str]:
     names = []
     for run in runs:
         is_full = run.args.method == "supervised" and run.args.ratio == 1
-        names.append("Full" if is_full else TITLES.get(run.args.method, run.args.method))
-    ratios = [run.args.ratio or 0 for run in runs]
-    shares = [f"{name}, {100 * ratio:g}%" for name, ratio in zip(names, ratios, strict=True)]
+        is_control = run.args.method == "meanteacher" and run.args.cutmix_on == "labeled"
+        name = "Control" if is_control else TITLES.get(run.args.method, run.args.method)
+        names.append("Full" if is_full else name)
+    labels = [f"{100 * r:g}%" if (r := run.args.ratio) else run.args.rule.label for run in runs]
+    shares = [f"{name}, {label}" for name, label in zip(names, labels, strict=True)]
     folders = [run.path.resolve().parent.name for run in runs]
     distinct = (titles for titles in (names, shares, folders) if len({*titles}) == len(runs))
     return next(distinct, [str(run.path) for run in runs])
@@ -229,7 +231,7 @@ def draw_labels(runs: list[RunRecord], path: Path) -> str:
             spread = [statistics.stdev(g) if len(g) > 1 else 0.0 for g in values.values()]
             style = {"color": f"C{i}", "marker": "o", "markersize": 4}
             axes.errorbar([n + offset for n in values], means, spread, capsize=2, **style)
-            legend[EXPERIMENTS[kind].get("title", kind)] = style
+            legend[EXPERIMENTS.get(kind, {}).get("title", kind)] = style
         if full:
             legend[EXPERIMENTS["full"]["title"]] = style = {"color": "0.6"}
             axes.axhline(statistics.mean(full), **style)

@@ -125,6 +125,9 @@ def volume_rows(runs: list[RunRecord]) -> list[dict]:
             continue
         row = {"dataset": dataset, "ratio": ratio, "labels": [*seeds.values()][0].labels}
         row |= {"name": name, "n": len(means)}
+        tests = [run.volumes["all"]["classes"].values() for run in seeds.values() if run.volumes]
+        scored = [one for classes in tests for one in classes]
+        row["missed"] = sum(one["missed"] for one in scored) / sum(one["n"] for one in scored)
         for measure in VOLUME_MEASURES:
             known = [mean[measure] for mean in means if mean[measure] is not None]
             row[measure], row[f"{measure}_sd"] = mean_and_sd(known) if known else (None, None)
@@ -243,10 +246,14 @@ def section(dataset: str, runs: list[RunRecord], *tables: list[dict]) -> str:
         cells[experiment, "n"] = str(row["n"])
         for measure, title in VOLUME_MEASURES.items():
             cells[experiment, title] = volume_score(row, measure)
+        cells[experiment, "missed"] = f"{row['missed']:.1%}"
     if cells:
-        about = "Mean over volumes at their own size and classes without background, then seeds."
+        about = (
+            "Mean over volumes at their own size and classes without background, then seeds. "
+            "Structures that are missed have Dice 0 and no distance."
+        )
         text += f"### Scores of whole volumes\n\n{about}\n\n"
-        text += grid("experiment", cells, ["n", *VOLUME_MEASURES.values()])
+        text += grid("experiment", cells, ["n", *VOLUME_MEASURES.values(), "missed"])
     return text
 
 

@@ -1,8 +1,9 @@
 """Runs of experiments: read from folders or a kept log, checked, and added to a kept log."""
 
 import json
+import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import utils
@@ -115,7 +116,8 @@ def read_folder(folder: Path) -> RunRecord:
         versions = {key: manifest[key] for key in VERSIONS if key in manifest}
         path = results_of(folder) / "metrics.json"
         test = json.loads(utils.read_text(path)) if path.is_file() else {}
-        is_last = lines and test.get("epoch") == lines[-1]["epoch"]
+        # the scores of another network of the same name would differ
+        is_last = lines and test.get("epoch") == lines[-1]["epoch"] and is_near(test, lines[-1])
         path, name = folder, match[1] if match and match[1] in EXPERIMENTS else ""
         volumes = test.get("volumes", {}) if is_last else {}
         run = RunRecord(name, folder.name, settings, dataset, lines, versions, split, volumes)
@@ -124,9 +126,14 @@ def read_folder(folder: Path) -> RunRecord:
         raise InputError(f"{path}: not as main.py writes it ({error!r})") from error
 
 
+def is_near(test: dict, evaluation: dict) -> bool:
+    """Whether both have the same mIoU, up to rounding."""
+    return abs((test["miou"] or 0) - (evaluation["miou"] or 0)) < 1e-3
+
+
 def results_of(folder: Path) -> Path:
     """Where `experiments.py run` has a run tested: results/<scale> beside checkpoints/<scale>."""
-    scale = folder.resolve().parent
+    scale = Path(os.path.abspath(folder)).parent  # a link in the path stays
     return scale.parent.parent / "results" / scale.name / folder.name
 
 
@@ -202,12 +209,19 @@ def check_settings(runs: list[RunRecord], scale: str, source: Path) -> None:
 
 
 def keep(source: Path, scale: str, out: Path) -> None:
-    """Add the finished runs of `source` to out/SCALE.jsonl, and replace those that it has."""
+    """Add the finished runs of `source` to out/SCALE.jsonl, and replace those that it has.
+
+    A run whose test is not at hand keeps the scores of volumes that the log has.
+    """
     path, (found, _) = out / f"{scale}.jsonl", read_runs(source, scale)
     utils.make_folder(out, "--out")
     finished = {run.place: run for run in found if run.finished}
     kept = {run.place: run for run in read_log(path)} if path.is_file() else {}
-    kept |= finished
+    for place, run in finished.items():
+        before = kept.get(place)
+        if before and not run.volumes and before.evaluations == run.evaluations:
+            run = replace(run, volumes=before.volumes)
+        kept[place] = run
     runs = [kept[place] for place in sorted(kept)]
     check_settings(runs, scale, path)
     utils.write_atomically(path, "".join(f"{json.dumps(asdict(run))}\n" for run in runs))
