@@ -515,14 +515,19 @@ def perturb(x: Tensor) -> Tensor:
     return x * (1 + 0.2 * contrast) + 0.1 * brightness + 0.1 * torch.randn_like(x)
 
 
+def check_mixable(n_images: int) -> None:
+    """InputError for a single image, which CutMix would mix with itself."""
+    if n_images < 2:
+        raise InputError("CutMix needs two images per process; give a larger --batch-size")
+
+
 def cutmix(student: Callable, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of the student on mixed and perturbed images with masks mixed the same way.
 
-    A box in each image is filled from another image of the batch, which InputError asks for. Mean
-    over all pixels, where ignored ones add 0.
+    A box in each image is filled from another one; InputError if there is none. Mean over all
+    pixels, where ignored ones add 0.
     """
-    if len(x) < 2:
-        raise InputError("CutMix needs two images per process; give a larger --batch-size")
+    check_mixable(len(x))
     box = boxes(x)
     x_mixed = perturb(torch.where(box, x.roll(1, 0), x))
     y_mixed = torch.where(box.squeeze(1), y.roll(1, 0), y)
@@ -549,6 +554,8 @@ class MeanTeacher(Method):
 
     @classmethod
     def options(cls, spec, args) -> dict:
+        if args.training and args.cutmix_on != "both":
+            check_mixable(args.batch_size // world_size())  # before --overwrite deletes a run
         return super().options(spec, args) | {"cutmix_on": args.cutmix_on}
 
     @property

@@ -254,6 +254,15 @@ def test_scores_of_whole_volumes_are_over_the_seeds_that_have_them():
     assert rows_of_csv("reduced_volumes.csv")[0]["dice"] == "0.6"
 
 
+def test_volumes_of_which_none_is_complete_have_no_scores():
+    folder = make_run("partial")
+    results_of(folder).mkdir(parents=True)
+    mean = dict.fromkeys(("dice", "hd95_mm", "assd_mm"))
+    write_test(folder, volumes={"all": {"mean": mean, "classes": {"a": {"n": 0, "missed": 0}}}})
+    row = table_of(report_of(), "### Scores of whole volumes")["partial, 10%"]
+    assert {*row.values()} == {"partial, 10%", "1", "-"}
+
+
 # Settings
 
 

@@ -443,6 +443,13 @@ def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
     assert config.read_text() == "ngf = 2\n"
 
 
+def test_a_batch_that_cannot_be_mixed_is_an_error_before_overwrite_deletes_a_run(capsys, trained):
+    flags = [*TINY, "--method", "meanteacher", "--cutmix-on", "labeled", "--batch-size", "1"]
+    error = error_line(capsys, "--training", *flags, "--name", SIMPLE.name, "--overwrite")
+    assert "CutMix needs two images per process; give a larger --batch-size" in error
+    assert trained.is_file()
+
+
 @pytest.mark.parametrize("name", ["best.pt", "metrics.jsonl"])
 def test_results_without_a_last_checkpoint_are_not_trained_over(capsys, trained, name):
     for other in {"last.pt", "best.pt", "metrics.jsonl", "config.toml"} - {name}:

@@ -40,13 +40,9 @@ from datasets.spec import load_spec
 from engine import program
 from engine.flags import Parser, bounded, parse_args
 from engine.trained import Trained, load_runs, run_flags
-from model import METHODS, CycleGAN, cycle_I, move
+from model import CycleGAN, cycle_I, move
+from tools.report import markdown
 from utils import InputError
-
-
-def print_row(*cells: str) -> None:
-    """Print a row of a Markdown table."""
-    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 class PyTorchsNorm(nn.Module):
@@ -78,11 +74,10 @@ def norms(argv: list[str]) -> int:
     n_epochs = -(-own.steps // data.train.n_steps(args.batch_size))
     epochs = [data.train.epoch(args.seed, i, args.batch_size) for i in range(n_epochs)]
     order = [*itertools.chain(*epochs)][: own.steps * args.batch_size]
-    print_row("norm", "steps with a one-class mask", "other steps", "mean of sqrt(v)")
-    print_row(*["---"] * 4)
+    rows = []
     for norm in "PyTorch's", "ours":
         utils.seed_everything(args.seed, args.deterministic)
-        model = move(METHODS[args.method].from_args(spec, args), device).train()
+        model = move(CycleGAN.from_args(spec, args), device).train()
         if norm == "PyTorch's":
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
@@ -94,7 +89,9 @@ def norms(argv: list[str]) -> int:
             found[one_class].append(weight.grad.norm().item())
         medians = [f"{statistics.median(each):.3g}" if each else "none" for each in found.values()]
         root = model.optimizers["G"].state[weight]["exp_avg_sq"].sqrt().mean().item()
-        print_row(norm, *medians, f"{root:.3g}")
+        rows.append([norm, *medians, f"{root:.3g}"])
+    titles = ["norm", "steps with a one-class mask", "other steps", "mean of sqrt(v)"]
+    print(markdown(titles, rows).strip())
     return 0
 
 
@@ -129,13 +126,13 @@ def terms(argv: list[str]) -> int:
     found = [of_terms(run, own.steps) for run in load_runs(own)]
     others = dict.fromkeys(name for norms in found for name in norms if norms[name])
     others.pop("gen_S")
-    print_row("run", "gen_S", *(f"{name} / gen_S" for name in others))
-    print_row(*["---"] * (2 + len(others)))
+    rows = []
     for run, medians in zip(own.runs, found, strict=True):
         cells = [f"{medians['gen_S']:.3g}"]
         for name in others:
             cells.append(f"{medians[name] / medians['gen_S']:.3g}" if name in medians else "-")
-        print_row(run, *cells)
+        rows.append([run, *cells])
+    print(markdown(["run", "gen_S", *(f"{name} / gen_S" for name in others)], rows).strip())
     return 0
 
 
@@ -165,10 +162,10 @@ def cycle(argv: list[str]) -> int:
     run_flags(parser)
     own = parser.parse_args(argv)
     found = [of_cycle(run) for run in load_runs(own)]
-    print_row("run", *found[0])
-    print_row(*["---"] * (1 + len(found[0])))
+    rows = []
     for run, errors in zip(own.runs, found, strict=True):
-        print_row(run, *(f"{error:.3f}" for error in errors.values()))
+        rows.append([run, *(f"{error:.3f}" for error in errors.values())])
+    print(markdown(["run", *found[0]], rows).strip())
     return 0
 
 

@@ -120,16 +120,17 @@ def volume_rows(runs: list[RunRecord]) -> list[dict]:
     """One row per cell whose runs were tested on whole volumes: scores over seeds."""
     rows = []
     for (dataset, ratio, name), seeds in by_cell(runs).items():
-        means = [run.volumes["all"]["mean"] for run in seeds.values() if run.volumes]
-        if not means:
+        tests = [run.volumes["all"] for run in seeds.values() if run.volumes]
+        if not tests:
             continue
         row = {"dataset": dataset, "ratio": ratio, "labels": [*seeds.values()][0].labels}
-        row |= {"name": name, "n": len(means)}
-        tests = [run.volumes["all"]["classes"].values() for run in seeds.values() if run.volumes]
-        scored = [one for classes in tests for one in classes]
-        row["missed"] = sum(one["missed"] for one in scored) / sum(one["n"] for one in scored)
+        row |= {"name": name, "n": len(tests)}
+        classes = [scores for test in tests for scores in test["classes"].values()]
+        n_missed, n = (sum(scores[key] for scores in classes) for key in ("missed", "n"))
+        row["missed"] = n_missed / n if n else None  # no volume is complete under --split image
         for measure in VOLUME_MEASURES:
-            known = [mean[measure] for mean in means if mean[measure] is not None]
+            means = (test["mean"][measure] for test in tests)
+            known = [mean for mean in means if mean is not None]
             row[measure], row[f"{measure}_sd"] = mean_and_sd(known) if known else (None, None)
         rows.append(row)
     return rows
@@ -246,7 +247,7 @@ def section(dataset: str, runs: list[RunRecord], *tables: list[dict]) -> str:
         cells[experiment, "n"] = str(row["n"])
         for measure, title in VOLUME_MEASURES.items():
             cells[experiment, title] = volume_score(row, measure)
-        cells[experiment, "missed"] = f"{row['missed']:.1%}"
+        cells[experiment, "missed"] = "-" if row["missed"] is None else f"{row['missed']:.1%}"
     if cells:
         about = (
             "Mean over volumes at their own size and classes without background, then seeds. "
