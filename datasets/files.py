@@ -324,7 +324,9 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     """
     found, other = {}, []
     for path in paths:
-        if not path.exists():
+        with naming(path):
+            exists = path.exists()
+        if not exists:
             raise InputError(f"--predict {path}: no such file or folder")
         for file in visible_files(path) if path.is_dir() else [path]:
             if image := image_of_mask(file):

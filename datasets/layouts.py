@@ -11,7 +11,7 @@ import nibabel
 
 from datasets.files import is_picture, is_volume, stem_of
 from datasets.spec import PARTS, DatasetSpec, Sample, Slice
-from utils import InputError, first_ten, read_lines
+from utils import InputError, first_ten, naming, read_lines
 
 
 def voc_home(root: Path, folder: str) -> Path:
@@ -218,7 +218,9 @@ def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
 def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
     """The samples under root that a split or part uses, sorted by id; InputError if none."""
     page = "docs/own_data.md" if spec.layout == "folder" else "docs/data.md"
-    if spec.layout != "phantom" and not root.is_dir():
+    with naming(root):
+        is_folder = spec.layout == "phantom" or root.is_dir()
+    if not is_folder:
         raise InputError(f"--data-root {root}: no such folder; {page} describes the layout")
     parts = parts_of(spec, kind)
     if spec.layout == "voc" and kind == "file":

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from utils import InputError, first_ten, write_atomically
+from utils import InputError, first_ten, naming, write_atomically
 
 FORMAT = 2
 PARTS = {
@@ -29,7 +29,8 @@ def save(path: Path, state: dict) -> None:
 
 def file_of(path: str) -> Path:
     """A checkpoint, or a run folder's best.pt."""
-    return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
+    with naming(Path(path)):
+        return Path(path) / "best.pt" if Path(path).is_dir() else Path(path)
 
 
 def load(path: Path) -> dict:

@@ -16,7 +16,7 @@ from arch.generators import MIN_SIZE
 from datasets.spec import dataset_toml, read_toml
 from datasets.splits import SPLITS, ByFile, rule_of, split_file
 from model import METHODS, WEIGHTS
-from utils import InputError
+from utils import InputError, naming
 
 MODES = ("training", "testing", "predict")
 MODE_FLAGS = {  # the flags that only some modes have
@@ -88,7 +88,9 @@ def odd(text: str) -> int:
 def split_kind(text: str) -> str:
     """An argparse type: a rule, a name in config/splits/, or a .json file with lists of ids."""
     path = split_file(text)
-    if not (text in SPLITS or text.lower().endswith(".json") or path.is_file()):
+    with naming(path):
+        is_file = path.is_file()
+    if not (text in SPLITS or text.lower().endswith(".json") or is_file):
         known = [*SPLITS, *sorted(file.stem for file in path.parent.glob("*.json"))]
         raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(known)} or a .json file")
     return text

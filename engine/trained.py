@@ -84,7 +84,9 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
 
 def dataset_name(dataset: str) -> str:
     """The name of --dataset: the one that its file gives, or the file's stem."""
-    return load_spec(dataset).name if Path(dataset).is_file() else Path(dataset).stem
+    with utils.naming(Path(dataset)):
+        is_file = Path(dataset).is_file()
+    return load_spec(dataset).name if is_file else Path(dataset).stem
 
 
 def find_checkpoint(args: Flags) -> Path:
@@ -100,7 +102,9 @@ def find_checkpoint(args: Flags) -> Path:
     if "dataset" in args.given:
         wanted["dataset"] = dataset_name(args.dataset)
     finished, unfinished = {}, []
-    for config in Path(args.checkpoints).glob("*/config.toml"):
+    with utils.naming(Path(args.checkpoints)):
+        configs = list(Path(args.checkpoints).glob("*/config.toml"))
+    for config in configs:
         best, last = config.with_name("best.pt"), config.with_name("last.pt")
         try:
             table = read_toml(config)

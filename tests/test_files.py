@@ -265,7 +265,9 @@ def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_pa
 
 def test_paths_to_predict_must_exist_and_their_results_differ(tmp_path):
     gone = tmp_path / "gone"
+    long = tmp_path / ("1" * 300)  # no file system has such a name
     assert error_of(files.find_pictures, [gone]) == f"--predict {gone}: no such file or folder"
+    assert str(long) in error_of(files.find_pictures, [long])
     touch(tmp_path, "a/x.png", "b/x.jpg")
     message = error_of(files.find_pictures, [tmp_path / "a", tmp_path / "b"])
     assert "several files would be written as x;" in message

@@ -196,3 +196,20 @@ def test_a_wrong_command_is_one_error_line(capsys, flags, named):
     Path("main.py").write_text("a file where a folder should be")
     training = ["--training", *TINY] if "--training" in flags else []
     assert named in error_line(capsys, *training, *flags.replace("--training", "").split())
+
+
+@pytest.mark.parametrize("ending", ["", ".toml", ".json"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--training --dataset", "--training --config", "--training --split", "--training --init"),
+        *("--training --dataset voc --data-root", "--training --name", "--training --checkpoints"),
+        *("--training --cache", "--testing --checkpoint", "--testing --checkpoints"),
+        "--testing --dataset",
+    ],
+)
+def test_a_name_longer_than_the_file_system_allows_is_refused(capsys, flags, ending):
+    training = ["--training", *TINY] if "--training" in flags else []
+    flags = flags.replace("--training", "").split()
+    name = "1" * 300 + ending
+    assert name in error_line(capsys, *training, *flags, name)
