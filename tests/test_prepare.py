@@ -258,6 +258,20 @@ def test_a_truncated_file_is_written_again(root, cityscapes_archives):
     assert {name for name, state in snapshot(root).items() if state != before[name]} == {str(path)}
 
 
+def test_a_changed_file_is_kept_and_named(root, cityscapes_archives, capsys):
+    prepare("cityscapes", root, *cityscapes_archives)
+    image, mask = (next(root.rglob(name)) for name in ("*_leftImg8bit.png", "*_labelIds.png"))
+    for path in image, mask:  # the same pixels in another size
+        with Image.open(path) as picture:
+            picture.save(path, compress_level=0, dpi=(72, 72))
+    before = snapshot(root)
+    capsys.readouterr()
+    assert prepare("cityscapes", root, *cityscapes_archives) == 0
+    assert snapshot(root) == before
+    kept = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept")]
+    assert sum(path.relative_to(root).as_posix() in "".join(kept) for path in (image, mask)) == 2
+
+
 def test_the_first_of_two_sources_wins(root, cityscapes_archives, tmp_path):
     name = "gtFine/train/aachen/aachen_9_gtFine_labelIds.png"
     for source in "first", "the second":

@@ -7,7 +7,8 @@
     python tools/prepare.py acdc --root data/acdc --verify
     python tools/prepare.py split --labeled F --unlabeled F --val F --out FILE.json  (lists.py)
 
-Archives and folders under --root are used as well. A repeated command writes missing files only.
+Archives and folders under --root are used as well. A repeated command writes missing and truncated
+files; it keeps files that were changed, and names them.
 """
 
 import http.client
@@ -43,7 +44,7 @@ from datasets.writers import flat_palette
 from engine import program
 from engine.flags import Parser, bounded
 from tools.lists import make_split
-from utils import InputError, TrainingError, first_ten, naming
+from utils import InputError, TrainingError, counted, first_ten, naming
 
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tgz", ".tar.gz"
 ARCHIVES = {  # by the folder that they contain
@@ -104,15 +105,21 @@ def read_sources(sources: list[Path]) -> Iterator[tuple[Path, int, Callable[[], 
                 yield source.absolute() / name, *file
 
 
-def write_missing(target: Path, source: Path, read: Callable[[], bytes], size: int = -1) -> bool:
-    """Write a file unless it exists with the given size, -1 for any; return whether written."""
+def write_missing(target: Path, source: Path, read: Callable[[], bytes], size: int = -1) -> str:
+    """Write a file that is missing or truncated; return "written", "present" or "changed".
+
+    size: of the source in bytes; a file of another size was changed if it is not the source's
+    beginning. -1: every file is as it should be.
+    """
     if target.is_file() and size in (-1, target.stat().st_size):
-        return False
+        return "present"
     with naming(source):
         content = read()
+    if target.is_file() and not content.startswith(target.read_bytes()):
+        return "changed"
     target.parent.mkdir(parents=True, exist_ok=True)
     utils.write_atomically(target, content)
-    return True
+    return "written"
 
 
 def place_of(path: str, dataset: str) -> str | None:
@@ -128,7 +135,8 @@ def place_of(path: str, dataset: str) -> str | None:
 
 def write_layout(dataset: str, home: Path, sources: list[Path]) -> dict[Path, list[Path]]:
     """Write a layout's files, each from the first source that has it; return the others found."""
-    found, n_written, other = set(), 0, {}
+    found, other = set(), {}
+    places: dict[str, list[str]] = {"written": [], "present": [], "changed": []}
     for source in sources:
         for path, size, read in read_sources([source]):
             place = place_of(path.as_posix(), dataset)
@@ -136,8 +144,11 @@ def write_layout(dataset: str, home: Path, sources: list[Path]) -> dict[Path, li
                 other.setdefault(source, []).append(path.relative_to(source.absolute()))
             elif place not in found:
                 found.add(place)
-                n_written += write_missing(home / place, path, read, size)
-    print(f"{n_written} files written to {home}")
+                places[write_missing(home / place, path, read, size)].append(place)
+    print(f"{len(places['written'])} files written to {home}")
+    if changed := places["changed"]:
+        kept = f"kept {counted(len(changed), 'file')} that differ from the source"
+        print(f"{kept}, delete them to write them again: {first_ten(changed)}")
     return other
 
 
@@ -167,7 +178,8 @@ def convert_sbd(masks: Path, sources: list[Path]) -> set[str]:
     for path, _, read in read_sources(sources):
         if path.match("cls/*.mat"):
             ids.add(path.stem)
-            n_written += write_missing(masks / f"{path.stem}.png", path, partial(sbd_mask, read))
+            target = masks / f"{path.stem}.png"
+            n_written += write_missing(target, path, partial(sbd_mask, read)) == "written"
     print(f"{n_written} masks of SBD written to {masks}")
     return ids
 
@@ -201,7 +213,10 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
         other = write_layout("voc", home, sources)
     check_layout("voc", home, other)
     for mask in sorted((home / "SegmentationClass").glob("*.png")):
-        write_missing(masks / mask.name, mask, mask.read_bytes, mask.stat().st_size)
+        target, content = masks / mask.name, mask.read_bytes()
+        if not target.is_file() or target.read_bytes() != content:
+            masks.mkdir(exist_ok=True)
+            utils.write_atomically(target, content)
     sbd = convert_sbd(masks, sources)
     if may_download and not sbd:
         download(SBDataset, root / "sbd", mode="segmentation")
