@@ -6,7 +6,7 @@ does not count.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -250,27 +250,39 @@ def check_split(args, split: Split, expected: str) -> None:
     raise InputError(f"{cause}{advice if args.training else ''}")
 
 
-def load_part(args, spec: DatasetSpec, expected_split: str, used: Iterable[str] = ()) -> Data:
+def load_part(
+    args,
+    spec: DatasetSpec,
+    expected_split: str,
+    lists: Mapping[str, Sequence[str]],
+    same_root: bool = True,
+) -> Data:
     """Index --part, which a run has not trained on, as validation images, and open its cache.
 
     A split file's own test images take precedence over the layout's. expected_split: the hash of
-    the run's split. used: the ids of its images, where known. InputError if the run's split uses
-    the part or some of its images, or if it has no masks.
+    the run's split. lists: the names in that split by role, where known. InputError if the run's
+    split uses the part or some of its images, or if it has no masks.
+
+    Another folder than the run's is another dataset, unless it has all of the split's images.
     """
     rule, root, part = args.rule, Path(args.data_root), args.part
-    lists = rule.lists()
-    if part == "test" and part in lists:
+    lists = rule.lists() or lists
+    used = {*itertools.chain(*lists.values())}
+    is_own = same_root or used <= {n for s in index(spec, root, "file") for n in s.names}
+    if is_own and part == "test" and part in rule.lists():
         samples = index(spec, root, rule.kind)
         split = rule.apply(samples, spec, args.seed)
         check_split(args, split, expected_split)
         return open_data(args, spec, samples, Split((), (), split.test))
-    if part in rule.seen_parts(spec):
+    if is_own and part in rule.seen_parts(spec):
         advice = "--testing alone scores the run's validation images"
         raise InputError(f"--part {part}: the run's split uses this part; {advice}")
     samples = [s for s in index(spec, root, part) if s.mask is not None]
-    listed = {*itertools.chain(*lists.values()), *used}
-    if seen := sorted(s.id for s in samples if {s.id, s.volume, s.group} & listed):
-        raise InputError(f"--part {part}: in the run's split: {first_ten(seen)}")
+    if seen := sorted(s.id for s in samples if used.intersection(s.names)):
+        if is_own:
+            raise InputError(f"--part {part}: in the run's split: {first_ten(seen)}")
+        advice = "the scores are too optimistic if they are the same images"
+        print(f"--part {part}: the run's split has images of these names, too; {advice}")
     if not samples:
         raise InputError(f"--part {part}: no image has a mask")
     return open_data(args, spec, samples, Split((), (), tuple(samples)))

@@ -128,7 +128,7 @@ def test(args: Flags) -> int:
     """--testing: score a checkpoint on the validation images of its split, or on --part."""
     run = trained.load(args)
     if args.part:
-        data = load_part(run.args, run.spec, run.state["split"], run.used_ids())
+        data = load_part(run.args, run.spec, run.state["split"], run.lists(), run.same_root)
     else:
         data = load_data(run.args, run.spec, run.state["split"])
     return predict.score(run, data)

@@ -94,6 +94,11 @@ class Sample:
         """The name of the volume whose slice this is; the id of an image that is none."""
         return self.id.rpartition("_s")[0] if isinstance(self.image, Slice) else self.id
 
+    @property
+    def names(self) -> tuple[str, str, str]:
+        """What a split file may call it."""
+        return self.id, self.volume, self.group
+
 
 def read_toml(path: Path) -> dict:
     """A TOML file's tables; InputError with the line if it is not TOML."""

@@ -8,7 +8,7 @@ import torch
 
 import utils
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
-from datasets.splits import ROLES, ByFile, read_lists
+from datasets.splits import ByFile, read_lists
 from engine import checkpoint
 from engine.flags import Flags, Parser, setting_names
 from model import METHODS, Method, move
@@ -28,13 +28,15 @@ class Trained:
     device: torch.device
     model: Method
 
-    def used_ids(self) -> set[str]:
-        """The ids in the run's split.json; none if the images come from another folder."""
-        own, before = self.path.with_name("split.json"), self.state["data_root"]
-        if not own.is_file() or Path(self.args.data_root).resolve() != Path(before).resolve():
-            return set()
-        lists = read_lists(own)
-        return {name for role in ROLES for name in lists[role]}
+    @property
+    def same_root(self) -> bool:
+        """Whether --data-root is the folder that the run was trained on."""
+        return Path(self.args.data_root).resolve() == Path(self.state["data_root"]).resolve()
+
+    def lists(self) -> dict[str, list[str]]:
+        """What the run's split.json lists by role; empty without that file."""
+        own = self.path.with_name("split.json")
+        return read_lists(own) if own.is_file() else {}
 
 
 def load(args: Flags) -> Trained:

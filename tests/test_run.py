@@ -187,8 +187,6 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     assert f"--part test: in the run's split: {trained_on}" in error_line(capsys, *part)
     for role in "images", "masks":
         (root / "test" / role / f"{trained_on}.png").rename(root / role / f"{trained_on}.png")
-    other = make_folder(Path("other/test"), 2).parent  # of another hospital, with nothing else
-    assert run(*part, "--data-root", other, "--results", "theirs") == 0
     error = error_line(capsys, "--testing", "--part", "val")
     assert "--part val: the run's split uses this part" in error
     lists = {"labeled": ["picture 1"], "unlabeled": ["picture 9"], "val": ["picture 2"]}
@@ -196,6 +194,37 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     assert run(*flags, "--split", "mine.json") == 0
     error = error_line(capsys, *part, "--name", "own_supervised_mine_s0")
     assert "--part test: in the run's split: picture 9" in error
+
+
+@pytest.mark.parametrize("by_file", [False, True])
+def test_another_folder_is_another_dataset_unless_it_has_all_of_the_runs_images(capsys, by_file):
+    root = make_folder(Path("pictures"), 8)
+    Path("own.toml").write_text(f"ratio = 0.5\n{OWN}")
+    lists = {"labeled": ["picture 1"], "unlabeled": ["picture 3"], "val": ["picture 2"]}
+    Path("mine.json").write_text(json.dumps({**lists, "test": ["picture 4"]}))
+    flags = ["--training", *tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root", root]
+    assert run(*flags, *(["--split", "mine.json"] if by_file else [])) == 0
+    part = "--testing", "--part", "test", "--results", "theirs", "--data-root"
+
+    other = make_folder(Path("other/test"), 2).parent  # of another hospital, with nothing else
+    capsys.readouterr()
+    assert run(*part, other) == 0
+    printed = capsys.readouterr().out
+    assert "on 2 test images" in printed
+    assert "has images of these names, too" in printed
+    root.rename("moved")
+    make_folder(Path("moved/test"), 1)
+    if by_file:
+        for role in "images", "masks":
+            next(Path("moved/test", role).iterdir()).unlink()
+        assert run(*part, "moved") == 0
+        assert "on 1 test image" in capsys.readouterr().out
+        assert names(Path("theirs/own_supervised_mine_s0/test/masks")) == {"picture 4.png"}
+    else:
+        for role in "images", "masks":  # as if it had been kept for the test
+            Path("moved", role, "picture 0.png").unlink()
+        error = error_line(capsys, *part, "moved")
+        assert "--part test: in the run's split: picture 0" in error
 
 
 # --split FILE
