@@ -47,14 +47,20 @@ def save_mask(path: Path, mask: Tensor, spec: DatasetSpec) -> None:
     write_atomically(path, content.getvalue())
 
 
+def prediction_file(place: Path, source: Path) -> Path:
+    """The file of a predicted mask: `place` and an extension."""
+    return place.with_name(place.name + (".nii.gz" if is_volume(source) else ".png"))
+
+
 def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec) -> None:
     """Write the masks of a volume as NIfTI with its header, of a picture as a PNG.
 
     masks: (T * Z, H, W), in the order of read_planes.
     """
-    place.parent.mkdir(parents=True, exist_ok=True)
+    target = prediction_file(place, source)
+    target.parent.mkdir(parents=True, exist_ok=True)
     if not is_volume(source):
-        save_mask(place.with_name(f"{place.name}.png"), masks[0], spec)
+        save_mask(target, masks[0], spec)
         return
     volume = nibabel.load(source)
     header = volume.header.copy()
@@ -65,4 +71,4 @@ def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec)
     header["cal_min"] = header["cal_max"] = 0  # the image's display range
     labels = volume.__class__(values, volume.affine, header)
     content = gzip.compress(labels.to_bytes(), compresslevel=1, mtime=0)
-    write_atomically(place.with_name(f"{place.name}.nii.gz"), content)
+    write_atomically(target, content)

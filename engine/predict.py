@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -138,6 +138,27 @@ def results_folder(results: str, checkpoint: Path) -> Path:
     return folder
 
 
+def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
+    """Note in files.json whose masks the folder contains.
+
+    InputError if a mask of a file of the same name, which still exists, would be replaced.
+    """
+    note = folder / "files.json"
+    with utils.naming(note):
+        before = dict(json.loads(utils.read_text(note))) if note.is_file() else {}
+    sources, clashes = {**before}, []
+    for file, place in found.items():
+        mask, source = str(writers.prediction_file(place, file)), str(file.resolve())
+        if sources.get(mask, source) != source and Path(sources[mask]).exists():
+            clashes.append(f"{mask} is the mask of {sources[mask]}")
+        sources[mask] = source
+    if clashes:
+        advice = "predict a folder that contains both, or give another folder as --results"
+        raise InputError(f"--predict: {folder / 'masks'}: {utils.first_ten(clashes)}; {advice}")
+    if sources != before:
+        utils.write_atomically(note, json.dumps(sources, indent=1))
+
+
 def remove_overlays(folder: Path, places: Iterable[Path]) -> None:
     """Remove earlier overlays of the files whose output paths are `places`."""
     names = {str(place) for place in places}
@@ -157,7 +178,8 @@ def plane_number(i: int, n_planes: int, depth: int) -> str:
 def predict(trained: Trained) -> int:
     """--predict: write the masks of pictures and NIfTI volumes at their own size.
 
-    volumes.csv has the volume of each class. Files that are neither are listed and skipped;
+    volumes.csv has the volume of each class. Masks and lines of earlier calls stay. Other files are
+    listed and skipped;
     TrainingError, at the end, if any is unreadable.
     """
     args, spec = trained.args, trained.spec
@@ -165,6 +187,7 @@ def predict(trained: Trained) -> int:
     found, other = files.find_pictures([Path(path) for path in args.predict])
     folder = results_folder(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
+    note_sources(folder, found)
     remove_overlays(folder / "overlays", found.values())
 
     def planes() -> Iterator[tuple[Path, int, int, Tensor]]:
@@ -202,7 +225,9 @@ def predict(trained: Trained) -> int:
     if not n_written and not unreadable:
         raise InputError("--predict: found no images or NIfTI volumes")
     if contents.rows:
-        utils.write_atomically(folder / "volumes.csv", contents.csv())
+        table = folder / "volumes.csv"
+        earlier = utils.read_text(table) if table.is_file() else ""
+        utils.write_atomically(table, contents.csv(earlier))
         print(contents.lines())
     epoch = trained.state["epoch"]
     masks = utils.counted(n_written, "mask")

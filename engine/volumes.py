@@ -272,9 +272,15 @@ class Contents:
             for k, name in self.classes.items():
                 self.rows.append((path, t, name, counts[k] * z * y * x / 1000))
 
-    def csv(self) -> str:
-        """One line per file, frame and class, under a line with the names of the columns."""
-        return to_csv(["file", "frame", "class", "ml"], self.rows)
+    def csv(self, earlier: str = "") -> str:
+        """One line per file, frame and class, under a line with the names of the columns.
+
+        The lines of other files in `earlier`, the text of an earlier call, come first.
+        """
+        files = {str(path) for path, *_ in self.rows}
+        rows = [*csv.reader(io.StringIO(earlier))][1:]
+        kept = [row for row in rows if row and row[0] not in files]
+        return to_csv(["file", "frame", "class", "ml"], [*kept, *self.rows])
 
     def lines(self) -> str:
         """One line per file: each class's volume, or its smallest and largest over time."""

@@ -262,6 +262,27 @@ def test_results_of_another_run_with_the_same_name_are_kept(capsys, trained):
     assert run("--testing", *options, other) == 0
 
 
+def test_masks_of_earlier_calls_stay(capsys, trained):
+    for name in "a/scan.nii.gz", "b/scan.nii.gz", "b/other.nii.gz":
+        Path(name).parent.mkdir(exist_ok=True)
+        write_volume(Path(name), noise(20, 20, 2, dtype=np.int16), np.eye(4))
+    for name in "a/one.png", "b/one.png":
+        Image.fromarray(noise(20, 20)).save(name)
+    assert run("--predict", "a/scan.nii.gz", "a/one.png") == 0
+    masks = [MASKS / "scan.nii.gz", MASKS / "one.png"]
+    before = [mask.read_bytes() for mask in masks]
+    for source, mask in zip(("b/scan.nii.gz", "b/one.png"), masks, strict=True):
+        error = error_line(capsys, "--predict", source)
+        assert f"{mask.name} is the mask of {Path(source).resolve()}".replace("/b/", "/a/") in error
+    assert [mask.read_bytes() for mask in masks] == before
+    for _ in range(2):
+        assert run("--predict", "b/other.nii.gz") == 0
+        rows = rows_of(MASKS.parent / "volumes.csv")
+        assert [row["file"] for row in rows[::3]] == ["a/scan.nii.gz", "b/other.nii.gz"]
+    Path("a/one.png").rename("moved.png")  # nobody can predict the old file again
+    assert run("--predict", "b/one.png") == 0
+
+
 def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeypatch, trained):
     """--normalization half: with a 16-bit image in the dataset each image had its own range."""
     state = checkpoint.load(trained)
