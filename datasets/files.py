@@ -5,6 +5,7 @@ import gzip
 import itertools
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ LOSSLESS = (  # formats of gray or indexed pictures whose values are those that 
     *("BMP", "DIB", "FITS", "FLI", "GBR", "GIF", "IM", "MSP", "PCX", "PNG", "PPM", "PSD", "SGI"),
     *("SUN", "TGA", "TIFF", "XBM", "XPM"),
 )
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half the limit
 EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 
 
@@ -45,12 +47,22 @@ def stem_of(path: Path) -> str:
 
 
 @contextmanager
+def within_limit(path: Path) -> Iterator[None]:
+    """InputError if a picture has more pixels than Pillow opens."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        raise InputError(f"{path}: more than {limit:,} pixels; shrink it or cut it") from error
+
+
+@contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
     """Open a picture, which the caller then decodes; InputError names it.
 
     InputError also if its checksums are wrong, it has several pages, or viewers would rotate it.
     """
-    with naming(path):
+    with naming(path), within_limit(path):
         with Image.open(path) as image:
             image.verify()  # checks all of a PNG; decoding stops at the last pixel
         # as a file: by name, Pillow 13 garbles uncompressed TIFFs that it rotates

@@ -189,7 +189,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
             if os.path.samestat(os.fstat(file), path.stat()):
                 break
         os.close(file)  # the process that held it has deleted it
-    for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
+    for leftover in folder.glob(".*.[0-9]*.tmp"):  # of a process killed while writing
         leftover.unlink(missing_ok=True)
     os.truncate(file, 0)
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())

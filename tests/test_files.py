@@ -418,6 +418,15 @@ def test_a_tiff_is_read_as_viewers_show_it(tmp_path, orientation, compression):
     assert np.array_equal(files.read_planes(image, 3)[0].permute(1, 2, 0), shown)
 
 
+@pytest.mark.parametrize("read", [files.read_mask, lambda path: files.read_image(path, 1)])
+def test_a_picture_with_more_pixels_than_pillow_opens_is_named(tmp_path, monkeypatch, read):
+    path = tmp_path / "slide.png"
+    Image.new("L", (30, 30)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    error = error_of(read, path)
+    assert error == f"{path}: more than 800 pixels; shrink it or cut it"
+
+
 @pytest.mark.parametrize("ending", ["tif", "gif", "png", "webp"])
 def test_several_pages_are_an_error_of_images_and_masks_that_names_their_number(tmp_path, ending):
     path = tmp_path / f"a.{ending}"

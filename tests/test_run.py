@@ -545,7 +545,7 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(caps
     holder = fork.Process(target=hold, args=(folder, ready))
     holder.start()
     assert ready.wait(30)
-    (folder / ".other.tmp").write_text("half a file")
+    (folder / ".other.123.tmp").write_text("half a file")
     for more in [], ["--overwrite"]:
         error = error_line(capsys, *flags, *more)
         assert f"checkpoints/one: process {holder.pid} on " in error

@@ -82,7 +82,9 @@ def norms(argv: list[str]) -> int:
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
         found: dict[bool, list[float]] = {True: [], False: []}
-        batches = Batches(data.train, args.batch_size, device, 0, args.normalization)
+        orientation = spec.orientation if args.augment else None
+        options = args.batch_size, device, 0, args.normalization, orientation
+        batches = Batches(data.train, *options)
         for x, y, x_u in batches.of(order):
             model.step(x, y, x_u)
             one_class = any(len(mask.unique()) == 1 for mask in y)
