@@ -132,7 +132,7 @@ def results_folder(results: str, checkpoint: Path) -> Path:
         before = Path(utils.read_text(note).strip())
         if before.exists() and before.resolve().parent != run:
             raise InputError(f"{folder}: contains the results of {before}; {advice}")
-    elif any(folder.iterdir()):
+    elif any(path.name[0] != "." for path in folder.iterdir()):  # another command may be starting
         raise InputError(f"{folder}: contains files but no checkpoint.txt; {advice}")
     utils.write_atomically(note, f"{checkpoint.resolve()}\n")
     return folder

@@ -252,6 +252,8 @@ def test_results_of_another_run_with_the_same_name_are_kept(capsys, trained):
     shutil.copytree(trained.parent, other)
     Image.new("L", (20, 20)).save("one.png")
     predict, options = ["--predict", "one.png"], ["--results", "elsewhere", "--checkpoint"]
+    Path("elsewhere", other.name).mkdir(parents=True)
+    Path("elsewhere", other.name, ".checkpoint.txt.9.tmp").touch()  # of a command that starts, too
     assert run(*predict, *options, trained) == 0
     for mode in predict, ["--testing"]:
         error = error_line(capsys, *mode, *options, other / "last.pt")
