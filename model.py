@@ -276,9 +276,10 @@ def as_sums(weights: dict[str, float], channels: int, height: int, width: int) -
 class CycleGAN(Method):
     """Ours: two generators and two discriminators trained alternately on Eq. 8.
 
-    weights: of the terms by name; WEIGHTS has the others. A weight of 0 takes its term, and the
-    networks that only this term needs, out of the step. hard_fakes: D_S sees argmax maps of x_u,
-    as released. disc_norm, disc_kernel: as in PixelDiscriminator. pool_size: of past fakes.
+    weights: by term; WEIGHTS has those that are not given, gen_S has 1. A weight of 0 takes its
+    term, and the networks that only this term needs, out of the step. hard_fakes: D_S sees argmax
+    maps of x_u, as released. disc_norm, disc_kernel: as in PixelDiscriminator. pool_size: of past
+    fakes.
     """
 
     def __init__(
@@ -305,7 +306,8 @@ class CycleGAN(Method):
         self.D_S = PixelDiscriminator(K, ndf, disc_norm, disc_kernel)
         self.D_I = PixelDiscriminator(C, ndf, disc_norm, disc_kernel)
         if unknown := {*(weights or {})} - {"gen_S", *WEIGHTS}:
-            raise ValueError(f"weights of {unknown}: expected those of {', '.join(WEIGHTS)}")
+            expected = ", ".join(["gen_S", *WEIGHTS])
+            raise ValueError(f"weights of {sorted(unknown)}: expected some of {expected}")
         self.weights = {"gen_S": 1.0, **WEIGHTS, **(weights or {})}
         self.hard_fakes = hard_fakes
         self.pools = {"y": ReplayPool(pool_size), "x": ReplayPool(pool_size)}

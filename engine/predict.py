@@ -178,9 +178,8 @@ def plane_number(i: int, n_planes: int, depth: int) -> str:
 def predict(trained: Trained) -> int:
     """--predict: write the masks of pictures and NIfTI volumes at their own size.
 
-    volumes.csv has the volume of each class. Masks and lines of earlier calls stay. Other files are
-    listed and skipped;
-    TrainingError, at the end, if any is unreadable.
+    volumes.csv has the volume of each class. Masks and lines of earlier calls stay. Files that are
+    not images are listed and skipped. TrainingError, at the end, if a file cannot be read.
     """
     args, spec = trained.args, trained.spec
     unreadable: list[str] = []

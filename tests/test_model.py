@@ -487,7 +487,7 @@ def test_a_method_of_values_is_the_one_of_equal_flags(method, options, flags):
 
 
 def test_weights_of_unknown_terms_are_an_error():
-    with pytest.raises(ValueError, match="gen_X.*expected those of gen_I, cycle_S"):
+    with pytest.raises(ValueError, match="gen_X.*expected some of gen_S, gen_I, cycle_S"):
         model.CycleGAN(1, 4, weights={"gen_X": 1.0})
 
 

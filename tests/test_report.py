@@ -351,7 +351,7 @@ def test_a_damaged_file_is_named(capsys, file):
     [
         ("report", "checkpoints/paper: no run"),
         ("report --from torn.jsonl --scale reduced", "torn.jsonl: line 2"),
-        ("report --from other.jsonl", "'other' is no scale; give --scale"),
+        ("report --from other.jsonl", "unknown scale 'other'; give --scale"),
         ("report --from twice.jsonl", "twice.jsonl: line 2 repeats acdc_ours_0.1_s0"),
     ],
 )
@@ -380,7 +380,8 @@ def test_lines_of_a_figure_are_the_runs(monkeypatch):
     make_run("partial_augment", 0, [0.2, 0.4])
     make_run("ours_augment", 0, [0.2, 0.9])
     found, _ = read_runs(Path("checkpoints/reduced"), "reduced")
-    assert figures.draw_curves(found, Path()).endswith("shows Partial, the experiment, Full.")
+    caption = figures.draw_curves(found, Path())
+    assert "shows Partial, the experiment, Full. Partial is augmented beside" in caption
     panels = {axes.get_title(): axes.lines for axes in drawn[0].axes if axes.lines}
     panel = {"0.6": 1, "tab:blue": 2, "tab:red": 2}
     assert {title: Counter(map(Line2D.get_color, lines)) for title, lines in panels.items()} == {

@@ -198,7 +198,10 @@ def draw_curves(runs: list[RunRecord], path: Path) -> str:
     figure.supylabel("mIoU", fontsize="medium")
     lines = [Line2D([], [], color=color, label=name) for name, color in legend.items()]
     save(figure, lines, path)
-    return f"mIoU by step, one line per run; each panel shows {', '.join(legend)}."
+    caption = f"mIoU by step, one line per run; each panel shows {', '.join(legend)}."
+    if any(name.endswith(AUGMENT) for _, name in cells):
+        caption += " Partial is augmented beside augmented experiments."
+    return caption
 
 
 def draw_labels(runs: list[RunRecord], path: Path) -> str:

@@ -183,7 +183,8 @@ def read_runs(source: Path, scale: str) -> tuple[list[RunRecord], list[str]]:
 def check_settings(runs: list[RunRecord], scale: str, source: Path) -> None:
     """InputError if runs are not those of their scale, or differ in what they must share."""
     if scale not in SCALES:
-        raise InputError(f"{source}: {scale!r} is no scale; give --scale ({', '.join(SCALES)})")
+        advice = f"give --scale, one of {', '.join(SCALES)}"
+        raise InputError(f"{source}: unknown scale {scale!r}; {advice}")
     wrong, differ = [], []
     first: dict[tuple, tuple] = {}
     for run in runs:
