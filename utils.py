@@ -115,6 +115,8 @@ def pick_device(name: str | None, precision: str) -> torch.device:
         if device.type == "cuda":  # otherwise every process also opens a context on GPU 0
             torch.cuda.set_device(device)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise ValueError("tensors there have no values")
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -266,7 +268,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Replace a file; readers find either the old content or the new, never a part."""
     if isinstance(content, str):
         content = content.encode(errors="backslashreplace")  # of file names that are not UTF-8
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # in a name's 255 bytes
     try:
         with writing(path, len(content)):
             with open(temporary, "wb") as file:

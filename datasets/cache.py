@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -173,6 +174,8 @@ def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     with ExitStack() as stack:
         with _locked(parent, PATIENCE):
             for leftover in parent.glob(f".*{TEMPORARY}"):
+                if not re.fullmatch(r"\..+_\d+x\d+_[0-9a-f]{16}\..+", leftover.stem):
+                    continue  # not made here
                 with _locked(leftover) as abandoned:
                     if abandoned:
                         shutil.rmtree(leftover, ignore_errors=True)

@@ -28,6 +28,9 @@ LOSSLESS = (  # formats of gray or indexed pictures whose values are those that 
     *("SUN", "TGA", "TIFF", "XBM", "XPM"),
 )
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half the limit
+STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow recognizes but cannot read
+LARGEST = 1e30  # of pixels; float32 holds up to 3.4e38
+NOT_FINITE = f"holds values that are not finite, or beyond {LARGEST:g}; replace such marks"
 EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 
 
@@ -37,8 +40,8 @@ def is_volume(path: Path) -> bool:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file has an extension that Pillow knows."""
-    return path.suffix.lower() in Image.registered_extensions()
+    """Whether a file has an extension of a format that Pillow reads."""
+    return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN.keys() - STUBS
 
 
 def stem_of(path: Path) -> str:
@@ -106,8 +109,8 @@ def as_array(image: Image.Image, channels: int) -> np.ndarray:
     if not is_deep(image):
         return np.array(image.convert("L" if channels == 1 else "RGB"))
     values = np.array(image, np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError("holds values that are not finite")
+    if not is_finite(values):
+        raise ValueError(NOT_FINITE)
     return values
 
 
@@ -192,7 +195,11 @@ def read_frames(path: Path) -> np.ndarray:
         with gzip.open(path) as stream:
             while stream.read(2**20):  # to the end: nibabel does not reach the checksum
                 pass
-    volume = np.asanyarray(nibabel.load(path).dataobj)
+    file = nibabel.load(path)
+    volume, voxel = np.asanyarray(file.dataobj), np.array(file.header.get_zooms()[:3])
+    if not (np.isfinite(file.affine).all() and (np.isfinite(voxel) & (voxel > 0)).all()):
+        found = f"voxel sizes {voxel.tolist()} and an affine"
+        raise InputError(f"{path}: its header has {found} of which some are not positive or finite")
     n_frames = max(volume.shape[3:], default=1)
     has_frames = volume.ndim >= 3 and n_frames == prod(volume.shape[3:]) and volume.size
     if not has_frames or volume.dtype.kind not in "uif":
@@ -235,12 +242,15 @@ def read_slice(source: Slice) -> np.ndarray:
         return finite(volume[:, :, z].T, f"{path}: slice {z}")
 
 
+def is_finite(pixels: np.ndarray) -> bool:
+    """Whether all pixels are finite, and sums of them, too."""
+    return bool((np.abs(pixels) < LARGEST).all())
+
+
 def finite(pixels: np.ndarray, name: str) -> np.ndarray:
-    """The pixels; InputError if some are not finite as float32."""
-    with np.errstate(over="ignore"):
-        is_finite = np.isfinite(pixels.astype(np.float32))
-    if not is_finite.all():
-        raise InputError(f"{name} holds values that are not finite as float32")
+    """The pixels; InputError unless they are finite."""
+    if not is_finite(pixels):
+        raise InputError(f"{name} {NOT_FINITE}")
     return pixels
 
 
@@ -331,8 +341,9 @@ def image_of_mask(file: Path) -> Path | None:
 def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     """Find the pictures and NIfTI volumes among files and folders.
 
-    Returns each file's output path without extension, and messages about other files. InputError if
-    a path does not exist or two files have the same output path.
+    Returns each file's output path without extension, and messages about other files and about
+    results, whose masks are not images. InputError if a path does not exist or two files have the
+    same output path.
     """
     found, other = {}, []
     for path in paths:
@@ -340,7 +351,12 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
             exists = path.exists()
         if not exists:
             raise InputError(f"--predict {path}: no such file or folder")
-        for file in visible_files(path) if path.is_dir() else [path]:
+        inside = visible_files(path) if path.is_dir() else [path]
+        results = {file.parent for file in inside if file.name == "checkpoint.txt"}
+        other += [f"{folder}: results of a run" for folder in sorted(results)]
+        for file in inside:
+            if results.intersection(file.parents):
+                continue
             if image := image_of_mask(file):
                 other.append(f"{file}: the mask of {image.name}")
             elif is_volume(file) or is_picture(file):

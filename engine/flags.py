@@ -8,6 +8,8 @@ import argparse
 import difflib
 import itertools
 import math
+import re
+import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -56,6 +58,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         hint = "; --help lists the flags" if message.startswith("unrecognized") else ""
         raise InputError(message + hint)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for before, value in zip(["", *args], args, strict=False):  # such as an unset variable's
+            if value == "" or re.fullmatch("--[a-z0-9-]+=", value):
+                raise InputError(f"{value or before}: is empty; give a value")
+        return super().parse_known_args(args, namespace)
 
     def group(self, title: str, description: str | None = None) -> Callable:
         """Like add_argument, for a new group."""

@@ -162,7 +162,8 @@ def contents(folder: Path) -> list[Path]:
 def to_toml(table: dict) -> str:
     """A flat table of strings, numbers, booleans and (nested) lists as TOML; None is left out."""
     known = {key: value for key, value in table.items() if value is not None}
-    return "".join(f"{k} = {json.dumps(v, ensure_ascii=False)}\n" for k, v in known.items())
+    lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in known.items()]
+    return "".join(lines).replace("\x7f", "\\u007f")  # the control character that JSON allows
 
 
 @contextmanager

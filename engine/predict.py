@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -50,6 +50,9 @@ def score(trained: Trained, data: Data) -> int:
         raise InputError(f"{found}, which it scales in another way")
     check_ignored(data.masks(), spec, data.unlabeled.samples)
     folder = results_folder(args.results, trained.path) / (args.part or "")
+    data_root = Path(args.data_root).resolve()
+    check_data_root(folder / "metrics.json", data_root)
+    (folder / "volumes.csv").unlink(missing_ok=True)
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
         for old in (folder / sub).glob("*.png"):  # of an earlier test
@@ -87,6 +90,7 @@ def score(trained: Trained, data: Data) -> int:
         "epoch": state["epoch"],
         "checkpoint": str(trained.path),
         "dataset": spec.name,
+        "data_root": str(data_root),
         "method": args.method,
         "ratio": args.ratio,
         "labeled": args.labeled,
@@ -100,7 +104,7 @@ def score(trained: Trained, data: Data) -> int:
         about["volumes"] = scores.summary()
         utils.write_atomically(folder / "volumes.csv", scores.csv())
     utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))
-    images = f"{len(samples)} {args.part or 'validation'} images of {spec.name}"
+    images = f"{len(samples)} {args.part or 'validation'} images of {spec.name} ({args.data_root})"
     print(f"{trained.path} after epoch {state['epoch']}, on {images}, in %:")
     print(format_metrics(metrics))
     if args.native_size:
@@ -119,18 +123,34 @@ def print_values(spec: DatasetSpec) -> None:
         print(f"PNG masks hold class indices: {value} needs more than 8 bits")
 
 
+def check_data_root(metrics: Path, data_root: Path) -> None:
+    """InputError if a metrics.json has the scores of another folder that still exists."""
+    with utils.naming(metrics):
+        before = json.loads(utils.read_text(metrics)) if metrics.is_file() else {}
+        scored = Path(before.get("data_root", data_root))
+    if scored != data_root and scored.exists():
+        found, advice = f"contains the scores of images in {scored}", "give another --results"
+        raise InputError(f"{metrics.parent}: {found}; {advice}")
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of a run; another checkpoint than best.pt and last.pt is a run of its own."""
+    path = checkpoint.resolve()
+    return path.parent if path.name in ("best.pt", "last.pt") else path.with_suffix("")
+
+
 def results_folder(results: str, checkpoint: Path) -> Path:
     """Create the folder of a run's results, and note there whose they are (checkpoint.txt).
 
     InputError if it has the results of another run of the same name, or files of another origin.
     """
-    run = checkpoint.resolve().parent
+    run = run_of(checkpoint)
     folder, advice = Path(results) / run.name, "give another folder as --results"
     utils.make_folder(folder, "--results")
     note = folder / "checkpoint.txt"
     if note.is_file():
         before = Path(utils.read_text(note).strip())
-        if before.exists() and before.resolve().parent != run:
+        if before.exists() and run_of(before) != run:
             raise InputError(f"{folder}: contains the results of {before}; {advice}")
     elif any(path.name[0] != "." for path in folder.iterdir()):  # another command may be starting
         raise InputError(f"{folder}: contains files but no checkpoint.txt; {advice}")
@@ -138,10 +158,10 @@ def results_folder(results: str, checkpoint: Path) -> Path:
     return folder
 
 
-def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
-    """Note in files.json whose masks the folder contains.
+def note_sources(folder: Path, found: Mapping[Path, Path]) -> set[str]:
+    """Note in files.json whose masks the folder contains; return the output paths of all pictures.
 
-    InputError if a mask of a file of the same name, which still exists, would be replaced.
+    InputError if a mask of another file would be replaced.
     """
     note = folder / "files.json"
     with utils.naming(note):
@@ -149,22 +169,29 @@ def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
     sources, clashes = {**before}, []
     for file, place in found.items():
         mask, source = str(writers.prediction_file(place, file)), str(file.resolve())
-        if sources.get(mask, source) != source and Path(sources[mask]).exists():
-            clashes.append(f"{mask} is the mask of {sources[mask]}")
+        if before.get(mask, source) != source and (folder / "masks" / mask).exists():
+            clashes.append(f"{mask} is the mask of {before[mask]}")
         sources[mask] = source
     if clashes:
-        advice = "predict a folder that contains both, or give another folder as --results"
+        advice = "delete these masks, or give another folder as --results"
         raise InputError(f"--predict: {folder / 'masks'}: {utils.first_ten(clashes)}; {advice}")
     if sources != before:
         utils.write_atomically(note, json.dumps(sources, indent=1))
+    return {mask.removesuffix(".png") for mask in sources if mask.endswith(".png")}
 
 
-def remove_overlays(folder: Path, places: Iterable[Path]) -> None:
-    """Remove earlier overlays of the files whose output paths are `places`."""
-    names = {str(place) for place in places}
+def remove_overlays(folder: Path, found: Mapping[Path, Path], pictures: set[str]) -> None:
+    """Remove earlier overlays of the files that are predicted; `found` has their output paths.
+
+    pictures: the output paths of all pictures; other overlays end in a plane_number().
+    """
+    places: dict[bool, set[str]] = {True: set(), False: set()}  # of volumes, of pictures
+    for file, place in found.items():
+        places[files.is_volume(file)].add(str(place))
     for old in folder.rglob("*.png"):
         name = str(old.relative_to(folder).with_suffix(""))
-        if {name, re.sub(r"(_t\d+)?_s\d+$", "", name)} & names:
+        in_volume = re.sub(r"(_t\d+)?_s\d+$", "", name) in places[True]
+        if name in places[False] or (name not in pictures and in_volume):
             old.unlink()
 
 
@@ -186,8 +213,8 @@ def predict(trained: Trained) -> int:
     found, other = files.find_pictures([Path(path) for path in args.predict])
     folder = results_folder(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
-    note_sources(folder, found)
-    remove_overlays(folder / "overlays", found.values())
+    pictures = note_sources(folder, found)
+    remove_overlays(folder / "overlays", found, pictures)
 
     def planes() -> Iterator[tuple[Path, int, int, Tensor]]:
         for path in tqdm(found, desc="predicting", unit=" files", disable=None):
@@ -201,32 +228,39 @@ def predict(trained: Trained) -> int:
 
     waiting, n_written, assembly = planes(), 0, Assembly()
     contents = Contents(spec)
-    while batch := list(itertools.islice(waiting, args.batch_size)):
-        x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]
-        if trained.state.get("image_dtype") == "float32":  # as in training, each by its own range
-            x = [each.float() for each in x]
-        x = torch.cat([normalize(each, args.normalization) for each in x])
-        logits = trained.model.segment(x)
-        for (path, i, n_planes, plane), own in zip(batch, logits, strict=True):
-            mask, place = mask_at(own, plane.shape[-2:]).cpu(), found[path]
-            if args.overlay:
-                number = plane_number(i, n_planes, files.depth_of(path))
-                file = folder / "overlays" / f"{place}{number}.png"
-                save_overlay(file, plane, mask, spec)
-            masks = assembly.add(path, i, n_planes, mask)
-            if masks is not None:
-                writers.save_prediction(folder / "masks" / place, path, masks, spec)
-                n_written += 1
-                if files.is_volume(path):
-                    contents.add(path, masks)
+    try:
+        while batch := list(itertools.islice(waiting, args.batch_size)):
+            x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]
+            if (
+                trained.state.get("image_dtype") == "float32"
+            ):  # as in training, each by its own range
+                x = [each.float() for each in x]
+            x = torch.cat([normalize(each, args.normalization) for each in x])
+            logits = trained.model.segment(x)
+            for (path, i, n_planes, plane), own in zip(batch, logits, strict=True):
+                mask, place = mask_at(own, plane.shape[-2:]).cpu(), found[path]
+                if args.overlay:
+                    number = plane_number(i, n_planes, files.depth_of(path))
+                    file = folder / "overlays" / f"{place}{number}.png"
+                    save_overlay(file, plane, mask, spec)
+                masks = assembly.add(path, i, n_planes, mask)
+                if masks is not None:
+                    writers.save_prediction(folder / "masks" / place, path, masks, spec)
+                    n_written += 1
+                    if files.is_volume(path):
+                        contents.add(path, masks)
+    finally:  # an interrupted call has written masks, too
+        if contents.rows:
+            table = folder / "volumes.csv"
+            earlier = utils.read_text(table) if table.is_file() else ""
+            with utils.naming(table):
+                text = contents.csv(earlier)
+            utils.write_atomically(table, text)
     for problem in other + unreadable:
         print(f"skipped {problem}")
     if not n_written and not unreadable:
         raise InputError("--predict: found no images or NIfTI volumes")
     if contents.rows:
-        table = folder / "volumes.csv"
-        earlier = utils.read_text(table) if table.is_file() else ""
-        utils.write_atomically(table, contents.csv(earlier))
         print(contents.lines())
     epoch = trained.state["epoch"]
     masks = utils.counted(n_written, "mask")

@@ -1,5 +1,6 @@
 """A training run: its progress, what is due, saving and resuming."""
 
+import shlex
 import signal
 import time
 from dataclasses import asdict
@@ -185,7 +186,8 @@ class Run:
         if self.signum:
             self._save("last.pt")
             name = signal.Signals(self.signum).name
-            print(f"{name}: saved {folder / 'last.pt'}; the same command resumes the run")
+            again = "the same command" + (" without --overwrite" if self.args.overwrite else "")
+            print(f"{name}: saved {folder / 'last.pt'}; {again} resumes the run")
             return 128 + self.signum
         if utils.rank() == 0:
             now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -193,9 +195,10 @@ class Run:
             result = f"best mIoU {self.best['miou']:.4f} after epoch {self.best['epoch']}"
             print(format_metrics(self.metrics))
             print(f"after the last epoch {format_means(self.metrics)}; {result}")
-            print(f"curves: tensorboard --logdir {folder}")
-            print(f"test it: python main.py --testing --checkpoint {folder / 'best.pt'}")
-            print(f"use it:  python main.py --predict IMAGES --checkpoint {folder / 'best.pt'}")
+            run = shlex.quote(str(folder))
+            print(f"curves: tensorboard --logdir {run}")
+            print(f"test it: python main.py --testing --checkpoint {run}")
+            print(f"use it:  python main.py --predict IMAGES --checkpoint {run}")
         return 0
 
     def _mean_losses(self) -> dict[str, float]:

@@ -277,10 +277,11 @@ class Contents:
 
         The lines of other files in `earlier`, the text of an earlier call, come first.
         """
-        files = {str(path) for path, *_ in self.rows}
-        rows = [*csv.reader(io.StringIO(earlier))][1:]
-        kept = [row for row in rows if row and row[0] not in files]
-        return to_csv(["file", "frame", "class", "ml"], [*kept, *self.rows])
+        rows = [(str(path.resolve()), *others) for path, *others in self.rows]
+        files = {file for file, *_ in rows}
+        before = [*csv.reader(io.StringIO(earlier))][1:]
+        kept = [row for row in before if row and row[0] not in files]
+        return to_csv(["file", "frame", "class", "ml"], [*kept, *rows])
 
     def lines(self) -> str:
         """One line per file: each class's volume, or its smallest and largest over time."""

@@ -235,8 +235,9 @@ def test_nothing_is_left_behind_after_a_failure(voc, tmp_path, monkeypatch):
 
 def test_leftovers_of_killed_processes_are_swept(voc, tmp_path):
     cache = tmp_path / "cache"
-    dead, alive, other = ".voc_8x8_0.a.partial", ".voc_8x8_0.b.partial", ".notes"
-    for name in dead, alive, other:
+    dead, alive = (f".voc_8x8_{'0' * 16}.{letter}.partial" for letter in "ab")
+    others = ".notes", ".download.partial"
+    for name in dead, alive, *others:
         (cache / name).mkdir(parents=True)
         (cache / name / "images.npy").write_text("half")
     lock = os.open(cache / alive, os.O_RDONLY)
@@ -244,7 +245,7 @@ def test_leftovers_of_killed_processes_are_swept(voc, tmp_path):
     voc_cache(voc, cache)
     os.close(lock)
     hidden = {path.name for path in cache.iterdir() if path.name.startswith(".")}
-    assert hidden == {alive, other}
+    assert hidden == {alive, *others}
 
 
 def test_a_cache_in_the_making_is_not_swept(voc, tmp_path, monkeypatch):
@@ -288,4 +289,4 @@ def test_each_bad_volume_is_named_once_whatever_its_slices(tmp_path):
     write_volume(exam / "patient001_frame12_gt.nii.gz", np.full((18, 14, 4), np.nan, np.float32))
     message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
     assert message.startswith("2 bad files: ")
-    assert message.count("; ") == message.count("not finite") == 1
+    assert message.count("slice 0 holds") == message.count("not finite") == 1

@@ -137,7 +137,9 @@ def test_runs_are_ordered_seed_by_seed(capsys):
         ("list --names other", "--names other"),
         ("list --dataset voc --table 4", "--names and --ratios"),
         ("run --data-root here", "--data-root"),
-        ("run --dataset phantom -- --seed 3", "--seed"),
+        ("run --dataset phantom -- --seed 3", "--seed after --: "),
+        ("run --dataset phantom -- --labeled 3", "--labeled after --: "),
+        ("run --dataset phantom -- --split acdc_7of70", "--split after --: "),
     ],
 )
 def test_a_wrong_command_is_one_error_line(capsys, line, named):

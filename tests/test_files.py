@@ -1,6 +1,7 @@
 """Reading and writing pictures and NIfTI volumes, and the errors that name a bad file."""
 
 import errno
+import gzip
 import os
 import struct
 import zlib
@@ -77,7 +78,7 @@ def test_a_folders_deep_gray_pictures_keep_their_values_which_are_finite(tmp_pat
     floats[3, 4] = np.nan
     Image.fromarray(floats).save(tmp_path / "b.tif")
     message = error_of(files.read_sample, Sample("a", "a", tmp_path / "b.tif", None), folder_spec())
-    assert message == f"{tmp_path / 'b.tif'}: holds values that are not finite"
+    assert message.startswith(f"{tmp_path / 'b.tif'}: holds values that are not finite, or ")
 
 
 def png16(path: Path) -> None:
@@ -202,6 +203,17 @@ def volume_of(*shape: int):
     return lambda path: write_volume(path, np.zeros(shape, np.uint8))
 
 
+def with_header(place: int, value: float):
+    """A float32 of the header, in bytes from its start, is replaced."""
+
+    def write(path: Path) -> None:
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        content[place : place + 4] = struct.pack("<f", value)
+        path.write_bytes(gzip.compress(content))
+
+    return write
+
+
 UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the nearest neighbor"
 
 
@@ -212,7 +224,10 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
         ("", lambda p: p.write_bytes(b""), ""),
         ("", without_checksum, "CRC"),
         ("", with_value(np.nan, np.float32), "slice 1 holds values"),
-        ("", with_value(1e300, np.float64), "not finite as float32"),
+        ("", with_value(1e300, np.float64), "not finite, or beyond 1e+30"),
+        ("", with_value(-np.finfo(np.float32).max, np.float32), "not finite, or beyond 1e+30"),
+        *(("", with_header(80, value), "not positive or finite") for value in (np.inf, np.nan)),
+        ("", with_header(280, np.nan), "not positive or finite"),  # of the affine
         ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
         ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),
         ("", volume_of(0, 14, 3), "expected a volume (X, Y, Z)"),
@@ -254,13 +269,13 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_path):
-    touch(tmp_path, *"a.png b/a.jpg b/c.nii.gz D.NII notes.txt ._a.png b/.nii.gz".split())
+    touch(tmp_path, *"a.png b/a.jpg b/c.nii.gz D.NII notes.pdf ._a.png b/.nii.gz".split())
     touch(tmp_path, "a.nii")  # whose mask is a.nii.gz, not a.png
     found, other = files.find_pictures([tmp_path, tmp_path / "b" / "c.nii.gz"])
     places = {str(file.relative_to(tmp_path)): str(place) for file, place in found.items()}
     expected = {"a.png": "a", "b/a.jpg": "b/a", "b/c.nii.gz": "b/c", "D.NII": "D", "a.nii": "a"}
     assert places == expected
-    assert other == [f"{tmp_path / 'notes.txt'}: neither an image nor a NIfTI volume"]
+    assert other == [f"{tmp_path / 'notes.pdf'}: neither an image nor a NIfTI volume"]
 
 
 def test_paths_to_predict_must_exist_and_their_results_differ(tmp_path):

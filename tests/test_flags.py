@@ -213,3 +213,17 @@ def test_a_name_longer_than_the_file_system_allows_is_refused(capsys, flags, end
     flags = flags.replace("--training", "").split()
     name = "1" * 300 + ending
     assert name in error_line(capsys, *training, *flags, name)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--init", ""], ["--name="], ["--training", "--predict", "a", ""], ["--config", ""]]
+)
+def test_an_empty_value_is_refused(capsys, flags):
+    assert "is empty; give a value" in error_line(capsys, "--training", *TINY, *flags)
+
+
+def test_an_empty_value_in_a_toml_is_refused(capsys):
+    for key in "data_root", "checkpoints", "device":
+        Path("empty.toml").write_text(f'{key} = ""\n')
+        error = error_line(capsys, "--training", *TINY, "--config", "empty.toml")
+        assert f"empty.toml: --{key.replace('_', '-')}=: is empty" in error

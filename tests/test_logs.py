@@ -77,6 +77,7 @@ def test_toml_reads_back_as_it_was_written():
     table = {
         "text": 'say "no" \\ to C:\\new\ttabs\nand lines',
         "unicode": "cœur ♥ 𝄞",
+        "control": "\x1b and \x7f",
         "yes": True,
         "small": 2e-05,
         "large": 1e22,

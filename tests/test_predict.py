@@ -18,6 +18,7 @@ from runs import SIMPLE, TINY, edit_checkpoint, error_line, load_with, run, spli
 import data_utils
 import engine.predict
 import engine.run
+from datasets import writers
 from datasets.cache import decode, resize
 from datasets.layouts import index
 from datasets.phantom import draw_phantom
@@ -79,7 +80,7 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     assert metrics.keys() == {
         "miou", "miou_all", "miou_official", "miou_foreground", "dice_foreground", "constant",
         "pixel_accuracy", "iou", "dice", "n_images", "split",
-        "epoch", "checkpoint", "dataset", "method", "ratio", "labeled", "seed",
+        "epoch", "checkpoint", "dataset", "data_root", "method", "ratio", "labeled", "seed",
     }  # fmt: skip
     assert (metrics["n_images"], metrics["split"], metrics["dataset"]) == (4, ids["hash"], "tiny")
     assert (metrics["method"], metrics["ratio"], metrics["seed"]) == (method, 0.2, 0)
@@ -277,12 +278,59 @@ def test_masks_of_earlier_calls_stay(capsys, trained):
         error = error_line(capsys, "--predict", source)
         assert f"{mask.name} is the mask of {Path(source).resolve()}".replace("/b/", "/a/") in error
     assert [mask.read_bytes() for mask in masks] == before
-    for _ in range(2):
-        assert run("--predict", "b/other.nii.gz") == 0
+    files = [str(Path(name).resolve()) for name in ("a/scan.nii.gz", "b/other.nii.gz")]
+    for name in "b/other.nii.gz", files[1], "b/other.nii.gz":
+        assert run("--predict", name) == 0
         rows = rows_of(MASKS.parent / "volumes.csv")
-        assert [row["file"] for row in rows[::3]] == ["a/scan.nii.gz", "b/other.nii.gz"]
-    Path("a/one.png").rename("moved.png")  # nobody can predict the old file again
+        assert [row["file"] for row in rows[::3]] == files
+    Path("a/one.png").rename("archived.png")
+    assert "one.png is the mask of" in error_line(capsys, "--predict", "b/one.png")
+    masks[1].unlink()
     assert run("--predict", "b/one.png") == 0
+
+
+def test_the_volumes_of_an_interrupted_call_are_those_of_its_masks(monkeypatch, trained):
+    for name in "abc":
+        write_volume(Path(f"{name}.nii.gz"), noise(20, 20, 2, dtype=np.int16), np.eye(4))
+    saved, save = [], writers.save_prediction
+
+    def interrupted(*args):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(*args))
+
+    monkeypatch.setattr(writers, "save_prediction", interrupted)
+    assert run("--predict", "a.nii.gz", "b.nii.gz", "c.nii.gz") == 130
+    rows = rows_of(MASKS.parent / "volumes.csv")
+    assert {Path(row["file"]).name for row in rows} == {path.name for path in MASKS.iterdir()}
+    assert len(rows) == 6
+
+
+def test_results_are_not_predicted(capsys, trained):
+    Path("mine").mkdir()
+    for name in "heart", "heart_s07":
+        Image.fromarray(noise(20, 20)).save(f"mine/{name}.png")
+    for _ in range(2):
+        assert run("--predict", "mine", "--overlay", "--results", "mine/results") == 0
+    printed = capsys.readouterr().out
+    results = Path("mine/results", trained.parent.name)
+    assert f"skipped {results}: results of a run\n" in printed
+    assert printed.count("2 masks by") == 2
+    volume = Path("heart.nii.gz")
+    write_volume(volume, noise(20, 20, 2, dtype=np.int16), np.eye(4))
+    assert run("--predict", volume, "--overlay", "--results", "mine/results") == 0
+    overlays = stems(results / "predict/overlays")  # those of the pictures are kept
+    assert overlays == {"heart", "heart_s07", "heart_s00", "heart_s01"}
+
+
+def test_checkpoints_in_one_folder_have_results_of_their_own(trained):
+    Path("models").mkdir()
+    for name in "first", "second":
+        shutil.copy(trained, f"models/{name}.pt")
+    Image.new("L", (20, 20)).save("one.png")
+    for name in "first", "second":
+        assert run("--predict", "one.png", "--checkpoint", f"models/{name}.pt") == 0
+        assert Path("results", name, "predict/masks/one.png").is_file()
 
 
 def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeypatch, trained):
@@ -344,7 +392,8 @@ def test_each_slice_of_each_frame_of_a_film_is_predicted_as_a_picture_is(capsys,
     ml = [0.03 * (values[..., t] == 1).sum() for t in range(3)]
     assert f"film.nii.gz: right ventricle {min(ml):.1f} to {max(ml):.1f} ml, myocardium" in printed
     assert " ml, 3 frames\n" in printed
-    assert [(row["file"], row["frame"]) for row in rows[::3]] == [("film.nii.gz", t) for t in "012"]
+    film = str(Path("film.nii.gz").resolve())
+    assert [(row["file"], row["frame"]) for row in rows[::3]] == [(film, t) for t in "012"]
     assert [row["class"] for row in rows] == 3 * [*load_spec("tiny.toml").classes[1:]]
     assert [float(row["ml"]) for row in rows[::3]] == pytest.approx(ml, rel=1e-5)
 

@@ -272,6 +272,18 @@ def test_a_changed_file_is_kept_and_named(root, cityscapes_archives, capsys):
     assert sum(path.relative_to(root).as_posix() in "".join(kept) for path in (image, mask)) == 2
 
 
+def test_a_shorter_text_is_not_a_truncated_file(root, tmp_path, capsys):
+    make_acdc(tmp_path / "source", 2, 3)
+    prepare("acdc", root, tmp_path / "source")
+    path = root / "training/patient001/Info.cfg"
+    path.write_text("".join(path.read_text().splitlines(True)[:2]))
+    before = snapshot(root)
+    capsys.readouterr()
+    prepare("acdc", root, tmp_path / "source")
+    assert snapshot(root) == before
+    assert "training/patient001/Info.cfg" in capsys.readouterr().out
+
+
 def test_the_first_of_two_sources_wins(root, cityscapes_archives, tmp_path):
     name = "gtFine/train/aachen/aachen_9_gtFine_labelIds.png"
     for source in "first", "the second":

@@ -353,6 +353,10 @@ def test_a_damaged_file_is_named(capsys, file):
         ("report --from torn.jsonl --scale reduced", "torn.jsonl: line 2"),
         ("report --from other.jsonl", "unknown scale 'other'; give --scale"),
         ("report --from twice.jsonl", "twice.jsonl: line 2 repeats acdc_ours_0.1_s0"),
+        *(
+            (f"report --from {key}.jsonl", f"{key}.jsonl: line 1 is not a kept run")
+            for key in ("hash", "iou", "miou", "classes", "versions", "name")
+        ),
     ],
 )
 def test_a_wrong_command_is_one_error_line(capsys, line, named):
@@ -362,6 +366,8 @@ def test_a_wrong_command_is_one_error_line(capsys, line, named):
     Path("other.jsonl").write_text(text)
     Path("torn.jsonl").write_text(text + '{"name": "ours"}\n')
     Path("twice.jsonl").write_text(2 * text)
+    for key in "hash", "iou", "miou", "classes", "versions", "name":
+        Path(f"{key}.jsonl").write_text(text.replace(f'"{key}": ', f'"no {key}": '))
     assert named in error_line(capsys, line)
     assert not list(Path("checkpoints").glob("[ps]*"))
 

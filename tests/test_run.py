@@ -204,11 +204,11 @@ def test_another_folder_is_another_dataset_unless_it_has_all_of_the_runs_images(
     Path("mine.json").write_text(json.dumps({**lists, "test": ["picture 4"]}))
     flags = ["--training", *tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root", root]
     assert run(*flags, *(["--split", "mine.json"] if by_file else [])) == 0
-    part = "--testing", "--part", "test", "--results", "theirs", "--data-root"
+    part = "--testing", "--part", "test", "--data-root"
 
     other = make_folder(Path("other/test"), 2).parent  # of another hospital, with nothing else
     capsys.readouterr()
-    assert run(*part, other) == 0
+    assert run(*part, other, "--results", "theirs") == 0
     printed = capsys.readouterr().out
     assert "on 2 test images" in printed
     assert "has images of these names, too" in printed
@@ -219,7 +219,10 @@ def test_another_folder_is_another_dataset_unless_it_has_all_of_the_runs_images(
             next(Path("moved/test", role).iterdir()).unlink()
         assert run(*part, "moved") == 0
         assert "on 1 test image" in capsys.readouterr().out
-        assert names(Path("theirs/own_supervised_mine_s0/test/masks")) == {"picture 4.png"}
+        assert names(Path("results/own_supervised_mine_s0/test/masks")) == {"picture 4.png"}
+        for _ in range(2):  # the other's scores do not replace them
+            error = error_line(capsys, *part, other)
+            assert f"contains the scores of images in {Path('moved').resolve()}; give" in error
     else:
         for role in "images", "masks":  # as if it had been kept for the test
             Path("moved", role, "picture 0.png").unlink()
@@ -289,7 +292,8 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(
     steps = record_steps(monkeypatch, method, lambda *_: None)
     flags += ["--name", "cut"]
     interrupt(2, *flags)
-    assert "SIGTERM: saved checkpoints/cut/last.pt" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "SIGTERM: saved checkpoints/cut/last.pt; the same command resumes the run" in printed
 
     def add_keys_of_earlier_versions(state):
         state["schedulers"] = {"G": {"last_epoch": 9}}

@@ -40,6 +40,11 @@ def test_a_gpu_is_the_default_and_that_of_the_process(monkeypatch):
     assert chosen == ["cuda:0", "cuda:3"]
 
 
+def test_a_device_without_values_is_refused():
+    with pytest.raises(InputError, match="--device meta: "):
+        utils.pick_device("meta", "fp32")
+
+
 def test_tf32_is_a_choice():
     for precision, expected in ("tf32", ("high", True)), ("fp32", ("highest", False)):
         utils.pick_device("cpu", precision)

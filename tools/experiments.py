@@ -35,6 +35,7 @@ if __name__ == "__main__":  # before the slow imports, to handle signals during 
 import torch
 
 import utils
+from datasets.splits import ByFile
 from engine import program
 from engine.flags import Parser, bounded, parse_args, read_flags
 from engine.signals import SIGNALS
@@ -43,7 +44,8 @@ from tools.plan import EXPERIMENTS, SCALES, command_flags, paper_cells, paper_sc
 from tools.runs import as_flags
 from utils import InputError
 
-FIXED = {"dataset", "data_root", "method", "ratio", "seed", "checkpoints", "name"}  # not after --
+# Flags of main.py that follow from others, so that they cannot come after --
+FIXED = {"dataset", "data_root", "method", "ratio", "labeled", "seed", "checkpoints", "name"}
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
@@ -207,7 +209,9 @@ def run_all(
         print(f"failed: {name}: {result}")
     if signals:
         counts = f"{len(interrupted)} runs interrupted, {len(waiting)} not started"
-        print(f"{signal.Signals(signals[0]).name}: {counts}; the same command resumes them")
+        overwrite = any("--overwrite" in flags for flags, *_ in commands.values())
+        again = "the same command" + (" without --overwrite" if overwrite else "")
+        print(f"{signal.Signals(signals[0]).name}: {counts}; {again} resumes them")
         return 128 + signals[0]
     return 1 if failed or interrupted else 0
 
@@ -229,7 +233,9 @@ def show(args: argparse.Namespace, scale: str) -> int:
 
 def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     """run: train and test, seed by seed."""
-    if fixed := parse_args(["--training", *extra]).given.keys() & FIXED:
+    flags = parse_args(["--training", *extra])
+    by_file = isinstance(flags.rule, ByFile)
+    if fixed := {key for key in flags.given if key in FIXED or (key == "split" and by_file)}:
         flag = min(fixed).replace("_", "-")
         raise InputError(f"--{flag} after --: give it before --, or run main.py directly")
     cells, commands = select(args, scale), {}

@@ -8,7 +8,7 @@
     python tools/prepare.py split --labeled F --unlabeled F --val F --out FILE.json  (lists.py)
 
 Archives and folders under --root are used as well. A repeated command writes missing and truncated
-files; it keeps files that were changed, and names them.
+files; it keeps others, and names those of another size than the archive's.
 """
 
 import http.client
@@ -108,14 +108,15 @@ def read_sources(sources: list[Path]) -> Iterator[tuple[Path, int, Callable[[], 
 def write_missing(target: Path, source: Path, read: Callable[[], bytes], size: int = -1) -> str:
     """Write a file that is missing or truncated; return "written", "present" or "changed".
 
-    size: of the source in bytes; a file of another size was changed if it is not the source's
-    beginning. -1: every file is as it should be.
+    size: of the source in bytes; a file of another size was changed if it is text, or if it is not
+    the source's beginning. -1: every file is as it should be.
     """
     if target.is_file() and size in (-1, target.stat().st_size):
         return "present"
     with naming(source):
         content = read()
-    if target.is_file() and not content.startswith(target.read_bytes()):
+    is_text = target.suffix in (".cfg", ".md", ".txt")
+    if target.is_file() and (is_text or not content.startswith(target.read_bytes())):
         return "changed"
     target.parent.mkdir(parents=True, exist_ok=True)
     utils.write_atomically(target, content)

@@ -21,6 +21,8 @@ PAPER = {key: getattr(PARSER.parse_args([]), key) for key in setting_names()}
 # Keys of [dataset] that change a result
 DATA = "classes scored channels ignore void label_ids void_ids orientation".split()
 
+MALFORMED = AttributeError, IndexError, KeyError, TypeError, ValueError  # what wrong fields raise
+
 
 def as_flags(settings: dict) -> list[str]:
     """Settings as words of a command line."""
@@ -122,7 +124,7 @@ def read_folder(folder: Path) -> RunRecord:
         volumes = test.get("volumes", {}) if is_last else {}
         run = RunRecord(name, folder.name, settings, dataset, lines, versions, split, volumes)
         return checked(run) if name else run
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise InputError(f"{path}: not as main.py writes it ({error!r})") from error
 
 
@@ -147,9 +149,13 @@ def checked(run: RunRecord) -> RunRecord:
         what = f"{' '.join(flags)} no longer exist"
         raise InputError(f"{run.run}: {what}; read it with commit {commit or 'of its time'}")
     run = RunRecord(**{**asdict(run), "settings": PAPER | run.settings})
-    _ = run.place, run.finished, run.labels, [run.split[role] for role in ROLES]
-    _ = [(line["step"], line["miou"], line["iou"]) for line in run.evaluations]
-    _ = [run.dataset["classes"][k] for k in run.dataset["scored"]]
+    _ = run.place, run.finished, run.labels, run.versions.get("commit"), run.split["hash"]
+    numbers = [run.split[role] for role in ROLES]
+    scored = [run.dataset["classes"][k] for k in run.dataset["scored"]]
+    for line in run.evaluations:
+        numbers += [line[key] for key in ("epoch", "step", "miou")]
+        numbers += [line["iou"][name] for name in scored]
+    _ = [float(number or 0) for number in numbers]  # null where no scored class occurs
     return run
 
 
@@ -161,7 +167,7 @@ def read_log(path: Path) -> list[RunRecord]:
             run = checked(RunRecord(**json.loads(line)))
         except InputError as error:
             raise InputError(f"{path}: line {number}: {error}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise InputError(f"{path}: line {number} is not a kept run ({error!r})") from error
         if run.place in runs:
             raise InputError(f"{path}: line {number} repeats {run.run}")
