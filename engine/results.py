@@ -1,0 +1,82 @@
+"""The folder of a run's results: whose it is, and what may be replaced there."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import utils
+from datasets import files, writers
+from utils import InputError
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of a run; another checkpoint than best.pt and last.pt is a run of its own."""
+    path = checkpoint.resolve()
+    return path.parent if path.name in ("best.pt", "last.pt") else path.with_suffix("")
+
+
+def results_folder(results: str, checkpoint: Path) -> Path:
+    """Create the folder of a run's results, and note there whose they are (checkpoint.txt).
+
+    InputError if it has the results of another run of the same name, or files of another origin.
+    """
+    run = run_of(checkpoint)
+    folder, advice = Path(results) / run.name, "give another folder as --results"
+    utils.make_folder(folder, "--results")
+    note = folder / "checkpoint.txt"
+    if note.is_file():
+        before = Path(utils.read_text(note).strip())
+        if before.exists() and run_of(before) != run:
+            raise InputError(f"{folder}: contains the results of {before}; {advice}")
+    elif any(path.name[0] != "." for path in folder.iterdir()):  # another command may be starting
+        raise InputError(f"{folder}: contains files but no checkpoint.txt; {advice}")
+    utils.write_atomically(note, f"{checkpoint.resolve()}\n")
+    return folder
+
+
+def check_data_root(metrics: Path, data_root: Path) -> None:
+    """InputError if a metrics.json has the scores of another folder that still exists."""
+    with utils.naming(metrics):
+        before = json.loads(utils.read_text(metrics)) if metrics.is_file() else {}
+        scored = Path(before.get("data_root", data_root))
+    if scored != data_root and scored.exists():
+        found, advice = f"contains the scores of images in {scored}", "give another --results"
+        raise InputError(f"{metrics.parent}: {found}; {advice}")
+
+
+def note_sources(folder: Path, found: Mapping[Path, Path]) -> set[str]:
+    """Note in files.json whose masks the folder contains; return the output paths of all pictures.
+
+    InputError if a mask of another file would be replaced.
+    """
+    note = folder / "files.json"
+    with utils.naming(note):
+        before = dict(json.loads(utils.read_text(note))) if note.is_file() else {}
+    sources, clashes = {**before}, []
+    for file, place in found.items():
+        mask, source = str(writers.prediction_file(place, file)), str(file.resolve())
+        if before.get(mask, source) != source and (folder / "masks" / mask).exists():
+            clashes.append(f"{mask} is the mask of {before[mask]}")
+        sources[mask] = source
+    if clashes:
+        advice = "delete these masks, or give another folder as --results"
+        raise InputError(f"--predict: {folder / 'masks'}: {utils.first_ten(clashes)}; {advice}")
+    if sources != before:
+        utils.write_atomically(note, json.dumps(sources, indent=1))
+    return {mask.removesuffix(".png") for mask in sources if mask.endswith(".png")}
+
+
+def remove_overlays(folder: Path, found: Mapping[Path, Path], pictures: set[str]) -> None:
+    """Remove earlier overlays of the files that are predicted; `found` has their output paths.
+
+    pictures: the output paths of all pictures; other overlays end in a plane_number().
+    """
+    places: dict[bool, set[str]] = {True: set(), False: set()}  # of volumes, of pictures
+    for file, place in found.items():
+        places[files.is_volume(file)].add(str(place))
+    for old in folder.rglob("*.png"):
+        name = str(old.relative_to(folder).with_suffix(""))
+        in_volume = re.sub(r"(_t\d+)?_s\d+$", "", name) in places[True]
+        if name in places[False] or (name not in pictures and in_volume):
+            old.unlink()
