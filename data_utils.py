@@ -203,7 +203,6 @@ class Batches:
 class Data:
     """A run's dataset: its split and the cached images of each role."""
 
-    n_groups: int  # images or exams with masks that the index found
     split: Split
     labeled: Stored
     unlabeled: Stored
@@ -213,6 +212,12 @@ class Data:
     def train(self) -> Pairs:
         """Labeled and unlabeled images together."""
         return Pairs(self.labeled, self.unlabeled)
+
+    @property
+    def n_groups(self) -> int:
+        """The number of images or exams with masks."""
+        samples = self.split.labeled + self.split.unlabeled + self.split.val
+        return len({sample.group for sample in samples if sample.mask is not None})
 
     def masks(self) -> list[tuple[Sample, np.ndarray]]:
         """The labeled and the validation masks, with their samples."""
@@ -235,19 +240,20 @@ def load_data(
     if expected_split is not None:
         check_split(args, split, expected_split)
     utils.check_same(split.ids(), "the split's images")
-    return open_data(args, spec, samples, split)
+    return open_data(args, spec, split)
 
 
 def check_split(args, split: Split, expected: str) -> None:
     """InputError if a split does not have the hash of the run's."""
     if split.hash() == expected:
         return
-    cause = f"--data-root {args.data_root}: holds other images"
+    cause = f"--data-root {args.data_root}: holds other images or masks"
     if isinstance(args.rule, ByFile):
         cause = f"{args.rule.flag}: lists other images"
-    cause += " than the run started with, which its split.json names"
-    advice = "; give --name for another folder, or --overwrite to start over"
-    raise InputError(f"{cause}{advice if args.training else ''}")
+    advice = "give the run's split.json as --split"
+    if args.training:
+        advice = "give --name for another folder, or --overwrite to start over"
+    raise InputError(f"{cause} than the run started with, which its split.json names; {advice}")
 
 
 def load_part(
@@ -273,7 +279,7 @@ def load_part(
         samples = index(spec, root, rule.kind)
         split = rule.apply(samples, spec, args.seed)
         check_split(args, split, expected_split)
-        return open_data(args, spec, samples, Split((), (), split.test))
+        return open_data(args, spec, Split((), (), split.test))
     if is_own and part in rule.seen_parts(spec):
         advice = "--testing alone scores the run's validation images"
         raise InputError(f"--part {part}: the run's split uses this part; {advice}")
@@ -285,17 +291,16 @@ def load_part(
         print(f"--part {part}: the run's split has images of these names, too; {advice}")
     if not samples:
         raise InputError(f"--part {part}: no image has a mask")
-    return open_data(args, spec, samples, Split((), (), tuple(samples)))
+    return open_data(args, spec, Split((), (), tuple(samples)))
 
 
-def open_data(args, spec: DatasetSpec, samples: list[Sample], split: Split) -> Data:
+def open_data(args, spec: DatasetSpec, split: Split) -> Data:
     """Open the cache of a split's images."""
     used = sorted(split.labeled + split.unlabeled + split.val, key=lambda sample: sample.id)
     with utils.first_process_first():
         cache = open_cache(spec, used, tuple(args.size), Path(args.cache), args.workers)
     ignored_class = 0 if args.ignored == "background" else IGNORE
     return Data(
-        len({sample.group for sample in samples if sample.mask is not None}),
         split,
         Stored(cache, split.labeled, ignored_class),
         Stored(cache, split.unlabeled),

@@ -89,7 +89,8 @@ def describe(
     """Print a summary of the run."""
     expected, found = args.rule.n_expected(spec, data.split.val), data.n_groups
     if expected is not None and expected != found:
-        used = "all are used" if args.split == "standard" else "split in the same proportions"
+        used = {"standard": "all are used", "image": "85% are for training"}
+        used = used.get(args.split, "split in the same proportions")
         about = f"{found} images or exams with masks instead of {spec.name}'s {expected}"
         print(f"{args.data_root}: {about}: {used}")
     machine = f"CPU, {torch.get_num_threads()} threads"

@@ -1,10 +1,12 @@
 """Errors that name files; devices; processes; the learning rate; atomic writes."""
 
 import codecs
+import fcntl
 import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -14,15 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+PATIENCE = 60  # seconds to wait for another process that holds a folder; it may be suspended
 IGNORE = 255  # in every mask tensor: a pixel that neither trains nor counts (VOC's void)
 
 
 class InputError(Exception):
-    """Invalid flags, configuration or data; main prints one `error: ...` line and exits with 2."""
+    """Invalid flags, configuration or data: one `error: ...` line, exit code 2."""
 
 
 class TrainingError(Exception):
-    """A run that cannot continue; main prints one `error: ...` line and exits with 1."""
+    """A failure while running: full disk, diverged loss, unreadable file; one line, exit code 1."""
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -293,3 +296,29 @@ def make_folder(path: Path, flag: str) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {path}: cannot be written ({reason(error)})") from error
+
+
+@contextmanager
+def exclusive(folder: Path, seconds: float = 0) -> Iterator[bool]:
+    """Try to lock a folder for some seconds, and yield whether it is locked.
+
+    The lock lasts until the body or this process ends.
+    """
+    try:
+        file = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield False
+        return
+    held, deadline = False, time.monotonic() + seconds
+    try:
+        while not held:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except OSError as error:  # in use, or a file system without locks
+                if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:
+                    break
+                time.sleep(0.1)
+        yield held
+    finally:
+        os.close(file)

@@ -1,6 +1,5 @@
 """The cache: every image of a split decoded and resized once, memory-mapped."""
 
-import fcntl
 import hashlib
 import inspect
 import itertools
@@ -9,7 +8,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,10 +25,9 @@ from datasets import files
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice
 from datasets.workers import image_loader, loaded
-from utils import InputError, counted, first_ten, make_folder, writing
+from utils import PATIENCE, InputError, counted, exclusive, first_ten, make_folder, writing
 
 TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
-PATIENCE = 60  # seconds to wait for another process that deletes such folders; it may be suspended
 READERS = (files, draw_phantom)  # with decode() and resize(), the code that the key covers
 
 
@@ -137,51 +134,27 @@ def open_cache(
             _fill_cache(partial, spec, samples, size, workers)
             home.mkdir(exist_ok=True)
             for file in partial.iterdir():  # other runs may be storing equal files
+                with file.open("rb") as stored:  # on the disk before it gets its name
+                    os.fsync(stored.fileno())
                 file.replace(home / file.name)
         arrays = _map_cache(home)
     return Cache(*arrays, {sample.id: row for row, sample in enumerate(samples)})
 
 
 @contextmanager
-def _locked(folder: Path, seconds: float = 0) -> Iterator[bool]:
-    """Try to lock a folder for some seconds, and yield whether it is locked.
-
-    The lock lasts until the body or this process ends.
-    """
-    try:
-        file = os.open(folder, os.O_RDONLY)
-    except OSError:
-        yield False
-        return
-    held, deadline = False, time.monotonic() + seconds
-    try:
-        while not held:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                held = True
-            except OSError as error:  # in use, or a file system without locks
-                if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:
-                    break
-                time.sleep(0.1)
-        yield held
-    finally:
-        os.close(file)
-
-
-@contextmanager
 def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """A hidden folder, deleted at the end; first, delete those left behind by killed processes."""
     with ExitStack() as stack:
-        with _locked(parent, PATIENCE):
+        with exclusive(parent, PATIENCE):
             for leftover in parent.glob(f".*{TEMPORARY}"):
                 if not re.fullmatch(r"\..+_\d+x\d+_[0-9a-f]{16}\..+", leftover.stem):
                     continue  # not made here
-                with _locked(leftover) as abandoned:
+                with exclusive(leftover) as abandoned:
                     if abandoned:
                         shutil.rmtree(leftover, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(TEMPORARY, f".{name}.", parent))
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(exclusive(folder))
         yield folder
 
 
@@ -207,7 +180,7 @@ def _fill_cache(
     dtype = np.float32 if any(_needs_float(s.image, spec) for s in samples) else np.uint8
     volumes = [s.image.path if isinstance(s.image, Slice) else s.id for s in samples]
     rows = itertools.groupby(range(len(samples)), key=volumes.__getitem__)
-    files.read_volume.cache_clear()  # the files may have changed
+    files.forget_volumes()
     problems: dict[str, str] = {}  # the first of each volume or image
     per_pixel = spec.channels * np.dtype(dtype).itemsize + 1
     try:
@@ -227,7 +200,7 @@ def _fill_cache(
                 elif problem:
                     raise problem
     finally:
-        files.read_volume.cache_clear()
+        files.forget_volumes()
     if problems:
         unique = list(dict.fromkeys(problems.values()))
         raise InputError(f"{counted(len(unique), 'bad file')}: {first_ten(unique)}")

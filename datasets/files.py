@@ -1,4 +1,4 @@
-"""Find, read and check images and NIfTI volumes. A change of this file makes caches anew."""
+"""Find, read and check images and NIfTI volumes. Editing this file invalidates every cache."""
 
 import glob
 import gzip
@@ -230,6 +230,12 @@ def check_geometry(image: Path, mask: Path) -> None:
     if not np.allclose(*axes, rtol=0, atol=0.01 * np.linalg.norm(axes[0], axis=0)):
         found = "its affine has other axes or voxel sizes than its image's"
         raise InputError(f"{mask}: {found}; save it in the image's geometry")
+
+
+def forget_volumes() -> None:
+    """Forget the volumes that were read and checked: their files may have changed."""
+    read_volume.cache_clear()
+    check_geometry.cache_clear()
 
 
 def read_slice(source: Slice) -> np.ndarray:

@@ -14,10 +14,14 @@ from datasets.spec import PARTS, DatasetSpec, Sample, Slice
 from utils import InputError, first_ten, naming, read_lines
 
 
+def voc_homes(root: Path) -> tuple[Path, ...]:
+    """Where VOC2012 may be: the root, or below it."""
+    return root, root / "VOC2012", root / "VOCdevkit/VOC2012"
+
+
 def voc_home(root: Path, folder: str) -> Path:
-    """VOC2012 with that folder: the root, or below it."""
-    homes = root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"
-    home = next((h for h in homes if (h / folder).is_dir()), None)
+    """VOC2012 with that folder."""
+    home = next((h for h in voc_homes(root) if (h / folder).is_dir()), None)
     if home is None:
         expected = f"VOC2012 (a folder with {folder})"
         raise InputError(f"{root}: contains no {expected}; point --data-root at it")
@@ -165,8 +169,8 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
                     continue
                 group = match[1]
                 if (other := parts.setdefault(group, part)) != part:
-                    found = f"patient {group} is also among the {other} images"
-                    problems.append(f"{image}: {found}; keep all files of a patient together")
+                    message = f"patient {group} is also among the {other} images"
+                    problems.append(f"{image}: {message}; keep all files of a patient together")
                     continue
             if part == "val" and mask is None:
                 problems.append(f"{image}: has no mask in {root / masks}")

@@ -36,7 +36,10 @@ def file_of(path: str) -> Path:
 def load(path: Path) -> dict:
     """Read a checkpoint onto the CPU; InputError if it is damaged or not from this program."""
     if not path.is_file():
-        raise InputError(f"checkpoint {path}: no such file")
+        last = path.with_name("last.pt")
+        is_new = path.name == "best.pt" and last.is_file()
+        advice = f"; the run has not been evaluated yet: give {last}" if is_new else ""
+        raise InputError(f"checkpoint {path}: no such file{advice}")
     try:
         content = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(content) as records:

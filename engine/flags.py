@@ -61,9 +61,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        for before, value in zip(["", *args], args, strict=False):  # such as an unset variable's
+        for before, value in zip(["", *args], args, strict=False):
             if value == "" or re.fullmatch("--[a-z0-9-]+=", value):
-                raise InputError(f"{value or before}: is empty; give a value")
+                raise InputError(f"{value or before}: is empty; give a value")  # an unset variable?
         return super().parse_known_args(args, namespace)
 
     def group(self, title: str, description: str | None = None) -> Callable:

@@ -17,7 +17,13 @@ from datasets.labels import check_ignored
 from datasets.spec import DatasetSpec, Slice
 from engine.metrics import ConfusionMatrix, format_means, format_metrics, segmentation_metrics
 from engine.pictures import picture_grid, save_overlay, save_picture
-from engine.results import check_data_root, note_sources, remove_overlays, results_folder
+from engine.results import (
+    add_volumes,
+    check_data_root,
+    note_sources,
+    remove_overlays,
+    results_folder,
+)
 from engine.train import evaluate
 from engine.trained import Trained
 from engine.volumes import Assembly, Contents, VolumeScores
@@ -52,7 +58,8 @@ def score(trained: Trained, data: Data) -> int:
     folder = results_folder(args.results, trained.path) / (args.part or "")
     data_root = Path(args.data_root).resolve()
     check_data_root(folder / "metrics.json", data_root)
-    (folder / "volumes.csv").unlink(missing_ok=True)
+    for name in ("metrics.json", "volumes.csv"):  # of an earlier test
+        (folder / name).unlink(missing_ok=True)
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
         for old in (folder / sub).glob("*.png"):  # of an earlier test
@@ -118,15 +125,15 @@ def score(trained: Trained, data: Data) -> int:
 
 
 def print_values(spec: DatasetSpec) -> None:
-    """Say so if PNG masks do not have the values of the training masks."""
+    """Print the value that PNG masks cannot hold, if there is one: they hold class indices then."""
     if value := spec.beyond_png():
         print(f"PNG masks hold class indices: {value} needs more than 8 bits")
 
 
-def plane_number(i: int, n_planes: int, depth: int) -> str:
-    """The ending of an overlay of plane i: slice, and frame if there is time."""
-    number = f"_s{i % depth:02d}" if n_planes > 1 else ""
-    return f"_t{i // depth:02d}{number}" if n_planes > depth else number
+def plane_name(i: int, n_planes: int, depth: int) -> str:
+    """The file of the overlay of plane i of a volume: frame, if there is time, and slice."""
+    frame = f"t{i // depth:02d}_" if n_planes > depth else ""
+    return f"{frame}s{i % depth:02d}.png"
 
 
 @torch.inference_mode()
@@ -138,16 +145,24 @@ def predict(trained: Trained) -> int:
     """
     args, spec = trained.args, trained.spec
     unreadable: list[str] = []
+    dtype = trained.state.get("image_dtype")
     found, other = files.find_pictures([Path(path) for path in args.predict])
+    if not found:
+        skipped = f"; skipped {utils.first_ten(other)}" if other else ""
+        raise InputError(f"--predict: found no images or NIfTI volumes{skipped}")
     folder = results_folder(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
-    pictures = note_sources(folder, found)
-    remove_overlays(folder / "overlays", found, pictures)
+    note_sources(folder, found)
+    remove_overlays(folder / "overlays", found)
 
     def planes() -> Iterator[tuple[Path, int, int, Tensor]]:
         for path in tqdm(found, desc="predicting", unit=" files", disable=None):
             try:
                 pixels = files.read_planes(path, spec.channels)
+                is_deep = pixels[0].dtype != torch.uint8
+                if args.normalization == "half" and dtype == "uint8" and is_deep:
+                    reason = "more than 8 bits, unlike the training images"
+                    raise InputError(f"{path}: {reason}; --normalization half scales it otherwise")
             except InputError as error:
                 unreadable.append(str(error))
                 continue
@@ -159,17 +174,16 @@ def predict(trained: Trained) -> int:
     try:
         while batch := list(itertools.islice(waiting, args.batch_size)):
             x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]
-            if (
-                trained.state.get("image_dtype") == "float32"
-            ):  # as in training, each by its own range
+            if dtype == "float32":  # as in training, each by its own range
                 x = [each.float() for each in x]
             x = torch.cat([normalize(each, args.normalization) for each in x])
             logits = trained.model.segment(x)
             for (path, i, n_planes, plane), own in zip(batch, logits, strict=True):
                 mask, place = mask_at(own, plane.shape[-2:]).cpu(), found[path]
                 if args.overlay:
-                    number = plane_number(i, n_planes, files.depth_of(path))
-                    file = folder / "overlays" / f"{place}{number}.png"
+                    file = folder / "overlays" / writers.prediction_file(place, path)
+                    if files.is_volume(path):
+                        file /= plane_name(i, n_planes, files.depth_of(path))
                     save_overlay(file, plane, mask, spec)
                 masks = assembly.add(path, i, n_planes, mask)
                 if masks is not None:
@@ -179,15 +193,9 @@ def predict(trained: Trained) -> int:
                         contents.add(path, masks)
     finally:  # an interrupted call has written masks, too
         if contents.rows:
-            table = folder / "volumes.csv"
-            earlier = utils.read_text(table) if table.is_file() else ""
-            with utils.naming(table):
-                text = contents.csv(earlier)
-            utils.write_atomically(table, text)
+            add_volumes(folder, contents)
     for problem in other + unreadable:
         print(f"skipped {problem}")
-    if not n_written and not unreadable:
-        raise InputError("--predict: found no images or NIfTI volumes")
     if contents.rows:
         print(contents.lines())
     epoch = trained.state["epoch"]

@@ -1,12 +1,13 @@
 """The folder of a run's results: whose it is, and what may be replaced there."""
 
 import json
-import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import utils
-from datasets import files, writers
+from datasets import writers
+from engine.volumes import Contents
 from utils import InputError
 
 
@@ -45,38 +46,40 @@ def check_data_root(metrics: Path, data_root: Path) -> None:
         raise InputError(f"{metrics.parent}: {found}; {advice}")
 
 
-def note_sources(folder: Path, found: Mapping[Path, Path]) -> set[str]:
-    """Note in files.json whose masks the folder contains; return the output paths of all pictures.
+def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
+    """Note in files.json whose masks the folder contains; `found` has their output paths.
 
     InputError if a mask of another file would be replaced.
     """
-    note = folder / "files.json"
-    with utils.naming(note):
-        before = dict(json.loads(utils.read_text(note))) if note.is_file() else {}
-    sources, clashes = {**before}, []
+    note, clashes = folder / "files.json", []
+    with utils.exclusive(folder, utils.PATIENCE):  # other commands may predict at the same time
+        with utils.naming(note):
+            before = dict(json.loads(utils.read_text(note))) if note.is_file() else {}
+        sources = {**before}
+        for file, place in found.items():
+            mask, source = str(writers.prediction_file(place, file)), str(file.resolve())
+            if before.get(mask, source) != source and (folder / "masks" / mask).exists():
+                clashes.append(f"{mask} is the mask of {before[mask]}")
+            sources[mask] = source
+        if clashes:
+            advice = "delete these masks, or give another folder as --results"
+            raise InputError(f"--predict: {folder / 'masks'}: {utils.first_ten(clashes)}; {advice}")
+        if sources != before:
+            utils.write_atomically(note, json.dumps(sources, indent=1))
+
+
+def add_volumes(folder: Path, contents: Contents) -> None:
+    """Write volumes.csv; the lines of other files stay."""
+    table = folder / "volumes.csv"
+    with utils.exclusive(folder, utils.PATIENCE):
+        earlier = utils.read_text(table) if table.is_file() else ""
+        with utils.naming(table):
+            text = contents.csv(earlier)
+        utils.write_atomically(table, text)
+
+
+def remove_overlays(folder: Path, found: Mapping[Path, Path]) -> None:
+    """Remove earlier overlays of the files that are predicted; `found` has their output paths."""
     for file, place in found.items():
-        mask, source = str(writers.prediction_file(place, file)), str(file.resolve())
-        if before.get(mask, source) != source and (folder / "masks" / mask).exists():
-            clashes.append(f"{mask} is the mask of {before[mask]}")
-        sources[mask] = source
-    if clashes:
-        advice = "delete these masks, or give another folder as --results"
-        raise InputError(f"--predict: {folder / 'masks'}: {utils.first_ten(clashes)}; {advice}")
-    if sources != before:
-        utils.write_atomically(note, json.dumps(sources, indent=1))
-    return {mask.removesuffix(".png") for mask in sources if mask.endswith(".png")}
-
-
-def remove_overlays(folder: Path, found: Mapping[Path, Path], pictures: set[str]) -> None:
-    """Remove earlier overlays of the files that are predicted; `found` has their output paths.
-
-    pictures: the output paths of all pictures; other overlays end in a plane_number().
-    """
-    places: dict[bool, set[str]] = {True: set(), False: set()}  # of volumes, of pictures
-    for file, place in found.items():
-        places[files.is_volume(file)].add(str(place))
-    for old in folder.rglob("*.png"):
-        name = str(old.relative_to(folder).with_suffix(""))
-        in_volume = re.sub(r"(_t\d+)?_s\d+$", "", name) in places[True]
-        if name in places[False] or (name not in pictures and in_volume):
-            old.unlink()
+        overlay = folder / writers.prediction_file(place, file)
+        shutil.rmtree(overlay) if overlay.is_dir() else overlay.unlink(missing_ok=True)

@@ -94,12 +94,12 @@ def dataset_name(dataset: str) -> str:
 def find_checkpoint(args: Flags) -> Path:
     """--checkpoint, or best.pt of the most recent run that matches the flags given.
 
-    These are --name, --dataset, --method, --ratio, --labeled and --seed; InputError if no run
-    matches.
+    These are --name, --dataset, --method, --ratio, --labeled, --label-unit and --seed; InputError
+    if no run matches.
     """
     if args.checkpoint:
         return checkpoint.file_of(args.checkpoint)
-    keys = "name", "method", "ratio", "labeled", "seed"
+    keys = "name", "method", "ratio", "labeled", "label_unit", "seed"
     wanted = {key: args.given[key] for key in keys if key in args.given}
     if "dataset" in args.given:
         wanted["dataset"] = dataset_name(args.dataset)
@@ -122,7 +122,7 @@ def find_checkpoint(args: Flags) -> Path:
         advice = "resume it, or give its last.pt as --checkpoint"
         raise InputError(f"{utils.first_ten(unfinished)}: not evaluated yet; {advice}")
     if not finished:
-        flags = "".join(f" --{key} {args.given[key]}" for key in wanted)
+        flags = "".join(f" --{key.replace('_', '-')} {args.given[key]}" for key in wanted)
         advice = f"start one with python main.py --training{flags}"
         raise InputError(f"{args.checkpoints} contains no trained run{flags}: {advice}")
     return max(finished, key=finished.get)

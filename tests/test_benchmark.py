@@ -31,6 +31,12 @@ def test_the_plain_step_calls_a_generator_for_each_set_of_images():
     assert sizes == [5] * 6
 
 
+def test_kernels_are_chosen_as_in_training(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    benchmark.Step(SMALL, "fp32")
+    assert torch.backends.cudnn.benchmark
+
+
 def test_convolutions_round_to_tf32_in_its_own_steps_only(monkeypatch):
     steps, allowed = [benchmark.Step(SMALL, option) for option in ("tf32", "fp32")], []
     for step in steps:

@@ -276,10 +276,29 @@ def test_a_cache_is_made_where_folders_cannot_be_locked(voc, tmp_path, monkeypat
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    (tmp_path / "cache" / ".a.partial").mkdir(parents=True)
+    leftover = tmp_path / f"cache/.voc_8x8_{'0' * 16}.a.partial"
+    leftover.mkdir(parents=True)
     monkeypatch.setattr(fcntl, "flock", no_locks)
     assert len(voc_cache(voc, tmp_path / "cache").images) == 4
-    assert (tmp_path / "cache" / ".a.partial").is_dir()
+    assert leftover.is_dir()
+
+
+def test_a_caches_files_are_on_the_disk_before_they_get_their_names(voc, tmp_path, monkeypatch):
+    stored = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: stored.append([*(tmp_path / "cache").glob("voc*/*")])
+    )
+    voc_cache(voc, tmp_path / "cache")
+    assert [len(named) for named in stored] == [0, 1]
+
+
+def test_a_mask_whose_geometry_changed_is_checked_again(tmp_path):
+    spec = load_spec("acdc")
+    samples = index(spec, make_acdc(tmp_path, 1, 2))[:2]
+    open_cache(spec, samples, (8, 8), tmp_path / "cache")
+    write_volume(samples[0].mask.path, np.zeros((18, 14, 2), np.uint8), np.diag([1.0, 1, 1, 1]))
+    message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
+    assert "its affine has other axes or voxel sizes" in message
 
 
 def test_each_bad_volume_is_named_once_whatever_its_slices(tmp_path):

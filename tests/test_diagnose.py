@@ -46,6 +46,17 @@ def test_norms_may_take_more_steps_than_an_epoch_has(in_tmp, monkeypatch):
     assert len(steps) == 2 * 25
 
 
+def test_terms_may_take_more_steps_than_an_epoch_has(in_tmp, monkeypatch):
+    flags = "--training --dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 0 --epochs 1"
+    assert main.main([*flags.split(), "--name", "ours"]) == 0
+    batches, terms = [], CycleGAN.generator_terms
+    monkeypatch.setattr(
+        CycleGAN, "generator_terms", lambda *batch: batches.append(1) or terms(*batch)
+    )
+    assert diagnose.diagnose(["terms", "checkpoints/ours", "--steps", "25"]) == 0
+    assert len(batches) == 25
+
+
 def test_every_instance_norm_is_replaced():
     torch.manual_seed(0)
     network, x = ResNetGenerator(1, 4, ngf=2, n_blocks=1), torch.randn(1, 1, 16, 16)

@@ -139,6 +139,8 @@ def test_runs_are_ordered_seed_by_seed(capsys):
         ("run --data-root here", "--data-root"),
         ("run --dataset phantom -- --seed 3", "--seed after --: "),
         ("run --dataset phantom -- --labeled 3", "--labeled after --: "),
+        ("run --dataset phantom -- --results x", "--results after --: "),
+        ("list -- --epochs 5", "flags after -- belong to run, not to list"),
         ("run --dataset phantom -- --split acdc_7of70", "--split after --: "),
     ],
 )
@@ -198,6 +200,12 @@ def test_failures_are_named_and_what_is_finished_is_left_alone(capsys, in_proces
     assert f"end   {good}: was finished, mIoU {last['miou']:.4f}" in out
     assert re.findall("end   (.*): tested", out) == [untested]
     assert {path: path.read_bytes() for path in before} == before
+
+    scores = ["--checkpoint", str(folder / good), "--results", str(results)]  # of best.pt
+    assert main.main(["--testing", *scores]) == 0
+    capsys.readouterr()
+    assert run(f"{line} 0.5", *TINY) == 0
+    assert re.findall("end   (.*): tested", capsys.readouterr().out) == [good]
 
 
 def test_a_test_runs_on_the_machine_of_its_training(capsys):

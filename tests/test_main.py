@@ -43,3 +43,6 @@ def test_other_counts_than_the_datasets_are_printed(capsys):
     assert main.main(["--training", *flags, "--data-root", str(make_acdc(Path("acdc"), 4, 2))]) == 0
     about = "4 images or exams with masks instead of acdc's 100: split in the same proportions"
     assert f"acdc: {about}\n" in capsys.readouterr().out
+    flags += ["--data-root", "acdc", "--split", "image", "--name", "slices"]
+    assert main.main(["--training", *flags]) == 0
+    assert "instead of acdc's 100: 85% are for training\n" in capsys.readouterr().out

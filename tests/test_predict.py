@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import nibabel
@@ -18,6 +20,7 @@ from runs import SIMPLE, TINY, edit_checkpoint, error_line, load_with, run, spli
 import data_utils
 import engine.predict
 import engine.run
+import utils
 from datasets import writers
 from datasets.cache import decode, resize
 from datasets.layouts import index
@@ -25,6 +28,7 @@ from datasets.phantom import draw_phantom
 from datasets.spec import load_spec
 from engine import checkpoint
 from engine.metrics import format_metrics
+from engine.results import note_sources
 from model import METHODS
 
 RESULTS = Path("results", SIMPLE.name)
@@ -92,6 +96,17 @@ def test_a_test_writes_metrics_masks_and_panels(capsys, method):
     columns = 6 if method == "cyclegan" else 3  # image, truth, and all that the networks make
     panel = Image.open(results / "panels" / f"{ids['val'][0]}.png")
     assert panel.width == 4 + columns * (128 + 4)  # each pixel is a square of 8x8
+
+
+def test_an_interrupted_test_leaves_no_scores_of_another_checkpoint(monkeypatch, trained):
+    assert run("--testing") == 0
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.predict, "save_picture", interrupted)
+    assert run("--testing", "--checkpoint", trained.with_name("last.pt")) == 130
+    assert not (RESULTS / "metrics.json").exists()
 
 
 def test_a_test_computes_each_output_of_the_networks_once(monkeypatch):
@@ -238,12 +253,15 @@ def test_pictures_of_any_kind_and_volumes_are_predicted_at_their_own_size(capsys
     labels = labels_of(MASKS / "deep er/heart.nii.gz")
     assert labels.shape == (21, 34, 3)
     assert f"heart.nii.gz: right ventricle {0.03 * (labels == 1).sum():.1f} ml, myocardium " in out
-    slices = {"heart_s00", "heart_s01", "heart_s02"}
-    assert stems(OVERLAYS / "deep er") == {Path(name).stem for name in pictures} | slices
+    assert stems(OVERLAYS / "deep er/heart.nii.gz") == {"s00", "s01", "s02"}
+    (OVERLAYS / "deep er/heart.nii.gz").rename("overlays of a volume")
+    assert stems(OVERLAYS / "deep er") == {Path(name).stem for name in pictures}
 
 
 def test_nothing_to_predict_is_an_error(capsys, trained):
-    assert "found no images" in error_line(capsys, "--predict", "tiny.toml")
+    error = error_line(capsys, "--predict", "tiny.toml")
+    assert "found no images or NIfTI volumes; skipped tiny.toml: neither" in error
+    assert not Path("results").exists()
     Path("broken.png").write_bytes(b"junk")
     assert "unreadable files: " in error_line(capsys, "--predict", "broken.png", code=1)
 
@@ -289,6 +307,20 @@ def test_masks_of_earlier_calls_stay(capsys, trained):
     assert run("--predict", "b/one.png") == 0
 
 
+def test_commands_that_start_together_note_all_sources(tmp_path, monkeypatch):
+    write = utils.write_atomically
+    monkeypatch.setattr(utils, "write_atomically", lambda *file: (time.sleep(0.3), write(*file)))
+    (tmp_path / "masks").mkdir()
+    threads = []
+    for name in "a", "b":
+        found = {tmp_path / f"{name}.png": Path(name)}
+        threads.append(threading.Thread(target=note_sources, args=(tmp_path, found)))
+        threads[-1].start()
+    for thread in threads:
+        thread.join()
+    assert json.loads((tmp_path / "files.json").read_text()).keys() == {"a.png", "b.png"}
+
+
 def test_the_volumes_of_an_interrupted_call_are_those_of_its_masks(monkeypatch, trained):
     for name in "abc":
         write_volume(Path(f"{name}.nii.gz"), noise(20, 20, 2, dtype=np.int16), np.eye(4))
@@ -308,7 +340,7 @@ def test_the_volumes_of_an_interrupted_call_are_those_of_its_masks(monkeypatch, 
 
 def test_results_are_not_predicted(capsys, trained):
     Path("mine").mkdir()
-    for name in "heart", "heart_s07":
+    for name in "one", "two":
         Image.fromarray(noise(20, 20)).save(f"mine/{name}.png")
     for _ in range(2):
         assert run("--predict", "mine", "--overlay", "--results", "mine/results") == 0
@@ -316,11 +348,16 @@ def test_results_are_not_predicted(capsys, trained):
     results = Path("mine/results", trained.parent.name)
     assert f"skipped {results}: results of a run\n" in printed
     assert printed.count("2 masks by") == 2
-    volume = Path("heart.nii.gz")
-    write_volume(volume, noise(20, 20, 2, dtype=np.int16), np.eye(4))
-    assert run("--predict", volume, "--overlay", "--results", "mine/results") == 0
-    overlays = stems(results / "predict/overlays")  # those of the pictures are kept
-    assert overlays == {"heart", "heart_s07", "heart_s00", "heart_s01"}
+
+
+def test_a_volume_and_pictures_with_similar_names_keep_their_overlays(trained):
+    for name in "heart", "heart_s00":
+        Image.fromarray(noise(20, 20)).save(f"{name}.png")
+    write_volume(Path("heart.nii.gz"), noise(20, 20, 1, dtype=np.int16), np.eye(4))
+    for names in ["heart.png", "heart_s00.png"], ["heart.nii.gz"]:
+        assert run("--predict", *names, "--overlay") == 0
+    found = {str(path.relative_to(OVERLAYS)) for path in OVERLAYS.rglob("*.png")}
+    assert found == {"heart.png", "heart_s00.png", "heart.nii.gz/s00.png"}
 
 
 def test_checkpoints_in_one_folder_have_results_of_their_own(trained):
@@ -348,6 +385,17 @@ def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeyp
     (lowest, highest), ends = torch.aminmax(seen[0]), torch.aminmax(seen[1])
     assert -1 < lowest < highest < 0
     assert torch.equal(torch.stack(ends), torch.tensor([-1.0, 1.0]))
+
+
+def test_deep_pictures_are_not_predicted_where_half_would_scale_them_otherwise(capsys, trained):
+    state = checkpoint.load(trained)
+    state["settings"]["normalization"] = "half"
+    Image.fromarray(noise(20, 20, dtype=np.uint16)).save("deep.png")
+    checkpoint.save(trained, state | {"image_dtype": "uint8"})
+    error = error_line(capsys, "--predict", "deep.png", code=1)
+    assert "deep.png: more than 8 bits, unlike the training images" in error
+    checkpoint.save(trained, state | {"image_dtype": "float32"})
+    assert run("--predict", "deep.png") == 0
 
 
 def test_images_that_half_would_scale_otherwise_than_in_training_are_not_scored(capsys, trained):
@@ -382,7 +430,8 @@ def test_each_slice_of_each_frame_of_a_film_is_predicted_as_a_picture_is(capsys,
         Image.fromarray(film[:, :, z, t].T).save(f"{pictures[z, t]}.tif")
     assert run("--predict", "film.nii.gz", "--overlay") == 0
     printed, rows = capsys.readouterr().out, rows_of(MASKS.parent / "volumes.csv")
-    assert stems(OVERLAYS) == {*pictures.values()}
+    frames = stems(OVERLAYS / "film.nii.gz")
+    assert {f"film_{name}" for name in frames} == {*pictures.values()}
     assert run("--predict", *(f"{name}.tif" for name in pictures.values())) == 0
     values = labels_of(MASKS / "film.nii.gz")
     assert values.shape == film.shape
@@ -404,10 +453,10 @@ def test_overlays_show_the_masks_that_lie_beside_them(trained):
     for name in "one.png", "two.png":
         Image.new("L", (20, 20)).save(name)
     assert run("--predict", "v.nii.gz", "one.png", "two.png", "--overlay") == 0
-    assert stems(OVERLAYS) == {"v_s00", "v_s01", "v_s02", "one", "two"}
+    assert stems(OVERLAYS / "v.nii.gz") == {"s00", "s01", "s02"}
     write_volume(Path("v.nii.gz"), volume[..., :2])
     assert run("--predict", "v.nii.gz", "--overlay") == 0
-    assert stems(OVERLAYS) == {"v_s00", "v_s01", "one", "two"}
+    assert stems(OVERLAYS / "v.nii.gz") == {"s00", "s01"}
     assert run("--predict", "v.nii.gz", "one.png") == 0
     assert stems(OVERLAYS) == {"two"}
 

@@ -196,6 +196,19 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     assert "--part test: in the run's split: picture 9" in error
 
 
+def test_a_run_whose_images_got_masks_is_tested_with_its_own_split(capsys):
+    root = make_folder(Path("pictures"), 8)
+    (root / "masks/picture 3.png").rename("later.png")
+    Path("own.toml").write_text(f"ratio = 1\n{OWN}")
+    flags = [*tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root", root]
+    assert run("--training", *flags) == 0
+    Path("later.png").rename(root / "masks/picture 3.png")
+    error = error_line(capsys, "--testing")
+    assert "holds other images or masks than the run started with" in error
+    assert "give the run's split.json as --split" in error
+    assert run("--testing", "--split", "checkpoints/own_supervised_1_s0/split.json") == 0
+
+
 @pytest.mark.parametrize("by_file", [False, True])
 def test_another_folder_is_another_dataset_unless_it_has_all_of_the_runs_images(capsys, by_file):
     root = make_folder(Path("pictures"), 8)

@@ -54,6 +54,18 @@ def test_the_most_recent_run_that_matches_the_flags_is_used(capsys):
     assert "checkpoints/unfinished: not evaluated yet; resume it" in error
 
 
+def test_a_run_is_found_by_the_unit_of_its_labels():
+    exams = make_run("8exams", 9, labeled=8, label_unit="exam")
+    make_run("8images", 5, labeled=8, label_unit="image")
+    assert find("--labeled", 8, "--label-unit", "exam") == exams
+
+
+def test_a_run_that_was_not_evaluated_yet_is_said_to_be_one(capsys, trained):
+    trained.unlink()
+    error = error_line(capsys, "--testing", "--checkpoint", trained.parent)
+    assert f"not been evaluated yet: give {trained.with_name('last.pt')}" in error
+
+
 def test_a_dataset_is_found_by_the_name_in_its_file(trained):
     for dataset in str(trained.with_name("config.toml")), "gone/tiny.toml":
         assert load_with(["--testing", "--dataset", dataset]).path == trained

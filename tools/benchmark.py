@@ -86,7 +86,7 @@ class Step:
         self.args = args = parse_args(["--training", *argv, *flags])
         self.spec = spec = load_spec(args.dataset)
         self.device = utils.pick_device(args.device, args.precision)
-        torch.manual_seed(args.seed)
+        utils.seed_everything(args.seed, args.deterministic)
         method = model.METHODS[args.method]
         if plain and args.method == "cyclegan":
             method = PlainCycleGAN

@@ -21,6 +21,7 @@ but --steps are main.py's. Each norm trains the same networks on the same batche
 import itertools
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -35,10 +36,10 @@ from torch import nn
 
 import utils
 from arch.norm import InstanceNorm2d
-from data_utils import Batches, load_data
-from datasets.spec import load_spec
+from data_utils import Batches, Data, load_data
+from datasets.spec import DatasetSpec, load_spec
 from engine import program
-from engine.flags import Parser, bounded, parse_args
+from engine.flags import Flags, Parser, bounded, parse_args
 from engine.trained import Trained, load_runs, run_flags
 from model import CycleGAN, cycle_I, move
 from tools.report import markdown
@@ -60,6 +61,17 @@ def use_pytorchs_norm(network: nn.Module) -> None:
                 setattr(module, name, PyTorchsNorm())
 
 
+def first_batches(
+    data: Data, args: Flags, spec: DatasetSpec, device: torch.device, n_steps: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The batches of a training's first steps, loaded in this process."""
+    epochs = (data.train.epoch(args.seed, i, args.batch_size) for i in itertools.count())
+    items = itertools.islice(itertools.chain.from_iterable(epochs), n_steps * args.batch_size)
+    orientation = spec.orientation if args.augment else None
+    options = args.batch_size, device, 0, args.normalization, orientation
+    return Batches(data.train, *options).of([*items])
+
+
 def norms(argv: list[str]) -> int:
     """Print one line per norm."""
     parser = Parser("diagnose.py norms", description=__doc__)
@@ -71,9 +83,6 @@ def norms(argv: list[str]) -> int:
     device = utils.pick_device(args.device, args.precision)
     spec = load_spec(args.dataset)
     data = load_data(args, spec, uses_unlabeled=True)
-    n_epochs = -(-own.steps // data.train.n_steps(args.batch_size))
-    epochs = [data.train.epoch(args.seed, i, args.batch_size) for i in range(n_epochs)]
-    order = [*itertools.chain(*epochs)][: own.steps * args.batch_size]
     rows = []
     for norm in "PyTorch's", "ours":
         utils.seed_everything(args.seed, args.deterministic)
@@ -82,10 +91,7 @@ def norms(argv: list[str]) -> int:
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
         found: dict[bool, list[float]] = {True: [], False: []}
-        orientation = spec.orientation if args.augment else None
-        options = args.batch_size, device, 0, args.normalization, orientation
-        batches = Batches(data.train, *options)
-        for x, y, x_u in batches.of(order):
+        for x, y, x_u in first_batches(data, args, spec, device, own.steps):
             model.step(x, y, x_u)
             one_class = any(len(mask.unique()) == 1 for mask in y)
             found[one_class].append(weight.grad.norm().item())
@@ -103,11 +109,8 @@ def of_terms(run: Trained, steps: int) -> dict[str, float]:
     model.progress = run.state["epoch"] / args.epochs  # some weights depend on it
     utils.seed_everything(args.seed, args.deterministic)
     data = load_data(args, run.spec, run.state["split"], model.uses_unlabeled)
-    orientation = run.spec.orientation if args.augment else None
-    options = args.batch_size, run.device, 0, args.normalization, orientation
-    order = data.train.epoch(args.seed, 0, args.batch_size)[: steps * args.batch_size]
     parameters, found = [*model.G_IS.parameters()], {}
-    for batch in Batches(data.train, *options).of(order):
+    for batch in first_batches(data, args, run.spec, run.device, steps):
         terms, _ = model.generator_terms(*batch)
         for name, term in terms.items():
             parts = []

@@ -44,8 +44,8 @@ from tools.plan import EXPERIMENTS, SCALES, command_flags, paper_cells, paper_sc
 from tools.runs import as_flags
 from utils import InputError
 
-# Flags of main.py that follow from others, so that they cannot come after --
-FIXED = {"dataset", "data_root", "method", "ratio", "labeled", "seed", "checkpoints", "name"}
+# Flags of main.py that this program sets itself: an error after --
+FIXED = set("dataset data_root method ratio labeled seed checkpoints results name".split())
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 
 
@@ -102,7 +102,7 @@ class Job:
     testing: bool
     slot: int  # of --jobs
     process: subprocess.Popen
-    before: int  # evaluated() at its start
+    before: int  # log_time() at its start
     started: float
 
     def result(self, folder: Path) -> str:
@@ -119,21 +119,23 @@ class Job:
             run = runs.read_folder(folder / self.name)
         except InputError as error:  # of a finished run of an earlier version
             return f"finished, but the report cannot read it: {error}"
-        trained = evaluated(folder / self.name) != self.before
+        trained = log_time(folder / self.name) != self.before
         result = f"finished in {duration}" if trained else "was finished"
         return result + (f", mIoU {run.last:.4f}, best {run.best:.4f}" if run.epoch else "")
 
 
-def evaluated(folder: Path) -> int:
-    """A number that changes with each evaluation of a run; 0 before the first one."""
+def log_time(folder: Path) -> int:
+    """When a run's metrics.jsonl was last written, in ns; 0 without one."""
     log = folder / "metrics.jsonl"
     return log.stat().st_mtime_ns if log.is_file() else 0
 
 
 def is_tested(folder: Path) -> bool:
-    """Whether a run has a test that is younger than its last checkpoint."""
-    metrics = runs.results_of(folder) / "metrics.json"
-    return metrics.is_file() and metrics.stat().st_mtime > (folder / "last.pt").stat().st_mtime
+    """Whether a run's last checkpoint was tested after it was written."""
+    last, metrics = folder / "last.pt", runs.results_of(folder) / "metrics.json"
+    if not metrics.is_file() or metrics.stat().st_mtime <= last.stat().st_mtime:
+        return False
+    return '/last.pt",' in utils.read_text(metrics)  # its "checkpoint"
 
 
 def visible_gpus() -> list[str]:
@@ -178,7 +180,7 @@ def run_all(
         handlers[signum] = signal.signal(signum, lambda signum, _: signals.append(signum))
 
     def begin(name: str, testing: bool, slot: int) -> None:
-        before, started = evaluated(folder / name), time.monotonic()
+        before, started = log_time(folder / name), time.monotonic()
         process = start(name, commands[name][testing], folder, environment(slot, n_jobs, gpus))
         running.append(Job(name, testing, slot, process, before, started))
 
@@ -237,7 +239,8 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     by_file = isinstance(flags.rule, ByFile)
     if fixed := {key for key in flags.given if key in FIXED or (key == "split" and by_file)}:
         flag = min(fixed).replace("_", "-")
-        raise InputError(f"--{flag} after --: give it before --, or run main.py directly")
+        advice = "it follows from the flags before --; to set it, run main.py directly"
+        raise InputError(f"--{flag} after --: {advice}")
     cells, commands = select(args, scale), {}
     if args.data_root:
         if len({dataset for dataset, _, _ in cells}) > 1:
@@ -298,11 +301,13 @@ def build_parser() -> argparse.ArgumentParser:
 def experiments(argv: list[str]) -> int:
     """0 done, 1 a run failed, 128 + n after signal n; InputError for wrong flags or files."""
     split = argv.index("--") if "--" in argv else len(argv)
-    args = build_parser().parse_args(argv[:split])
+    args, extra = build_parser().parse_args(argv[:split]), argv[split + 1 :]
+    if extra and args.action != "run":
+        raise InputError(f"flags after -- belong to run, not to {args.action}")
     if args.action == "list":
         return show(args, args.scale or "paper")
     if args.action == "run":
-        return run(args, args.scale or "paper", argv[split + 1 :])
+        return run(args, args.scale or "paper", extra)
     scale = args.scale or (args.source.resolve().stem if args.source else "paper")
     source = args.source or Path("checkpoints") / scale
     out = args.out or (source.parent if source.is_file() else source)

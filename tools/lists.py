@@ -8,6 +8,7 @@ from 1 and has renumbered the frames: 01 is an exam's first one, 02 its second, 
 
 import json
 import re
+import shlex
 from collections import defaultdict
 from itertools import chain, combinations
 from pathlib import Path
@@ -113,7 +114,7 @@ def make_split(argv: list[str]) -> int:
     rows = [f" {json.dumps(role)}: {json.dumps(names)}" for role, names in lists.items()]
     utils.write_atomically(args.out, "{\n" + ",\n".join(rows) + "\n}\n")
     counts = ", ".join(f"{len(names):,} {role}" for role, names in lists.items())
-    dataset = f"acdc --data-root {args.root}" if samples else "DATASET"
+    dataset = f"acdc --data-root {shlex.quote(str(args.root))}" if samples else "DATASET"
     use = f"python main.py --training --dataset {dataset}"
-    print(f"{args.out}: {counts}; use it with {use} --split {args.out}")
+    print(f"{args.out}: {counts}; use it with {use} --split {shlex.quote(str(args.out))}")
     return 0

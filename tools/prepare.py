@@ -14,6 +14,7 @@ files; it keeps others, and names those of another size than the archive's.
 import http.client
 import io
 import re
+import shlex
 import socket
 import sys
 import tarfile
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 import utils
 from datasets.files import read_sample, visible_files
-from datasets.layouts import index
+from datasets.layouts import index, voc_homes
 from datasets.spec import DatasetSpec, Sample, load_spec, voc_palette
 from datasets.writers import flat_palette
 from engine import program
@@ -205,7 +206,7 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
 
     VOC's own masks, with contours of 255, take precedence over SBD's.
     """
-    homes = root, root / "VOC2012", root / "VOCdevkit/VOC2012"  # as in the layout "voc"
+    homes = voc_homes(root)
     home = next((home for home in homes if (home / "ImageSets/Segmentation").is_dir()), homes[-1])
     masks, lists = home / "SegmentationClassAug", home / "ImageSets/Segmentation"
     other = write_layout("voc", home, sources)
@@ -274,7 +275,8 @@ def verify(spec: DatasetSpec, root: Path, workers: int) -> None:
         raise InputError(f"unusable files ({len(errors)}): {first_ten(errors)}")
     complete = f"incomplete: {', '.join(incomplete)}" if incomplete else "complete"
     print(f"all images and masks are usable; {complete}")
-    print(f"next: python main.py --training --dataset {spec.name} --data-root {root}")
+    folder = shlex.quote(str(root))
+    print(f"next: python main.py --training --dataset {spec.name} --data-root {folder}")
 
 
 def print_shares(spec: DatasetSpec, pixels: dict[str, np.ndarray]) -> None:
