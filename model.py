@@ -266,7 +266,8 @@ def as_sums(weights: dict[str, float], channels: int, height: int, width: int) -
     """Scale the weights of Eq. 8 so that means are weighted like the sums in Eq. 2, 3, 6 and 7.
 
     Those sum over pixels, Eq. 3 and 6 also over channels; Eq. 4 and 5 have one probability per
-    image. All weights are divided by H W, a common factor, to which Adam is invariant.
+    image. All weights are divided by H W, a common factor, to which Adam is invariant. Where pixels
+    are ignored, the means of Eq. 2 and 7 stay those over the others.
     """
     factors = {"gen_I": channels, "cycle_I": channels}
     factors |= dict.fromkeys(("disc_S", "disc_I"), 1 / (height * width))

@@ -139,7 +139,7 @@ def compile_networks(model: nn.Module) -> None:
 
 def rank() -> int:
     """This process's number; process 0 writes and prints."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def world_size() -> int:
@@ -149,7 +149,7 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """This process's number on its machine, which is also its GPU's."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
 
 
 def join_processes(device: torch.device) -> None:
@@ -238,7 +238,7 @@ def failure(error: Exception) -> str | None:
         return f"a process that loads images ended: {str(error).partition('. ')[0]}; {advice}"
     if str(error).startswith("DataLoader timed out"):
         found = str(error).replace("DataLoader timed out", "loading a batch of images timed out")
-        return f"{found}; check the disk; checkpoints are intact"
+        return f"{found}; was it suspended? Otherwise check the disk; checkpoints are intact"
     if "InvalidCxxCompiler" in str(error) or "Failed to find C compiler" in str(error):
         return "--compile: found no C++ compiler; install g++, or train without --compile"
     if isinstance(error, dist.DistError) or "gloo/" in str(error):
@@ -299,15 +299,15 @@ def make_folder(path: Path, flag: str) -> None:
 
 
 @contextmanager
-def exclusive(folder: Path, seconds: float = 0) -> Iterator[bool]:
-    """Try to lock a folder for some seconds, and yield whether it is locked.
+def exclusive(folder: Path, seconds: float = 0) -> Iterator[bool | None]:
+    """Try to lock a folder for some seconds, and yield whether it is locked; None if it cannot be.
 
     The lock lasts until the body or this process ends.
     """
     try:
         file = os.open(folder, os.O_RDONLY)
     except OSError:
-        yield False
+        yield None
         return
     held, deadline = False, time.monotonic() + seconds
     try:
@@ -315,10 +315,13 @@ def exclusive(folder: Path, seconds: float = 0) -> Iterator[bool]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 held = True
-            except OSError as error:  # in use, or a file system without locks
-                if not isinstance(error, BlockingIOError) or time.monotonic() >= deadline:
+            except BlockingIOError:  # in use
+                if time.monotonic() >= deadline:
                     break
                 time.sleep(0.1)
+            except OSError:  # a file system without locks
+                held = None
+                break
         yield held
     finally:
         os.close(file)

@@ -32,8 +32,11 @@ READERS = (files, draw_phantom)  # with decode() and resize(), the code that the
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """An image (C, H, W) at the networks' size, bilinear."""
-    return F.interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)[0]
+    """An image (C, H, W) at the networks' size, bilinear; a constant stays one."""
+    resized = F.interpolate(pixels[None], tuple(size), mode="bilinear", antialias=True)[0]
+    if not pixels.is_floating_point():
+        return resized
+    return resized.clamp(*torch.aminmax(pixels))  # weights sum to 1 up to rounding alone
 
 
 def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow recognizes but cannot read
 LARGEST = 1e30  # of pixels; float32 holds up to 3.4e38
 NOT_FINITE = f"holds values that are not finite, or beyond {LARGEST:g}; replace such marks"
+MM = {1: 1000, 3: 0.001}  # by NIfTI's code of a unit of length: m, micron; others are mm
 EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 
 
@@ -226,10 +227,26 @@ def check_geometry(image: Path, mask: Path) -> None:
     depths = [read_volume(path).shape[2] for path in (image, mask)]
     if depths[0] != depths[1]:
         raise InputError(f"{mask}: has {depths[1]} slices, but its image has {depths[0]}")
-    axes = [nibabel.load(path).affine[:3, :3] for path in (image, mask)]
-    if not np.allclose(*axes, rtol=0, atol=0.01 * np.linalg.norm(axes[0], axis=0)):
-        found = "its affine has other axes or voxel sizes than its image's"
+    first, other = (nibabel.load(path).affine for path in (image, mask))
+    axes, shift = first[:3, :3], other[:3, 3] - first[:3, 3]
+    differ = []
+    if not np.allclose(axes, other[:3, :3], rtol=0, atol=0.01 * np.linalg.norm(axes, axis=0)):
+        differ.append("axes")
+    if not np.allclose(spacing_of(image), spacing_of(mask), rtol=0.01):
+        differ.append("voxel sizes")
+    if (np.abs(np.linalg.lstsq(axes, shift, rcond=None)[0]) > 0.5).any():  # in voxels
+        differ.append("origin")
+    if differ:
+        found = f"its header has another geometry than its image's ({', '.join(differ)})"
         raise InputError(f"{mask}: {found}; save it in the image's geometry")
+
+
+def spacing_of(volume: Path) -> tuple[float, float, float]:
+    """The size of a voxel (z, y, x) in mm, from the header's zooms and their unit."""
+    header = nibabel.load(volume).header
+    mm = MM.get(int(header["xyzt_units"]) % 8, 1)
+    x, y, z = (float(zoom) * mm for zoom in header.get_zooms()[:3])
+    return z, y, x
 
 
 def forget_volumes() -> None:

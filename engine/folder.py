@@ -130,11 +130,16 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
             lacking = f"contains {found[0]} but no last.pt, so no run can resume"
             raise InputError(f"{folder}: {lacking}; {advice}")
         return None
-    state = checkpoint.load(path)
+    start_over = "give --overwrite to start over"
+    try:
+        state = checkpoint.load(path)
+    except InputError as error:
+        raise InputError(f"{error}; {start_over}") from error
     progress = state.get("progress")
     if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
-        reason = "a run cannot resume from it; --overwrite starts over"
-        raise InputError(f"checkpoint {path}: {reason}")
+        raise InputError(f"checkpoint {path}: a run cannot resume from it; {start_over}")
+    if progress["evaluated"] and not path.with_name("best.pt").is_file():
+        raise InputError(f"{folder}: contains last.pt but no best.pt; restore it, or {start_over}")
     old = Flags({}, [state["settings"]])  # adds the defaults of flags newer than the run
     old_spec = make_spec(state["dataset"], f"checkpoint {path}")  # adds keys it does not have
     before, now = old.settings, args.settings

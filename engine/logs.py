@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from utils import naming, writing
+from utils import InputError, naming, writing
 
 SECONDS_BETWEEN_LINES = 60  # when standard error is not a terminal
 
@@ -107,11 +107,18 @@ def with_values(losses: dict[str, float]) -> str:
 
 
 def forget_after(folder: Path, epoch: int) -> None:
-    """Drop a run's evaluations after an epoch; a resumed run repeats them."""
+    """Drop a run's evaluations after an epoch; a resumed run repeats them.
+
+    InputError if the evaluation of that epoch, 0 for none, is missing.
+    """
     log = folder / "metrics.jsonl"
     lines = utils.read_lines(log) if log.is_file() else []
     with naming(log):
-        kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+        epochs = [json.loads(line)["epoch"] for line in lines]
+    kept = [line for line, of in zip(lines, epochs, strict=True) if of <= epoch]
+    if epoch and epoch not in epochs:
+        advice = "restore the file, or give --overwrite to start over"
+        raise InputError(f"{log}: lacks the evaluation of epoch {epoch}; {advice}")
     utils.write_atomically(log, "".join(f"{line}\n" for line in kept))
 
 

@@ -23,6 +23,7 @@ from engine.results import (
     note_sources,
     remove_overlays,
     results_folder,
+    writing_alone,
 )
 from engine.train import evaluate
 from engine.trained import Trained
@@ -49,20 +50,28 @@ def score(trained: Trained, data: Data) -> int:
 
     Those of --part go to a folder of that name.
     """
-    state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
-    dtype = state.get("image_dtype", data.val.image_dtype)
+    args, spec = trained.args, trained.spec
+    dtype = trained.state.get("image_dtype", data.val.image_dtype)
     if args.normalization == "half" and dtype != data.val.image_dtype:
         found = f"--normalization half: images are {data.val.image_dtype}, in training {dtype}"
         raise InputError(f"{found}, which it scales in another way")
     check_ignored(data.masks(), spec, data.unlabeled.samples)
     folder = results_folder(args.results, trained.path) / (args.part or "")
-    data_root = Path(args.data_root).resolve()
-    check_data_root(folder / "metrics.json", data_root)
-    for name in ("metrics.json", "volumes.csv"):  # of an earlier test
+    utils.make_folder(folder, "--results")
+    with writing_alone(folder):
+        check_data_root(folder / "metrics.json", Path(args.data_root).resolve())
+        write_scores(trained, data, folder)
+    return 0
+
+
+def write_scores(trained: Trained, data: Data, folder: Path) -> None:
+    """Write the files of score() in place of an earlier test's."""
+    state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
+    for name in ("metrics.json", "volumes.csv"):
         (folder / name).unlink(missing_ok=True)
     for sub in ("masks", "panels"):
         utils.make_folder(folder / sub, "--results")
-        for old in (folder / sub).glob("*.png"):  # of an earlier test
+        for old in (folder / sub).glob("*.png"):
             old.unlink()
     samples = data.split.val
     waiting, native = iter(samples), ConfusionMatrix(len(spec.classes))
@@ -97,7 +106,7 @@ def score(trained: Trained, data: Data) -> int:
         "epoch": state["epoch"],
         "checkpoint": str(trained.path),
         "dataset": spec.name,
-        "data_root": str(data_root),
+        "data_root": str(Path(args.data_root).resolve()),
         "method": args.method,
         "ratio": args.ratio,
         "labeled": args.labeled,
@@ -121,7 +130,6 @@ def score(trained: Trained, data: Data) -> int:
     written = "metrics.json, volumes.csv, masks/" if has_volumes else "metrics.json, masks/"
     print(f"{written} and panels/ (image, truth, predictions) are in {folder}")
     print_values(spec)
-    return 0
 
 
 def print_values(spec: DatasetSpec) -> None:

@@ -21,6 +21,7 @@ def execute(command: Callable[[list[str]], int], argv: list[str] | None = None) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # any file name can be printed
+    prints = utils.local_rank() == 0
     try:
         with workers_ended():
             return command(sys.argv[1:] if argv is None else argv)
@@ -36,6 +37,8 @@ def execute(command: Callable[[list[str]], int], argv: list[str] | None = None) 
         if message is None:  # a bug
             traceback.print_exc()
             return code
-    if utils.local_rank() == 0 or message.startswith("out of memory"):
+        # the other processes then only find the connection closed
+        prints = prints or not message.startswith("the connection between the processes failed")
+    if prints:
         print(f"error: {message}", file=sys.stderr)
     return code

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import utils
@@ -36,6 +37,16 @@ def results_folder(results: str, checkpoint: Path) -> Path:
     return folder
 
 
+@contextmanager
+def writing_alone(folder: Path) -> Iterator[None]:
+    """InputError if another command is writing scores into this folder."""
+    with utils.exclusive(folder) as held:
+        if held is False:
+            advice = "wait for it, or give another --results"
+            raise InputError(f"{folder}: another command is testing there; {advice}")
+        yield
+
+
 def check_data_root(metrics: Path, data_root: Path) -> None:
     """InputError if a metrics.json has the scores of another folder that still exists."""
     with utils.naming(metrics):
@@ -49,7 +60,8 @@ def check_data_root(metrics: Path, data_root: Path) -> None:
 def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
     """Note in files.json whose masks the folder contains; `found` has their output paths.
 
-    InputError if a mask of another file would be replaced.
+    InputError if the mask of another file would be replaced, or that of a file which another
+    command may be predicting.
     """
     note, clashes = folder / "files.json", []
     with utils.exclusive(folder, utils.PATIENCE):  # other commands may predict at the same time
@@ -58,11 +70,12 @@ def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
         sources = {**before}
         for file, place in found.items():
             mask, source = str(writers.prediction_file(place, file)), str(file.resolve())
-            if before.get(mask, source) != source and (folder / "masks" / mask).exists():
+            other = Path(before.get(mask, source))
+            if str(other) != source and (other.exists() or (folder / "masks" / mask).exists()):
                 clashes.append(f"{mask} is the mask of {before[mask]}")
             sources[mask] = source
         if clashes:
-            advice = "delete these masks, or give another folder as --results"
+            advice = "give another folder as --results"
             raise InputError(f"--predict: {folder / 'masks'}: {utils.first_ten(clashes)}; {advice}")
         if sources != before:
             utils.write_atomically(note, json.dumps(sources, indent=1))

@@ -10,13 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import nibabel
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
 
-from datasets.files import depth_of, read_volume
+from datasets.files import depth_of, read_volume, spacing_of
 from datasets.spec import DatasetSpec, Sample
 from utils import IGNORE, counted
 
@@ -42,7 +41,6 @@ class Score(NamedTuple):
 
 
 MEASURES = Score._fields[4:]
-MM = {1: 1000, 3: 0.001}  # by NIfTI's code of a unit of length: m, micron; others are mm
 
 
 # Scores of one class, from boolean volumes; distances need a voxel in both
@@ -138,14 +136,6 @@ class Assembly:
             return None
         del self.slices[volume]
         return torch.stack([slices[z] for z in range(depth)])
-
-
-def spacing_of(volume: Path) -> tuple[float, float, float]:
-    """The size of a voxel (z, y, x) in mm, from the header's zooms and their unit."""
-    header = nibabel.load(volume).header
-    mm = MM.get(int(header["xyzt_units"]) % 8, 1)
-    x, y, z = (float(zoom) * mm for zoom in header.get_zooms()[:3])
-    return z, y, x
 
 
 class VolumeScores:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import (
     error_of,
     folder_spec,
@@ -298,7 +299,13 @@ def test_a_mask_whose_geometry_changed_is_checked_again(tmp_path):
     open_cache(spec, samples, (8, 8), tmp_path / "cache")
     write_volume(samples[0].mask.path, np.zeros((18, 14, 2), np.uint8), np.diag([1.0, 1, 1, 1]))
     message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
-    assert "its affine has other axes or voxel sizes" in message
+    assert "its header has another geometry than its image's" in message
+
+
+@pytest.mark.parametrize("value", [-1024.0, 1000.0, 1e5])
+def test_a_constant_stays_one_at_another_size(value):
+    x = resize(torch.full((1, 512, 300), value), (200, 256))
+    assert (x == value).all()
 
 
 def test_each_bad_volume_is_named_once_whatever_its_slices(tmp_path):

@@ -153,23 +153,37 @@ def test_a_fourth_axis_of_length_one_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("affine", "fits"),
+    ("affine", "differ"),
     [
-        (np.diag([1.5, 1.5, 10.01, 1]), True),  # rounded by another program
-        (np.array([[1.5, 0, 0, 40], [0, 1.5, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), True),
-        (np.diag([-1.5, 1.5, 10, 1]), False),
-        (np.diag([1.55, 1.5, 10, 1]), False),
-        (np.array([[0, 1.5, 0, 0], [1.5, 0, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), False),
+        (np.diag([1.5, 1.5, 10.01, 1]), None),  # rounded by another program
+        (np.array([[1.5, 0, 0, 0.4], [0, 1.5, 0, 0], [0, 0, 10, 4], [0, 0, 0, 1]]), None),
+        (np.array([[1.5, 0, 0, 40], [0, 1.5, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), "origin"),
+        (np.array([[1.5, 0, 0, 0], [0, 1.5, 0, 0], [0, 0, 10, 10], [0, 0, 0, 1]]), "origin"),
+        (np.diag([-1.5, 1.5, 10, 1]), "axes"),
+        (np.diag([1.55, 1.5, 10, 1]), "axes, voxel sizes"),
+        (np.array([[0, 1.5, 0, 0], [1.5, 0, 0, 0], [0, 0, 10, 0], [0, 0, 0, 1]]), "axes"),
     ],
 )
-def test_a_mask_volume_has_the_axes_of_its_image(tmp_path, affine, fits):
+def test_a_mask_volume_has_the_geometry_of_its_image(tmp_path, affine, differ):
     affines = np.diag([1.5, 1.5, 10, 1]), affine
     sample = volume_sample(tmp_path, *np.zeros((2, 6, 6, 2), np.uint8), affines=affines)
-    if fits:
-        files.read_sample(sample, ACDC)
-    else:
+    if differ:
         message = error_of(files.read_sample, sample, ACDC)
-        assert message.startswith(f"{sample.mask.path}: its affine has other axes")
+        found = f"its header has another geometry than its image's ({differ})"
+        assert message.startswith(f"{sample.mask.path}: {found}; save")
+    else:
+        files.read_sample(sample, ACDC)
+
+
+def test_a_mask_volume_has_the_voxel_sizes_of_its_image_where_affines_have_none(tmp_path):
+    """As in ACDC: sizes are in the header's zooms alone."""
+    for name, size in ("image", 1.4), ("mask", 2):
+        volume = nibabel.Nifti1Image(np.zeros((6, 6, 2), np.uint8), np.eye(4))
+        volume.header["pixdim"][1:4] = size, size, 10
+        nibabel.save(volume, tmp_path / f"{name}.nii")
+    slices = (Slice(tmp_path / f"{name}.nii", 0) for name in ("image", "mask"))
+    message = error_of(files.read_sample, Sample("a", "a", *slices), ACDC)
+    assert "another geometry than its image's (voxel sizes)" in message
 
 
 def test_slopes_and_intercepts_of_images_and_masks_are_applied(tmp_path):

@@ -65,6 +65,7 @@ def test_no_line_is_printed_beside_a_progress_bar_or_by_another_process(
     tmp_path, capsys, clock, monkeypatch, terminal, rank
 ):
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", rank)
     logs = Logs(tmp_path, 0, 4000, 1000)
     clock[0] += 100

@@ -18,6 +18,7 @@ def test_processes_start_with_equal_weights_and_draw_other_numbers(monkeypatch):
     args = parse_args(["--training", *TINY])
     weights, draws = [], []
     for rank in "01":
+        monkeypatch.setenv("WORLD_SIZE", "8")
         monkeypatch.setenv("RANK", rank)
         model = main.build_model(args, load_spec("tiny.toml"), torch.device("cpu"))
         weights.append(torch.cat([w.flatten() for w in model.state_dict().values()]))

@@ -109,6 +109,15 @@ def test_an_interrupted_test_leaves_no_scores_of_another_checkpoint(monkeypatch,
     assert not (RESULTS / "metrics.json").exists()
 
 
+def test_a_second_test_of_a_run_is_refused(capsys, trained):
+    assert run("--testing") == 0
+    before = (RESULTS / "metrics.json").read_bytes()
+    with utils.exclusive(RESULTS):
+        error = error_line(capsys, "--testing")
+        assert f"{RESULTS}: another command is testing there; wait for it" in error
+    assert (RESULTS / "metrics.json").read_bytes() == before
+
+
 def test_a_test_computes_each_output_of_the_networks_once(monkeypatch):
     assert run("--training", *TINY, "--epochs", "1") == 0
     used, compute = [], METHODS["cyclegan"].compute

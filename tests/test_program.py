@@ -39,11 +39,25 @@ def test_a_failure_of_the_machine_is_one_error_line_and_exit_code_1(capsys, rais
 
 def test_the_first_process_of_each_machine_prints_errors(capsys, monkeypatch):
     monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setenv("WORLD_SIZE", "8")
     for local_rank, n_lines in (0, 1), (1, 0):
         monkeypatch.setenv("RANK", "2")
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         assert main.main(["--training", "--dataset", "gone.toml"]) == 2
         assert len(capsys.readouterr().err.splitlines()) == n_lines
+
+
+@pytest.mark.parametrize(("failure", "n_lines"), [("DataLoader worker (pid 7) ", 1), ("gloo/a", 0)])
+def test_other_processes_print_failures_that_only_they_have(capsys, monkeypatch, failure, n_lines):
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    for key, value in ("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"):
+        monkeypatch.setenv(key, value)
+
+    def failing(_argv):
+        raise RuntimeError(failure)
+
+    assert program.execute(failing, []) == 1
+    assert len(capsys.readouterr().err.splitlines()) == n_lines
 
 
 @pytest.mark.parametrize("bug", [ValueError("shapes differ"), RuntimeError("/data/gloomy: gone")])

@@ -243,6 +243,17 @@ def test_another_folder_is_another_dataset_unless_it_has_all_of_the_runs_images(
         assert "--part test: in the run's split: picture 0" in error
 
 
+@pytest.mark.parametrize("file", ["metrics.jsonl", "best.pt", "last.pt"])
+def test_a_run_that_lacks_a_file_is_not_resumed(capsys, file):
+    flags = ["--training", *SUPERVISED, "--epochs", "3", "--name", "one"]
+    interrupt(6, *flags[1:])
+    path = Path("checkpoints/one", file)
+    path.write_bytes(b"") if file == "last.pt" else path.unlink()
+    error = error_line(capsys, *flags)
+    assert f"one/{file}" in error or f"no {file}" in error
+    assert "give --overwrite to start over" in error
+
+
 # --split FILE
 
 

@@ -35,6 +35,7 @@ def test_a_gpu_is_the_default_and_that_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
     monkeypatch.setattr(torch, "empty", lambda _size, device: None)
     utils.pick_device(None, "fp32")
+    monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "3")
     utils.pick_device("cuda", "fp32")
     assert chosen == ["cuda:0", "cuda:3"]
@@ -111,3 +112,11 @@ def test_folder_is_made_empty_with_its_parents_or_named_with_its_flag(tmp_path):
 def test_first_ten_names_ten_and_counts_the_rest():
     assert utils.first_ten("abcdefghij") == "a; b; c; d; e; f; g; h; i; j"
     assert utils.first_ten(iter("abcdefghijk")) == "a; b; c; d; e; f; g; h; i; j; and 1 more"
+
+
+def test_a_rank_counts_only_among_several_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (utils.rank(), utils.local_rank()) == (0, 0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (utils.rank(), utils.local_rank()) == (1, 1)

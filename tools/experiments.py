@@ -176,8 +176,9 @@ def run_all(
     """
     waiting, running, signals, n_passed_on = list(commands), [], [], 0
     failed, interrupted, handlers = {}, {}, {}
-    for signum in SIGNALS:
-        handlers[signum] = signal.signal(signum, lambda signum, _: signals.append(signum))
+    for signum in (*SIGNALS, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup
+            handlers[signum] = signal.signal(signum, lambda signum, _: signals.append(signum))
 
     def begin(name: str, testing: bool, slot: int) -> None:
         before, started = log_time(folder / name), time.monotonic()
@@ -190,8 +191,8 @@ def run_all(
                 begin(waiting.pop(0), False, min({*range(n_jobs)} - {job.slot for job in running}))
             for signum in signals[n_passed_on:]:
                 n_passed_on += 1
-                for job in running:
-                    job.process.send_signal(signum)
+                for job in running:  # a closed terminal is none of their terminals
+                    job.process.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 result, code = job.result(folder), job.process.returncode
