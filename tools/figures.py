@@ -191,7 +191,8 @@ def draw_curves(runs: list[RunRecord], path: Path) -> str:
             scores = [line["miou"] or 0.0 for line in run.evaluations]
             axes.plot(steps, scores, "-" if run.finished else "--", color=color, linewidth=1)
         axes.set_xlim(0, None)
-        axes.set_title(f"{name}, {labels}", fontsize="medium")
+        title = f"{name}, {labels}"
+        axes.set_title(title, fontsize="medium" if len(title) < 40 else "small")
         axes.grid(alpha=0.3)
     panels[0].set_ylim(0, None)  # shared, so after the last line
     figure.supxlabel("steps", fontsize="medium")
