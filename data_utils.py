@@ -261,7 +261,7 @@ def load_part(
     spec: DatasetSpec,
     expected_split: str,
     lists: Mapping[str, Sequence[str]],
-    same_root: bool = True,
+    same_root: bool,
 ) -> Data:
     """Index --part, which a run has not trained on, as validation images, and open its cache.
 
@@ -269,7 +269,8 @@ def load_part(
     the run's split. lists: the names in that split by role, where known. InputError if the run's
     split uses the part or some of its images, or if it has no masks.
 
-    Another folder than the run's is another dataset, unless it has all of the split's images.
+    same_root: whether --data-root is the run's. Another folder is another dataset, unless it has
+    all of the split's images.
     """
     rule, root, part = args.rule, Path(args.data_root), args.part
     lists = rule.lists() or lists

@@ -56,6 +56,12 @@ def naming(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {found}".splitlines()[0]) from error
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path is a file; InputError if its name is longer than file systems allow."""
+    with naming(path):
+        return path.is_file()
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file without its byte-order mark, lines ended by a newline.
 

@@ -30,7 +30,7 @@ LOSSLESS = (  # formats of gray or indexed pictures whose values are those that 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half the limit
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow recognizes but cannot read
 LARGEST = 1e30  # of pixels; float32 holds up to 3.4e38
-NOT_FINITE = f"holds values that are not finite, or beyond {LARGEST:g}; replace such marks"
+NOT_FINITE = f"holds values that are not finite, or beyond {LARGEST:g}; replace them"
 MM = {1: 1000, 3: 0.001}  # by NIfTI's code of a unit of length: m, micron; others are mm
 EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 

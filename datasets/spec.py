@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import IGNORE, InputError, is_folder_name, naming, read_text
+from utils import IGNORE, InputError, is_file, is_folder_name, read_text
 
 CONFIG = Path(__file__).parents[1] / "config"
 LAYOUTS = ("voc", "cityscapes", "acdc", "folder", "phantom")  # see datasets/layouts.py
@@ -112,9 +112,7 @@ def dataset_toml(name_or_toml: str) -> Path:
     """The TOML file of --dataset: a name in config/, or a path that ends in .toml."""
     is_path = name_or_toml.lower().endswith(".toml")
     path = Path(name_or_toml) if is_path else CONFIG / f"{name_or_toml}.toml"
-    with naming(path):
-        is_file = path.is_file()
-    if not is_file:
+    if not is_file(path):
         known = sorted(p.stem for p in CONFIG.glob("*.toml") if "dataset" in read_toml(p))
         expected = f"give one of {', '.join(known)} or a .toml file"
         raise InputError(f"--dataset {name_or_toml}: no such dataset; {expected}")

@@ -18,7 +18,7 @@ from arch.generators import MIN_SIZE
 from datasets.spec import dataset_toml, read_toml
 from datasets.splits import SPLITS, ByFile, rule_of, split_file
 from model import METHODS, WEIGHTS
-from utils import InputError, naming
+from utils import InputError, is_file
 
 MODES = ("training", "testing", "predict")
 MODE_FLAGS = {  # the flags that only some modes have
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
-        for before, value in zip(["", *args], args, strict=False):
+        for before, value in zip(["the first argument", *args], args, strict=False):
             if value == "" or re.fullmatch("--[a-z0-9-]+=", value):
                 raise InputError(f"{value or before}: is empty; give a value")  # an unset variable?
         return super().parse_known_args(args, namespace)
@@ -97,9 +97,7 @@ def odd(text: str) -> int:
 def split_kind(text: str) -> str:
     """An argparse type: a rule, a name in config/splits/, or a .json file with lists of ids."""
     path = split_file(text)
-    with naming(path):
-        is_file = path.is_file()
-    if not (text in SPLITS or text.lower().endswith(".json") or is_file):
+    if not (is_file(path) or text in SPLITS or text.lower().endswith(".json")):
         known = [*SPLITS, *sorted(file.stem for file in path.parent.glob("*.json"))]
         raise argparse.ArgumentTypeError(f"{text!r}: expected {', '.join(known)} or a .json file")
     return text

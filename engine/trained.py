@@ -86,9 +86,7 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
 
 def dataset_name(dataset: str) -> str:
     """The name of --dataset: the one that its file gives, or the file's stem."""
-    with utils.naming(Path(dataset)):
-        is_file = Path(dataset).is_file()
-    return load_spec(dataset).name if is_file else Path(dataset).stem
+    return load_spec(dataset).name if utils.is_file(Path(dataset)) else Path(dataset).stem
 
 
 def find_checkpoint(args: Flags) -> Path:

@@ -16,6 +16,7 @@ folder of the runs, or of the kept log, unless --out is given.
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -135,7 +136,7 @@ def is_tested(folder: Path) -> bool:
     last, metrics = folder / "last.pt", runs.results_of(folder) / "metrics.json"
     if not metrics.is_file() or metrics.stat().st_mtime <= last.stat().st_mtime:
         return False
-    return '/last.pt",' in utils.read_text(metrics)  # its "checkpoint"
+    return bool(re.search(r'"checkpoint": ".*/last\.pt"', utils.read_text(metrics)))
 
 
 def visible_gpus() -> list[str]:
@@ -191,7 +192,7 @@ def run_all(
                 begin(waiting.pop(0), False, min({*range(n_jobs)} - {job.slot for job in running}))
             for signum in signals[n_passed_on:]:
                 n_passed_on += 1
-                for job in running:  # a closed terminal is none of their terminals
+                for job in running:  # SIGHUP would end main.py without a checkpoint
                     job.process.send_signal(signal.SIGTERM if signum == signal.SIGHUP else signum)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
@@ -236,9 +237,9 @@ def show(args: argparse.Namespace, scale: str) -> int:
 
 def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     """run: train and test, seed by seed."""
-    flags = parse_args(["--training", *extra])
-    by_file = isinstance(flags.rule, ByFile)
-    if fixed := {key for key in flags.given if key in FIXED or (key == "split" and by_file)}:
+    asked = parse_args(["--training", *extra])
+    by_file = isinstance(asked.rule, ByFile)
+    if fixed := {key for key in asked.given if key in FIXED or (key == "split" and by_file)}:
         flag = min(fixed).replace("_", "-")
         advice = "it follows from the flags before --; to set it, run main.py directly"
         raise InputError(f"--{flag} after --: {advice}")
