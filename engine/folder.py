@@ -175,16 +175,22 @@ def to_toml(table: dict) -> str:
 def locked(folder: Path, flag: str) -> Iterator[None]:
     """Create a folder and hold its lock, which is released however this process ends.
 
-    InputError if the folder cannot be written or another process holds the lock.
+    InputError if the folder cannot be written, another process holds the lock, or another program
+    wrote a file of its name.
     """
     utils.make_folder(folder, flag)
     path = folder / "lock"
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        with utils.naming(path):
+            file = os.open(path, os.O_RDWR | os.O_CREAT)
+        holder = os.read(file, 200).decode(errors="replace")
+        if holder and not holder.startswith("process "):
+            os.close(file)
+            raise InputError(f"{path}: not written by a run; give --name for another folder")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            holder = os.read(file, 200).decode() or "another process"
+            holder = holder or "another process"
             os.close(file)
             advice = "wait for it, or give --name"
             raise InputError(f"{folder}: {holder} is already training there; {advice}") from error

@@ -112,12 +112,15 @@ def forget_after(folder: Path, epoch: int) -> None:
     InputError if the evaluation of that epoch, 0 for none, is missing.
     """
     log = folder / "metrics.jsonl"
+    advice = "restore the file, or give --overwrite to start over"
     lines = utils.read_lines(log) if log.is_file() else []
-    with naming(log):
-        epochs = [json.loads(line)["epoch"] for line in lines]
-    kept = [line for line, of in zip(lines, epochs, strict=True) if of <= epoch]
+    try:
+        with naming(log):
+            epochs = [json.loads(line)["epoch"] for line in lines]
+            kept = [line for line, of in zip(lines, epochs, strict=True) if of <= epoch]
+    except InputError as error:
+        raise InputError(f"{error}; {advice}") from error
     if epoch and epoch not in epochs:
-        advice = "restore the file, or give --overwrite to start over"
         raise InputError(f"{log}: lacks the evaluation of epoch {epoch}; {advice}")
     utils.write_atomically(log, "".join(f"{line}\n" for line in kept))
 
@@ -169,9 +172,12 @@ def settings_summaries(table: dict, metric: str) -> list[Summary]:
 
 def write_manifest(folder: Path, device: torch.device, **more) -> None:
     """Add to manifest.json: the command, versions, device, commit, and `more`."""
-    path = folder / "manifest.json"
-    with naming(path):
-        before = dict(json.loads(utils.read_text(path))) if path.is_file() else {}
+    path, before = folder / "manifest.json", {}
+    try:
+        with naming(path):
+            before = dict(json.loads(utils.read_text(path))) if path.is_file() else {}
+    except InputError as error:  # no run needs what it held
+        print(f"{error}; writing it anew")
     home = str(Path(__file__).parents[1])
     describe = ["git", "-C", home, "describe", "--always", "--exclude=*", "--dirty", "--abbrev=40"]
     try:

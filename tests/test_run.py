@@ -540,12 +540,18 @@ def test_a_run_killed_in_its_first_evaluation_resumes(monkeypatch, killed_in):
 def test_a_damaged_log_is_named_when_a_run_resumes(capsys, trained):
     flags = [*SUPERVISED, "--epochs", "2", "--decay-epoch", "1"]
     interrupt(6, *flags, "--overwrite")
-    for name in "metrics.jsonl", "manifest.json":
-        whole = (SIMPLE / name).read_text()
-        (SIMPLE / name).write_text(whole[:-20])
-        assert f"{SIMPLE / name}: " in error_line(capsys, "--training", *flags)
-        (SIMPLE / name).write_text(whole)
+    log = SIMPLE / "metrics.jsonl"
+    whole = log.read_text()
+    log.write_text(whole[:-20])
+    error = error_line(capsys, "--training", *flags)
+    assert f"{log}: " in error
+    assert "restore the file, or give --overwrite to start over" in error
+    log.write_text(whole)
+    manifest = SIMPLE / "manifest.json"  # no run needs it
+    manifest.write_text(manifest.read_text()[:-20])
     assert run("--training", *flags) == 0
+    assert f"{manifest}: " in capsys.readouterr().out
+    assert "finished" in json.loads(manifest.read_text())
 
 
 @pytest.mark.parametrize("gone", ["", "last.pt best.pt split.json"])
@@ -583,6 +589,20 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(caps
     assert (folder / "lock").is_file()
     assert run(*flags) == 0
     assert {name for name in names(folder) if "events" not in name} == FILES
+
+
+def test_a_file_of_the_lock_s_name_that_no_run_wrote_stays(capsys):
+    folder = Path("checkpoints/one")
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text("my notes")
+    error = error_line(capsys, "--training", *SUPERVISED, "--name", "one")
+    assert f"{folder / 'lock'}: not written by a run; give --name" in error
+    assert (folder / "lock").read_text() == "my notes"
+    (folder / "lock").unlink()
+    (folder / "lock").mkdir()
+    assert f"{folder / 'lock'}: Is a directory" in error_line(
+        capsys, "--training", *SUPERVISED, "--name", "one"
+    )
 
 
 def test_a_lock_is_released_however_its_body_ends():
