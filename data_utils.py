@@ -152,8 +152,9 @@ class Batches:
 
     With `orientation` (the dataset's), images and masks are also augmented.
 
-    Iterating goes through all of the data in order. With several processes, each gets its share of
-    every batch, of `batch_size` images in all. The worker processes live as long as this object.
+    Iterating a Stored goes through all of it in order; `of` takes the items of Pairs. With several
+    processes, each gets its share of every batch, of `batch_size` images in all. The worker
+    processes live as long as this object.
     """
 
     def __init__(
@@ -236,7 +237,8 @@ def load_data(
     samples = index(spec, Path(args.data_root), rule.kind)
     split = rule.apply(samples, spec, args.seed)
     if uses_unlabeled and not split.unlabeled:
-        raise InputError(f"{rule.flag} leaves no unlabeled image for --method {args.method}")
+        found = f"{rule.flag} leaves no unlabeled image for --method {args.method}"
+        raise InputError(f"{found}; add images without masks, or label fewer")
     if expected_split is not None:
         check_split(args, split, expected_split)
     utils.check_same(split.ids(), "the split's images")
@@ -247,7 +249,7 @@ def check_split(args, split: Split, expected: str) -> None:
     """InputError if a split does not have the hash of the run's."""
     if split.hash() == expected:
         return
-    cause = f"--data-root {args.data_root}: holds other images or masks"
+    cause = f"--data-root {args.data_root}: contains other images or masks"
     if isinstance(args.rule, ByFile):
         cause = f"{args.rule.flag}: lists other images"
     advice = "give the run's split.json as --split"

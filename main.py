@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import utils
-from data_utils import Batches, Data, load_data, load_part
+from data_utils import Batches, Data, load_data
 from datasets import labels
 from datasets.spec import ORIENTATIONS, DatasetSpec, load_spec
 from engine import predict, program, trained
@@ -42,17 +42,18 @@ def train(args: Flags) -> int:
             return 0
         describe(args, spec, data, device, folder.path)
         check_masks(spec, data)
-        with Run(args, spec, data, model, folder) as run:  # loads last.pt if there is one
+        with Run(args, spec, data, model, folder) as run:  # begins the folder or restores last.pt
             distribute_and_compile(model, args, device)
-            options = args.batch_size, device, args.workers, args.normalization
+            options = {"workers": args.workers, "normalization": args.normalization}
             orientation = spec.orientation if args.augment else None
-            train_batches = Batches(data.train, *options, orientation)
-            val_batches = Batches(data.val, *options)
+            val_batches = Batches(data.val, args.batch_size, device, **options)
+            options |= {"orientation": orientation}
+            train_batches = Batches(data.train, args.batch_size, device, **options)
             while not run.ended:
                 if run.evaluation_due:
-                    run.record(evaluate(model, val_batches, len(spec.classes)))
+                    run.record(evaluate(model, val_batches))
                 else:
-                    train_one_epoch(model, train_batches.of(run.rest_of_epoch()), run)
+                    train_one_epoch(model, train_batches.of(run.begin_epoch()), run)
             return run.end()
 
 
@@ -122,17 +123,7 @@ def check_masks(spec: DatasetSpec, data: Data) -> None:
     labels.check_classes(data.val.masks(), spec, role="validation", advice=advice)
 
 
-# Testing
-
-
-def test(args: Flags) -> int:
-    """--testing: score a checkpoint on the validation images of its split, or on --part."""
-    run = trained.load(args)
-    if args.part:
-        data = load_part(run.args, run.spec, run.state["split"], run.lists(), run.same_root)
-    else:
-        data = load_data(run.args, run.spec, run.state["split"])
-    return predict.score(run, data)
+# The command line
 
 
 def command(argv: list[str]) -> int:
@@ -142,7 +133,8 @@ def command(argv: list[str]) -> int:
         return train(args)
     if utils.world_size() > 1:
         raise InputError("--testing and --predict run in one process; start them without torchrun")
-    return test(args) if args.testing else predict.predict(trained.load(args))
+    use = predict.score if args.testing else predict.predict
+    return use(trained.load(args))
 
 
 def main(argv: list[str] | None = None) -> int:

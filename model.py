@@ -188,8 +188,12 @@ class Method(nn.Module):
         keys = "ngf", "n_blocks", "dropout", "lr", "betas"
         return {key: getattr(args, key) for key in keys} | {"bf16": args.precision == "bf16"}
 
-    def optimize(self, side: str, networks: list[nn.Module], terms: Callable) -> None:
-        """Train these networks on the sum of `terms` with Section 3.3's Adam; `side` is G or D."""
+    def optimize(self, side: str, networks: list[nn.Module]) -> None:
+        """Give networks Section 3.3's Adam, with which `step` trains them.
+
+        side: "G", which descends generator_terms, or "D", which descends discriminator_terms.
+        """
+        terms = {"G": self.generator_terms, "D": self.discriminator_terms}[side]
         parameters = [parameter for network in networks for parameter in network.parameters()]
         self.optimizers[side] = Adam(parameters, **self.adam)
         self.sides[side] = Side(networks, terms)
@@ -255,9 +259,9 @@ class Supervised(Method):
 
     def __init__(self, channels: int, n_classes: int, **options):
         super().__init__(channels, n_classes, **options)
-        self.optimize("G", [self.G_IS], self.generator_terms)
+        self.optimize("G", [self.G_IS])
 
-    def generator_terms(self, x, y, x_u=None):
+    def generator_terms(self, x, y, x_u):
         """Eq. 1, 2. Unlabeled images are not used."""
         return {"gen_S": gen_S(self.segment(x), y)}, {}
 
@@ -265,9 +269,10 @@ class Supervised(Method):
 def as_sums(weights: dict[str, float], channels: int, height: int, width: int) -> dict[str, float]:
     """Scale the weights of Eq. 8 so that means are weighted like the sums in Eq. 2, 3, 6 and 7.
 
-    Those sum over pixels, Eq. 3 and 6 also over channels; Eq. 4 and 5 have one probability per
-    image. All weights are divided by H W, a common factor, to which Adam is invariant. Where pixels
-    are ignored, the means of Eq. 2 and 7 stay those over the others.
+    Those sum over pixels, Eq. 3 and 6 also over channels. Eq. 4 and 5 are printed with one
+    probability per image, so their mean over D's map stays; if they were sums over it, disc_S and
+    disc_I would keep their weights. All weights are divided by H W, a common factor, to which Adam
+    is invariant. Where pixels are ignored, the means of Eq. 2 and 7 stay those over the others.
     """
     factors = {"gen_I": channels, "cycle_I": channels}
     factors |= dict.fromkeys(("disc_S", "disc_I"), 1 / (height * width))
@@ -277,10 +282,10 @@ def as_sums(weights: dict[str, float], channels: int, height: int, width: int) -
 class CycleGAN(Method):
     """Ours: two generators and two discriminators trained alternately on Eq. 8.
 
-    weights: by term; WEIGHTS has those that are not given, gen_S has 1. A weight of 0 takes its
-    term, and the networks that only this term needs, out of the step. hard_fakes: D_S sees argmax
-    maps of x_u, as released. disc_norm, disc_kernel: as in PixelDiscriminator. pool_size: of past
-    fakes.
+    weights: by term; WEIGHTS has those that are not given, gen_S has 1. A weight of 0, except that
+    of gen_S, takes its term, and the networks that only it needs, out of the step. hard_fakes: D_S
+    sees argmax maps of x_u, as released. disc_norm, disc_kernel: as in PixelDiscriminator.
+    pool_size: of past fakes.
     """
 
     def __init__(
@@ -314,15 +319,14 @@ class CycleGAN(Method):
         self.pools = {"y": ReplayPool(pool_size), "x": ReplayPool(pool_size)}
         on = self.terms_on()
         paints = on & {"gen_I", "cycle_S", "cycle_I", "disc_I"}
-        self.optimize("G", [self.G_IS, *[self.G_SI] * bool(paints)], self.generator_terms)
+        self.optimize("G", [self.G_IS, self.G_SI] if paints else [self.G_IS])
         discriminators = {"disc_S": self.D_S, "disc_I": self.D_I}
         if used := [network for name, network in discriminators.items() if name in on]:
-            self.optimize("D", used, self.discriminator_terms)
+            self.optimize("D", used)
 
     @classmethod
     def options(cls, spec, args) -> dict:
-        weights = {"gen_S": 1.0}
-        weights |= {name: getattr(args, f"lambda{i}") for i, name in enumerate(WEIGHTS, 1)}
+        weights = {name: getattr(args, f"lambda{i}") for i, name in enumerate(WEIGHTS, 1)}
         if args.reduction == "sum":
             weights = as_sums(weights, spec.channels, *args.size)
         options = {key: getattr(args, key) for key in ("ndf", "disc_norm", "disc_kernel")}
@@ -333,6 +337,11 @@ class CycleGAN(Method):
         """The names of the terms whose weight is not 0."""
         return {name for name, weight in self.weights.items() if weight}
 
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether a term with x_u has a weight: Eq. 4, 5 or 6."""
+        return bool(self.terms_on() & {"cycle_I", "disc_S", "disc_I"})
+
     def paint(self, y: Tensor) -> Tensor:
         """G_SI: masks (B, H, W), one-hot masks or softmax maps (B, K, H, W) to (B, C, H, W)."""
         if y.dim() == 3:
@@ -340,7 +349,7 @@ class CycleGAN(Method):
         return self.compute(self.G_SI, y)
 
     def generator_terms(self, x, y, x_u):
-        """The terms of Eq. 8 whose weight is not 0, and the fakes {"y": G_IS(x'), "x": G_SI(y)}.
+        """The terms of Eq. 8 and the fakes {"y": G_IS(x'), "x": G_SI(y)}; none of a weight of 0.
 
         Their backward pass leaves no gradient in the discriminators. Each generator runs once on
         both of its inputs: instance norm works image by image, so the values are the same.
@@ -376,12 +385,12 @@ class CycleGAN(Method):
 
     def discriminator_terms(self, x, y, x_u, fakes):
         """Eq. 4, 5 on the detached fakes; in two passes, as batch norm would mix them."""
-        terms = {}
-        if self.weights["disc_S"]:
+        on, terms = self.terms_on(), {}
+        if "disc_S" in on:
             real = self.compute(self.D_S, one_hot(y, self.n_classes, x_u.dtype))
             fake = self.compute(self.D_S, self.pools["y"](fakes["y"].detach()))
             terms["D_S"] = disc(real, fake, valid=(y != IGNORE).unsqueeze(1))
-        if self.weights["disc_I"]:
+        if "disc_I" in on:
             real = self.compute(self.D_I, x_u)
             fake = self.compute(self.D_I, self.pools["x"](fakes["x"].detach()))
             terms["D_I"] = disc(real, fake)
@@ -457,8 +466,8 @@ class AdvSemi(Method):
         super().__init__(channels, n_classes, **options)
         self.weights |= {"adv": 0.01, "semi_adv": 0.001, "semi": 0.1}
         self.D_S = FCDiscriminator(n_classes, ndf)
-        self.optimize("G", [self.G_IS], self.generator_terms)
-        self.optimize("D", [self.D_S], self.discriminator_terms)
+        self.optimize("G", [self.G_IS])
+        self.optimize("D", [self.D_S])
 
     @classmethod
     def options(cls, spec, args) -> dict:
@@ -553,7 +562,7 @@ class MeanTeacher(Method):
         self.cutmix_on, self.uses_unlabeled = cutmix_on, cutmix_on != "labeled"
         self.teacher = copy.deepcopy(self.G_IS).requires_grad_(False)
         self.follow = get_ema_multi_avg_fn(self.decay)
-        self.optimize("G", [self.G_IS], self.generator_terms)
+        self.optimize("G", [self.G_IS])
 
     @classmethod
     def options(cls, spec, args) -> dict:

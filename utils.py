@@ -236,15 +236,15 @@ def failure(error: Exception) -> str | None:
     signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return (
-            "out of memory; in training, half the --batch-size or half the area of --size takes "
-            "half the memory, --ngf 32 instead of 64 two thirds, --precision bf16 three quarters"
+            "out of memory; in training, halving --batch-size or the area of --size halves it, "
+            "--ngf 32 instead of 64 cuts it to two thirds, --precision bf16 to three quarters"
         )
     if str(error).startswith("DataLoader worker (pid"):
         advice = "if it ran out of memory, give fewer --workers; checkpoints are intact"
         return f"a process that loads images ended: {str(error).partition('. ')[0]}; {advice}"
     if str(error).startswith("DataLoader timed out"):
         found = str(error).replace("DataLoader timed out", "loading a batch of images timed out")
-        return f"{found}; was it suspended? Otherwise check the disk; checkpoints are intact"
+        return f"{found}; unless the process was suspended, check the disk; checkpoints are intact"
     if "InvalidCxxCompiler" in str(error) or "Failed to find C compiler" in str(error):
         return "--compile: found no C++ compiler; install g++, or train without --compile"
     if isinstance(error, dist.DistError) or "gloo/" in str(error):

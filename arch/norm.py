@@ -13,8 +13,8 @@ EPS = 1e-5  # added to variances, as in PyTorch's norm
 def varies(mean: Tensor, var: Tensor) -> Tensor:
     """Whether a plane's variance is more than rounding; (B, C, 1, 1) bool.
 
-    The threshold is the rounding of a convolution's sum, whose terms may be larger than the result:
-    8 epsilon times |mean|, or times 1 (the assumed size of a term) if that is larger.
+    The threshold is the rounding error of a convolution's sum, whose terms may be larger than the
+    result: 8 epsilon times |mean|, or times 1 (the assumed size of a term) if that is larger.
     """
     rounding = 8 * torch.finfo(mean.dtype).eps  # 2^-20 in float32
     return var > (rounding * mean.abs().clamp(min=1)).square()
@@ -60,8 +60,8 @@ def normalize_planes_on_gpu(x: Tensor) -> Tensor:
 class InstanceNorm2d(nn.Module):
     """(B, C, H, W) to the same shape, without parameters; on a CPU, also to the same memory layout.
 
-    Statistics are float32, or float64 for float64. nn.InstanceNorm2d divides the rounding of a
-    constant plane, and its gradient, by sqrt(EPS) in every layer: a mask of one class makes every
+    Statistics are float32, or float64 for float64. nn.InstanceNorm2d divides the rounding error of
+    a constant plane, and its gradient, by sqrt(EPS) in every layer: a mask of one class makes every
     plane of G_SI constant. Here the output and the gradient of such a plane are exactly 0.
     """
 

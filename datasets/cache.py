@@ -206,4 +206,4 @@ def _fill_cache(
         files.forget_volumes()
     if problems:
         unique = list(dict.fromkeys(problems.values()))
-        raise InputError(f"{counted(len(unique), 'bad file')}: {first_ten(unique)}")
+        raise InputError(f"{counted(len(unique), 'unusable file')}: {first_ten(unique)}")

@@ -30,7 +30,7 @@ LOSSLESS = (  # formats of gray or indexed pictures whose values are those that 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half the limit
 STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow recognizes but cannot read
 LARGEST = 1e30  # of pixels; float32 holds up to 3.4e38
-NOT_FINITE = f"holds values that are not finite, or beyond {LARGEST:g}; replace them"
+NOT_FINITE = f"contains values that are not finite, or beyond {LARGEST:g}; replace them"
 MM = {1: 1000, 3: 0.001}  # by NIfTI's code of a unit of length: m, micron; others are mm
 EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 
@@ -57,7 +57,7 @@ def within_limit(path: Path) -> Iterator[None]:
         yield
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS
-        raise InputError(f"{path}: more than {limit:,} pixels; shrink it or cut it") from error
+        raise InputError(f"{path}: more than {limit:,} pixels; downsample or crop it") from error
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def read_mask(path: Path, labels: tuple[int, ...] = ()) -> np.ndarray:
         if is_stretched(image):
             if 255 in labels:
                 return np.array(image.convert("L"))
-            found = f"mode {image.mode} of fewer than 8 bits, read as 0 to 255 or as it is"
+            found = f"mode {image.mode}, fewer than 8 bits, which some programs scale to 0 to 255"
             advice = "save the labels with 8 bits; label_ids = [0, 255] reads black and white"
             raise InputError(f"{path}: {found}; {advice}")
         if image.mode not in ("L", "P"):
@@ -199,8 +199,8 @@ def read_frames(path: Path) -> np.ndarray:
     file = nibabel.load(path)
     volume, voxel = np.asanyarray(file.dataobj), np.array(file.header.get_zooms()[:3])
     if not (np.isfinite(file.affine).all() and (np.isfinite(voxel) & (voxel > 0)).all()):
-        found = f"voxel sizes {voxel.tolist()} and an affine"
-        raise InputError(f"{path}: its header has {found} of which some are not positive or finite")
+        expected = "expected positive voxel sizes and a finite affine"
+        raise InputError(f"{path}: invalid header with voxel sizes {voxel.tolist()}; {expected}")
     n_frames = max(volume.shape[3:], default=1)
     has_frames = volume.ndim >= 3 and n_frames == prod(volume.shape[3:]) and volume.size
     if not has_frames or volume.dtype.kind not in "uif":
@@ -237,8 +237,8 @@ def check_geometry(image: Path, mask: Path) -> None:
     if (np.abs(np.linalg.lstsq(axes, shift, rcond=None)[0]) > 0.5).any():  # in voxels
         differ.append("origin")
     if differ:
-        found = f"its header has another geometry than its image's ({', '.join(differ)})"
-        raise InputError(f"{mask}: {found}; save it in the image's geometry")
+        found = f"its geometry differs from its image's ({', '.join(differ)})"
+        raise InputError(f"{mask}: {found}; resample it to the image's grid")
 
 
 def spacing_of(volume: Path) -> tuple[float, float, float]:

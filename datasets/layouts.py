@@ -1,6 +1,6 @@
 """Layouts (Section 4.1): find a dataset's samples under its root folder.
 
-A layout is a function (spec, root) -> list[Sample]. It opens no image; decoding does.
+A layout is a function (spec, root) -> list[Sample]. It reads no pixels; decoding does.
 """
 
 import re
@@ -141,7 +141,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
             if file.name.startswith("."):
                 continue
             if file.is_dir():
-                problems.append(f"{file}: a folder; files must lie directly in {folder}")
+                problems.append(f"{file}: a folder; files must be directly in {folder}")
             elif not (is_volume(file) or is_picture(file)):
                 problems.append(f"{file}: neither an image nor a NIfTI volume")
             elif stem in files:
@@ -165,7 +165,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
             if spec.group is not None:
                 match = re.search(spec.group, stem)
                 if not (match and match[1]):
-                    problems.append(f"{image}: no patient in the name: group is {spec.group!r}")
+                    problems.append(f"{image}: the name does not match group = {spec.group!r}")
                     continue
                 group = match[1]
                 if (other := parts.setdefault(group, part)) != part:

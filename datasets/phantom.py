@@ -1,4 +1,4 @@
-"""The built-in drawn dataset: short-axis views of a heart in ACDC's four classes."""
+"""The built-in synthetic dataset: short-axis views of a heart in ACDC's four classes."""
 
 import numpy as np
 

@@ -120,12 +120,12 @@ def build_parser() -> Parser:
     predicted = "write masks of images, NIfTI volumes, or all of them in a folder"
     flag("--predict", nargs="+", metavar="PATH", help=predicted)
     flag("--config", metavar="FILE", help="TOML with flags, read after the dataset's TOML")
-    trained = "checkpoint to test or predict with; default: newest run's best.pt"
+    trained = "checkpoint, or a run's folder (its best.pt); default: newest run that fits the flags"
     flag("--checkpoint", metavar="FILE", help=trained)
     flag("--overlay", action="store_true", help="with --predict, also write masks over images")
     native = "with --testing, also score at the masks' original size"
     flag("--native-size", action="store_true", help=native)
-    part = "with --testing, score this part of the dataset (a folder's or ACDC's test images)"
+    part = "with --testing: score test (a folder's, ACDC's, a split file's) or val (VOC's val.txt)"
     flag("--part", choices=["val", "test"], help=part)
     flag("--overwrite", action="store_true", help="delete the run's folder and start over")
 
@@ -160,7 +160,7 @@ def build_parser() -> Parser:
     )
     flag("--method", default="cyclegan", choices=list(METHODS), help=methods)
     terms = {
-        "gen_I": "L_gen^I (Eq. 3): G_SI(y) is like the image x",
+        "gen_I": "L_gen^I (Eq. 3): G_SI(y) matches the image x",
         "cycle_S": "L_cycle^S (Eq. 7): mask to image to the same mask",
         "cycle_I": "L_cycle^I (Eq. 6): image to mask to the same image",
         "disc_S": "L_disc^S (Eq. 4): predicted masks look true to D_S",
@@ -175,7 +175,7 @@ def build_parser() -> Parser:
     flag("--cutmix-on", default="both", choices=["both", "unlabeled", "labeled"], help=on)
 
     flag = parser.group("training")
-    passes = "passes over the unlabeled or the labeled images, whichever are more"
+    passes = "passes over the longer list, unlabeled or labeled images"
     flag("--epochs", type=count, default=400, help=passes)
     decay = "epoch at which the learning rate starts to fall; default: a quarter of --epochs"
     flag("--decay-epoch", type=bounded(int, 0), metavar="N", help=decay)
@@ -221,7 +221,7 @@ def build_parser() -> Parser:
     flag("--compile", action=switch, default=False, help="torch.compile the networks")
     repeatable = "kernels that repeat bit for bit, where PyTorch has them"
     flag("--deterministic", action=switch, default=False, help=repeatable)
-    loaders = "processes that load images, for training and evaluation each"
+    loaders = "processes that load images; training and evaluation have N each"
     flag("--workers", type=bounded(int, 0, 1000), default=2, metavar="N", help=loaders)
 
     flag = parser.group("files")

@@ -137,7 +137,8 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
         raise InputError(f"{error}; {start_over}") from error
     progress = state.get("progress")
     if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
-        raise InputError(f"checkpoint {path}: a run cannot resume from it; {start_over}")
+        reason = "a run cannot resume from it (it lacks the progress)"
+        raise InputError(f"checkpoint {path}: {reason}; {start_over}")
     if progress["evaluated"] and not path.with_name("best.pt").is_file():
         raise InputError(f"{folder}: contains last.pt but no best.pt; restore it, or {start_over}")
     old = Flags({}, [state["settings"]])  # adds the defaults of flags newer than the run
@@ -149,7 +150,7 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
         settings |= {f"[dataset] {key}": value for key, value in asdict(described).items()}
     if keys := [key for key in now if str(before.get(key)) != str(now[key])]:
         differ = utils.first_ten(f"{key} was {before.get(key)}, is {now[key]}" for key in keys)
-        raise InputError(f"{folder}: holds a run with other settings ({differ}); {advice}")
+        raise InputError(f"{folder}: contains a run with other settings ({differ}); {advice}")
     return state
 
 

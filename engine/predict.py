@@ -45,16 +45,16 @@ def mask_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return mask
 
 
-def score(trained: Trained, data: Data) -> int:
+def score(trained: Trained) -> int:
     """--testing: write metrics.json, masks/ and panels/ of a checkpoint's validation images.
 
     Those of --part go to a folder of that name.
     """
-    args, spec = trained.args, trained.spec
+    args, spec, data = trained.args, trained.spec, trained.data()
     dtype = trained.state.get("image_dtype", data.val.image_dtype)
     if args.normalization == "half" and dtype != data.val.image_dtype:
-        found = f"--normalization half: images are {data.val.image_dtype}, in training {dtype}"
-        raise InputError(f"{found}, which it scales in another way")
+        found = f"images are {data.val.image_dtype}, those of the training were {dtype}"
+        raise InputError(f"--normalization half: {found}; it scales the two differently")
     check_ignored(data.masks(), spec, data.unlabeled.samples)
     folder = results_folder(args.results, trained.path) / (args.part or "")
     utils.make_folder(folder, "--results")
@@ -97,7 +97,7 @@ def write_scores(trained: Trained, data: Data, folder: Path) -> None:
         bar.update(len(x))
 
     batches = Batches(data.val, args.batch_size, trained.device, args.workers, args.normalization)
-    counts = evaluate(model, batches, len(spec.classes), write)
+    counts = evaluate(model, batches, write)
     bar.close()
     metrics = segmentation_metrics(counts, spec)
     about = {
@@ -124,7 +124,7 @@ def write_scores(trained: Trained, data: Data, folder: Path) -> None:
     print(f"{trained.path} after epoch {state['epoch']}, on {images}, in %:")
     print(format_metrics(metrics))
     if args.native_size:
-        print(f"at the masks' own size: {format_means(about['native_size'])}")
+        print(f"at the masks' original size: {format_means(about['native_size'])}")
     if has_volumes:
         print(f"{scores.title()}:\n{scores.table()}")
     written = "metrics.json, volumes.csv, masks/" if has_volumes else "metrics.json, masks/"
@@ -146,7 +146,7 @@ def plane_name(i: int, n_planes: int, depth: int) -> str:
 
 @torch.inference_mode()
 def predict(trained: Trained) -> int:
-    """--predict: write the masks of pictures and NIfTI volumes at their own size.
+    """--predict: write the masks of pictures and NIfTI volumes at their original size.
 
     volumes.csv has the volume of each class. Masks and lines of earlier calls stay. Files that are
     not images are listed and skipped. TrainingError, at the end, if a file cannot be read.
@@ -170,7 +170,8 @@ def predict(trained: Trained) -> int:
                 is_deep = pixels[0].dtype != torch.uint8
                 if args.normalization == "half" and dtype == "uint8" and is_deep:
                     reason = "more than 8 bits, unlike the training images"
-                    raise InputError(f"{path}: {reason}; --normalization half scales it otherwise")
+                    effect = "--normalization half scales it differently"
+                    raise InputError(f"{path}: {reason}; {effect}")
             except InputError as error:
                 unreadable.append(str(error))
                 continue

@@ -28,6 +28,9 @@ BROKEN = (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError,
 class Run:
     """A training run, new or resumed; as a context manager, it handles signals and closes its logs.
 
+    The constructor writes a new run's files, with --overwrite after deleting the old ones, or
+    restores the state of last.pt.
+
     last.pt holds networks, optimizers, counters, the running sums of the losses, and each process's
     replay pools and random generators; the order of the images follows from seed and epoch, the
     learning rate from the epoch. A resumed run therefore continues as if it had never stopped.
@@ -109,10 +112,11 @@ class Run:
     def evaluation_due(self) -> bool:
         """Whether the last finished epoch still has to be evaluated."""
         due = self.epoch % self.args.eval_every == 0 or self.epoch == self.args.epochs
-        return due and self.evaluated < self.epoch
+        within_epoch = self.step > 0  # resumed there, perhaps with another --eval-every
+        return due and not within_epoch and self.evaluated < self.epoch
 
-    def rest_of_epoch(self) -> list[tuple[int, ...]]:
-        """The items of data.train in the current epoch, from the next step on."""
+    def begin_epoch(self) -> list[tuple[int, ...]]:
+        """Begin or resume an epoch; return its items of data.train from the next step on."""
         args = self.args
         self.logs.bar.set_description(f"epoch {self.epoch + 1}/{args.epochs}")
         self.epoch_started, self.first_image = time.monotonic(), self.step * args.batch_size
@@ -270,7 +274,7 @@ class Run:
                 torch.cuda.set_rng_state(own["cuda_rng"], self.device)
             self.sums = {key: value.to(self.device) for key, value in own["sums"].items()}
         except BROKEN as error:
-            reason = f"a run cannot resume from it ({error!r})"
+            reason = f"a run cannot resume from it ({error!r}); give --overwrite to start over"
             raise InputError(f"checkpoint {path}: {reason}") from error
 
     def _initialize(self, state: dict) -> None:

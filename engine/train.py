@@ -3,15 +3,16 @@
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.metrics import ConfusionMatrix
 from engine.run import Run
 from engine.signals import stop
+from model import Method
 from utils import NonFiniteLoss
 
 
-def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:
+def train_one_epoch(model: Method, batches: Iterable, run: Run) -> None:
     """Train on batches (x, y, x_u) until their end or a signal; TrainingError if they diverge."""
     model.train()
     for x, y, *x_u in batches:
@@ -27,15 +28,13 @@ def train_one_epoch(model: nn.Module, batches: Iterable, run: Run) -> None:
 
 
 @torch.inference_mode()
-def evaluate(
-    model: nn.Module, batches: Iterable, n_classes: int, visit: Callable | None = None
-) -> Tensor:
+def evaluate(model: Method, batches: Iterable, visit: Callable | None = None) -> Tensor:
     """Confusion matrix (K, K) over batches (x, y), or those until a signal.
 
     Calls `visit(x, y, logits)` for each batch.
     """
     model.eval()
-    matrix = ConfusionMatrix(n_classes, next(model.parameters()).device)
+    matrix = ConfusionMatrix(model.n_classes, next(model.parameters()).device)
     for x, y in batches:
         logits = model.segment(x)
         matrix.update(logits.argmax(1), y)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import utils
+from data_utils import Data, load_data, load_part
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
 from datasets.splits import ByFile, read_lists
 from engine import checkpoint
@@ -37,6 +38,13 @@ class Trained:
         """What the run's split.json lists by role; empty without that file."""
         own = self.path.with_name("split.json")
         return read_lists(own) if own.is_file() else {}
+
+    def data(self) -> Data:
+        """The images of the run's split, or of --part."""
+        split = self.state["split"]
+        if self.args.part:
+            return load_part(self.args, self.spec, split, self.lists(), self.same_root)
+        return load_data(self.args, self.spec, split)
 
 
 def load(args: Flags) -> Trained:
@@ -80,8 +88,8 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
     if isinstance(args.rule, ByFile):
         asked.pop("split", None)  # the split's hash decides
     if differ := [key for key, value in asked.items() if value != fixed[key]]:
-        flags = [f"--{k.replace('_', '-')} is {fixed[k]}, not {asked[k]}" for k in differ]
-        raise InputError(f"{path}: {utils.first_ten(flags)}; the checkpoint sets these")
+        flags = [f"--{k.replace('_', '-')} {asked[k]}, but it has {fixed[k]}" for k in differ]
+        raise InputError(f"{path}: {utils.first_ten(flags)}; leave these flags out")
 
 
 def dataset_name(dataset: str) -> str:

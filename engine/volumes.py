@@ -15,7 +15,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from datasets.files import depth_of, read_volume, spacing_of
+from datasets.files import depth_of, spacing_of
 from datasets.spec import DatasetSpec, Sample
 from utils import IGNORE, counted
 
@@ -156,7 +156,7 @@ class VolumeScores:
         """Add one slice's masks (H, W), uint8; voxels of a void class count as ignored ones."""
         path, z = sample.image
         masks = torch.stack([truth, predicted])
-        volume = self.assembly.add(path, z, read_volume(path).shape[2], masks)
+        volume = self.assembly.add(path, z, depth_of(path), masks)
         if volume is not None:
             truth, predicted = volume.numpy().swapaxes(0, 1)
             if self.void is not None:
@@ -175,7 +175,7 @@ class VolumeScores:
         """What was scored, and what was not."""
         exams = counted(len({exam for exam, _ in self.volumes.values()}), "exam")
         volumes = counted(len(self.volumes), "volume")
-        title = f"{volumes} of {exams}, each scored at its masks' own size"
+        title = f"{volumes} of {exams}, each scored at its masks' original size"
         if self.n_incomplete:
             title += f" ({self.n_incomplete} others have slices elsewhere and are not scored)"
         return f"{title}, mean ± standard deviation"

@@ -221,7 +221,7 @@ def test_nothing_is_left_behind_after_a_failure(voc, tmp_path, monkeypatch):
     mask = index(load_spec("voc"), voc)[3].mask
     mask.unlink()
     message = error_of(voc_cache, voc, tmp_path / "cache")
-    assert message == f"1 bad file: {mask}: No such file or directory"
+    assert message == f"1 unusable file: {mask}: No such file or directory"
     assert [*(tmp_path / "cache").iterdir()] == []
 
     def interrupt(*_):
@@ -299,7 +299,7 @@ def test_a_mask_whose_geometry_changed_is_checked_again(tmp_path):
     open_cache(spec, samples, (8, 8), tmp_path / "cache")
     write_volume(samples[0].mask.path, np.zeros((18, 14, 2), np.uint8), np.diag([1.0, 1, 1, 1]))
     message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
-    assert "its header has another geometry than its image's" in message
+    assert "its geometry differs from its image's" in message
 
 
 @pytest.mark.parametrize("value", [-1024.0, 1000.0, 1e5])
@@ -314,5 +314,5 @@ def test_each_bad_volume_is_named_once_whatever_its_slices(tmp_path):
     (exam / "patient001_frame01_gt.nii.gz").write_bytes(b"junk")
     write_volume(exam / "patient001_frame12_gt.nii.gz", np.full((18, 14, 4), np.nan, np.float32))
     message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
-    assert message.startswith("2 bad files: ")
-    assert message.count("slice 0 holds") == message.count("not finite") == 1
+    assert message.startswith("2 unusable files: ")
+    assert message.count("slice 0 contains") == message.count("not finite") == 1

@@ -218,7 +218,7 @@ def test_another_split_than_expected_is_refused_before_decoding(tmp_path, monkey
     message = error_of(partial(load, tmp_path, "--ratio", "0.3", expected=expected.hash()))
     started = "than the run started with, which its split.json names"
     remedy = "; give --name for another folder, or --overwrite to start over"
-    assert message == f"--data-root data/voc: holds other images or masks {started}{remedy}"
+    assert message == f"--data-root data/voc: contains other images or masks {started}{remedy}"
 
 
 # The real datasets, where SEG_REAL_DATA names their folder

@@ -99,6 +99,7 @@ def test_a_terms_gradient_is_that_of_a_step_on_it_alone(in_tmp, capsys):
         ("--method supervised", []),
         ("--method advsemi", ["adv", "semi_adv", "semi"]),
         ("--method meanteacher", ["cutmix"]),
+        ("--method meanteacher --cutmix-on labeled --ratio 1", ["cutmix"]),
         ("--method cyclegan --disc-input argmax", ["cycle_S", "cycle_I"]),
         ("--method cyclegan --lambda2 0 --lambda3 0 --precision bf16", ["disc_S"]),
     ],

@@ -1,4 +1,4 @@
-"""Reading and writing pictures and NIfTI volumes, and the errors that name a bad file."""
+"""Reading and writing pictures and NIfTI volumes, and the errors that name an unusable file."""
 
 import errno
 import gzip
@@ -78,7 +78,7 @@ def test_a_folders_deep_gray_pictures_keep_their_values_which_are_finite(tmp_pat
     floats[3, 4] = np.nan
     Image.fromarray(floats).save(tmp_path / "b.tif")
     message = error_of(files.read_sample, Sample("a", "a", tmp_path / "b.tif", None), folder_spec())
-    assert message.startswith(f"{tmp_path / 'b.tif'}: holds values that are not finite, or ")
+    assert message.startswith(f"{tmp_path / 'b.tif'}: contains values that are not finite, or ")
 
 
 def png16(path: Path) -> None:
@@ -169,8 +169,8 @@ def test_a_mask_volume_has_the_geometry_of_its_image(tmp_path, affine, differ):
     sample = volume_sample(tmp_path, *np.zeros((2, 6, 6, 2), np.uint8), affines=affines)
     if differ:
         message = error_of(files.read_sample, sample, ACDC)
-        found = f"its header has another geometry than its image's ({differ})"
-        assert message.startswith(f"{sample.mask.path}: {found}; save")
+        found = f"its geometry differs from its image's ({differ})"
+        assert message.startswith(f"{sample.mask.path}: {found}; resample")
     else:
         files.read_sample(sample, ACDC)
 
@@ -183,7 +183,7 @@ def test_a_mask_volume_has_the_voxel_sizes_of_its_image_where_affines_have_none(
         nibabel.save(volume, tmp_path / f"{name}.nii")
     slices = (Slice(tmp_path / f"{name}.nii", 0) for name in ("image", "mask"))
     message = error_of(files.read_sample, Sample("a", "a", *slices), ACDC)
-    assert "another geometry than its image's (voxel sizes)" in message
+    assert "its geometry differs from its image's (voxel sizes)" in message
 
 
 def test_slopes_and_intercepts_of_images_and_masks_are_applied(tmp_path):
@@ -237,11 +237,18 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
         ("", Path.unlink, "No such file"),
         ("", lambda p: p.write_bytes(b""), ""),
         ("", without_checksum, "CRC"),
-        ("", with_value(np.nan, np.float32), "slice 1 holds values"),
+        ("", with_value(np.nan, np.float32), "slice 1 contains values"),
         ("", with_value(1e300, np.float64), "not finite, or beyond 1e+30"),
         ("", with_value(-np.finfo(np.float32).max, np.float32), "not finite, or beyond 1e+30"),
-        *(("", with_header(80, value), "not positive or finite") for value in (np.inf, np.nan)),
-        ("", with_header(280, np.nan), "not positive or finite"),  # of the affine
+        *(
+            ("", with_header(80, value), "expected positive voxel sizes and a finite affine")
+            for value in (np.inf, np.nan)
+        ),
+        (
+            "",
+            with_header(280, np.nan),
+            "expected positive voxel sizes and a finite affine",
+        ),  # of the affine
         ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
         ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),
         ("", volume_of(0, 14, 3), "expected a volume (X, Y, Z)"),
@@ -453,7 +460,7 @@ def test_a_picture_with_more_pixels_than_pillow_opens_is_named(tmp_path, monkeyp
     Image.new("L", (30, 30)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
     error = error_of(read, path)
-    assert error == f"{path}: more than 800 pixels; shrink it or cut it"
+    assert error == f"{path}: more than 800 pixels; downsample or crop it"
 
 
 @pytest.mark.parametrize("ending", ["tif", "gif", "png", "webp"])
@@ -533,7 +540,7 @@ def test_a_palette_of_fewer_bits_gives_its_indices(tmp_path, bits):
 def test_gray_of_fewer_bits_is_black_and_white_where_label_ids_say_so(tmp_path, name, save):
     save(tmp_path / name)
     message = mask_error(tmp_path / name)
-    assert "of fewer than 8 bits" in message
+    assert ", fewer than 8 bits" in message
     assert "; save the labels with 8 bits" in message
     spec = folder_spec(label_ids=[0, 255], ignore=254)
     assert np.array_equal(read_mask(tmp_path / name, spec), MASK)

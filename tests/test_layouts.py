@@ -152,7 +152,7 @@ def rename(old: str, new: str):
         ("folder", lambda root: (root / "images/notes.txt").write_text(""),
          "notes.txt: neither an image nor"),
         ("folder", lambda root: (root / "masks/more.png").mkdir(),
-         "more.png: a folder; files must lie"),
+         "more.png: a folder; files must be"),
         ("folder", lambda root: (root / "val/masks/picture 6.png").unlink(),
          "picture 6.png: has no mask"),
         ("folder", rename("masks/picture 1.png", "masks/picture 1.nii"),
@@ -211,7 +211,7 @@ def test_a_stem_without_a_patient_is_named(tmp_path, pattern):
     make_folder(tmp_path, 2)
     message = error_of(index, folder_spec(group=pattern), tmp_path)
     for i in 0, 1:
-        assert f"images/picture {i}.png: no patient in the name: group is {pattern!r}" in message
+        assert f"images/picture {i}.png: the name does not match group = {pattern!r}" in message
 
 
 @pytest.mark.parametrize("part", ["val", "test"])

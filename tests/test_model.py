@@ -189,8 +189,9 @@ SUBSETS = [off for n in range(6) for off in itertools.combinations(TERMS[1:], n)
 def test_a_weight_of_0_drops_the_term_and_its_networks_and_nothing_else(off):
     every = losses_of_every_term()
     ours = build("cyclegan", *(f"--lambda{TERMS.index(name)}=0" for name in off))
-    counts, losses = count_images(ours), ours.step(*batch())
-    on = set(TERMS).difference(off)
+    on, (x, y, x_u) = set(TERMS).difference(off), batch()
+    assert ours.uses_unlabeled == bool(on & {"cycle_I", "disc_S", "disc_I"})
+    counts, losses = count_images(ours), ours.step(x, y, x_u if ours.uses_unlabeled else None)
     assert counts == {  # two images for each reading of x, x_u, y or a fake
         "G_IS": 2 + 2 * bool(on & {"cycle_I", "disc_S"}) + 2 * ("cycle_S" in on),
         "G_SI": 2 * bool(on & {"gen_I", "cycle_S", "disc_I"}) + 2 * ("cycle_I" in on),

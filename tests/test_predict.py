@@ -152,7 +152,7 @@ def test_masks_at_native_size_are_the_argmax_of_enlarged_logits(capsys, trained)
     assert run("--testing", "--native-size") == 0
     metrics = metrics_of(SIMPLE.name)
     native = metrics["native_size"]["miou"]
-    assert f"at the masks' own size: mIoU {native:.4f}" in capsys.readouterr().out
+    assert f"at the masks' original size: mIoU {native:.4f}" in capsys.readouterr().out
     assert metrics["miou"] == small["miou"] != native
 
     model, counts = load_with(["--testing"]).model, np.zeros((4, 4))
@@ -207,7 +207,7 @@ def test_volumes_of_a_test_are_those_that_a_prediction_writes(capsys):
     assert run("--training", *tiny_on("acdc"), *PARTIAL, "--data-root", root) == 0
     results = Path("results/acdc_supervised_0.5_s0")
     assert run("--testing", "--batch-size", "4") == 0
-    title = "2 volumes of 1 exam, each scored at its masks' own size"
+    title = "2 volumes of 1 exam, each scored at its masks' original size"
     assert title in capsys.readouterr().out
     assert metrics_of(results.name)["volumes"]["n_volumes"] == 2
     exam = split_ids(results.name)["val"][0].partition("_")[0]
@@ -413,7 +413,8 @@ def test_images_that_half_would_scale_otherwise_than_in_training_are_not_scored(
     other = {"uint8": "float32", "float32": "uint8"}[state["image_dtype"]]
     checkpoint.save(trained, state | {"image_dtype": other})
     error = error_line(capsys, "--testing")
-    assert f"--normalization half: images are {state['image_dtype']}, in training {other}" in error
+    found = f"images are {state['image_dtype']}, those of the training were {other}"
+    assert f"--normalization half: {found}" in error
 
 
 def test_masks_of_large_pictures_need_one_class_of_logits_at_a_time(monkeypatch):

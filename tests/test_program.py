@@ -16,7 +16,7 @@ from utils import TrainingError
 @pytest.mark.parametrize(
     ("raised", "message"),
     [
-        (MemoryError(), "out of memory; in training, half the --batch-size"),
+        (MemoryError(), "out of memory; in training, halving --batch-size"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory; in training"),
         (RuntimeError("[enforce fail] not enough memory"), "out of memory; in training"),
         (PermissionError(13, "Permission denied", "a/b.png"), "a/b.png: Permission denied"),

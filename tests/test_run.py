@@ -204,7 +204,7 @@ def test_a_run_whose_images_got_masks_is_tested_with_its_own_split(capsys):
     assert run("--training", *flags) == 0
     Path("later.png").rename(root / "masks/picture 3.png")
     error = error_line(capsys, "--testing")
-    assert "holds other images or masks than the run started with" in error
+    assert "contains other images or masks than the run started with" in error
     assert "give the run's split.json as --split" in error
     assert run("--testing", "--split", "checkpoints/own_supervised_1_s0/split.json") == 0
 
@@ -363,6 +363,15 @@ def test_a_finished_run_changes_nothing_under_other_flags_of_the_machine_and_fil
     assert run("--training", *SUPERVISED, *flags.split()) == 0
     assert "is finished after 1 epoch: best mIoU" in capsys.readouterr().out
     assert last.stat().st_mtime_ns == before
+
+
+def test_a_run_resumed_within_an_epoch_is_evaluated_at_its_end_under_any_eval_every():
+    flags = ["--training", *SUPERVISED, "--epochs", "3"]
+    assert run(*flags, "--name", "whole") == 0
+    interrupt(6, *flags[1:], "--name", "cut", "--eval-every", "3")  # epochs of four steps
+    assert run(*flags, "--name", "cut") == 0
+    whole = {line["epoch"]: line["iou"] for line in evaluations("whole")}
+    assert {line["epoch"]: line["iou"] for line in evaluations("cut")} == {2: whole[2], 3: whole[3]}
 
 
 def test_settings_and_a_description_that_differ_are_an_error_that_names_them(capsys, trained):

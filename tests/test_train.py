@@ -33,6 +33,8 @@ def test_methods_train_and_know_how_much_of_the_run_is_done(monkeypatch):
 class ToyModel(torch.nn.Linear):
     """Its logits are its input."""
 
+    n_classes = 3
+
     def segment(self, x):
         assert not self.training
         assert torch.is_inference_mode_enabled()
@@ -43,7 +45,7 @@ def test_evaluation_counts_truth_by_rows_over_all_batches_and_shows_each_to_visi
     maps = torch.eye(3)[torch.tensor([[[0, 1], [2, 2]], [[1, 1], [0, 0]]])].permute(0, 3, 1, 2)
     y = torch.tensor([[[0, 2], [2, IGNORE]], [[0, 1], [IGNORE, IGNORE]]])
     batches, visited = [*zip(maps.split(1), y.split(1), strict=True)], []
-    counts = evaluate(ToyModel(1, 1), batches, 3, lambda *batch: visited.append(batch))
+    counts = evaluate(ToyModel(1, 1), batches, lambda *batch: visited.append(batch))
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [0, 1, 1]]
     assert same(visited, [(x, truth, x) for x, truth in batches])
 

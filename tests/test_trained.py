@@ -92,14 +92,17 @@ def test_a_checkpoints_settings_lie_under_the_command_line(trained):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--size 16 32 --lr 1", "--size is [16, 16], not [16, 32]; --lr is 0.0002, not 1.0"),
-        ("--split image", "--split is paper, not image"),
-        ("--checkpoint {} --dataset voc", "--dataset is tiny, not voc"),
+        (
+            "--size 16 32 --lr 1",
+            "--size [16, 32], but it has [16, 16]; --lr 1.0, but it has 0.0002",
+        ),
+        ("--split image", "--split image, but it has paper"),
+        ("--checkpoint {} --dataset voc", "--dataset voc, but it has tiny"),
     ],
 )
 def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained, flags, named):
     error = error_line(capsys, "--testing", *flags.format(trained).split())
-    assert f"{trained}: {named}; the checkpoint sets these" in error
+    assert f"{trained}: {named}; leave these flags out" in error
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained
         (lambda state: state["settings"].update(size=torch.ones(2)), "--size"),
         (lambda state: state["dataset"].update(scored=torch.ones(2)), "scored"),
         (lambda state: state["dataset"].pop("classes"), "classes"),
-        (lambda state: state.update(split="other"), "holds other images"),
+        (lambda state: state.update(split="other"), "contains other images"),
         (lambda state: state.update(format=3), "format 2"),
     ],
 )
@@ -119,7 +122,7 @@ def test_a_strangers_checkpoint_is_one_error_line(capsys, trained, change, named
     edit_checkpoint(trained, change)
     error = error_line(capsys, "--testing")
     assert named in error
-    assert str(trained) in error or named == "holds other images"
+    assert str(trained) in error or named == "contains other images"
 
 
 def test_an_earlier_versions_checkpoint_is_one_error_line(capsys, trained):

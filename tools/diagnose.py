@@ -15,7 +15,7 @@ carries the image in small probabilities that the argmax does not show.
 
 `norms`: the gradients of G_SI's first layer after masks of one class and after others. All flags
 but --steps are main.py's. Each norm trains the same networks on the same batches: ours
-(arch/norm.py), which maps constant planes to 0, and PyTorch's, which amplifies their rounding.
+(arch/norm.py), which maps constant planes to 0, and PyTorch's, which amplifies rounding errors.
 """
 
 import itertools
@@ -67,9 +67,9 @@ def first_batches(
     """The batches of a training's first steps, loaded in this process."""
     epochs = (data.train.epoch(args.seed, i, args.batch_size) for i in itertools.count())
     items = itertools.islice(itertools.chain.from_iterable(epochs), n_steps * args.batch_size)
-    orientation = spec.orientation if args.augment else None
-    options = args.batch_size, device, 0, args.normalization, orientation
-    return Batches(data.train, *options).of([*items])
+    options = {"normalization": args.normalization}
+    options |= {"orientation": spec.orientation if args.augment else None}
+    return Batches(data.train, args.batch_size, device, **options).of([*items])
 
 
 def norms(argv: list[str]) -> int:
@@ -108,10 +108,9 @@ def of_terms(run: Trained, steps: int) -> dict[str, float]:
     args, model = run.args, run.model.train()
     model.progress = run.state["epoch"] / args.epochs  # some weights depend on it
     utils.seed_everything(args.seed, args.deterministic)
-    data = load_data(args, run.spec, run.state["split"], model.uses_unlabeled)
     parameters, found = [*model.G_IS.parameters()], {}
-    for batch in first_batches(data, args, run.spec, run.device, steps):
-        terms, _ = model.generator_terms(*batch)
+    for x, y, *x_u in first_batches(run.data(), args, run.spec, run.device, steps):
+        terms, _ = model.generator_terms(x, y, *x_u or [None])
         for name, term in terms.items():
             parts = []
             if term.requires_grad:  # not that of --disc-input argmax
@@ -147,8 +146,8 @@ def of_cycle(run: Trained) -> dict[str, float]:
     args, model, sums = run.args, run.model.eval(), {}
     if not isinstance(model, CycleGAN):
         raise InputError(f"{run.path}: --method {args.method} has no image cycle")
-    data = load_data(args, run.spec, run.state["split"])
-    for x, y in Batches(data.val, args.batch_size, run.device, 0, args.normalization):
+    data, options = run.data(), {"normalization": args.normalization}
+    for x, y in Batches(data.val, args.batch_size, run.device, **options):
         maps = model.segment(x).softmax(1)
         painted = {
             "softmax map": model.paint(maps),

@@ -91,7 +91,8 @@ def export(argv: list[str]) -> int:
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a run's folder (its best.pt)")
     flag("file", metavar="FILE", type=Path, help="the .pt2 or .onnx file to write")
-    flag("--input", choices=["uint8", "float32"], help="default: as trained")
+    kinds = "type of the input's pixels; default: that of the training images"
+    flag("--input", choices=["uint8", "float32"], help=kinds)
     args = parser.parse_args(argv)
     file = args.file
     if file.suffix not in REQUIRED:

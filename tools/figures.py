@@ -83,7 +83,7 @@ def shared_images(runs: list[Trained], ids: list[str] | None, n: int) -> Stored:
             ]
             what = f"{' and '.join(names)} cannot be in one figure"
             raise InputError(f"{what}: they differ in {', '.join(differ)}")
-    data = [data_utils.load_data(run.args, run.spec, run.state["split"]) for run in runs]
+    data = [run.data() for run in runs]
     common = set.intersection(*({*each.split.ids()["val"]} for each in data))
     samples = {sample.id: sample for sample in data[0].split.val if sample.id in common}
     if not samples:

@@ -250,7 +250,7 @@ def section(dataset: str, runs: list[RunRecord], *tables: list[dict]) -> str:
         cells[experiment, "missed"] = "-" if row["missed"] is None else f"{row['missed']:.1%}"
     if cells:
         about = (
-            "Mean over volumes at their own size and classes without background, then seeds. "
+            "Mean over volumes at their original size and classes without background, then seeds. "
             "Structures that are missed have Dice 0 and no distance."
         )
         text += f"### Scores of whole volumes\n\n{about}\n\n"
