@@ -277,7 +277,12 @@ def load_part(
     rule, root, part = args.rule, Path(args.data_root), args.part
     lists = rule.lists() or lists
     used = {*itertools.chain(*lists.values())}
-    is_own = same_root or used <= {n for s in index(spec, root, "file") for n in s.names}
+    is_own = same_root
+    if not same_root:
+        everywhere = index(spec, root, "file")
+        names = {name for s in everywhere for name in s.names}
+        of_part = {name for s in everywhere if s.part == part for name in s.names}
+        is_own = used <= names and not used <= of_part
     if is_own and part == "test" and part in rule.lists():
         samples = index(spec, root, rule.kind)
         split = rule.apply(samples, spec, args.seed)
@@ -286,7 +291,8 @@ def load_part(
     if is_own and part in rule.seen_parts(spec):
         advice = "--testing alone scores the run's validation images"
         raise InputError(f"--part {part}: the run's split uses this part; {advice}")
-    samples = [s for s in index(spec, root, part) if s.mask is not None]
+    found = index(spec, root, part)
+    samples = [s for s in found if s.mask is not None]
     if seen := sorted(s.id for s in samples if used.intersection(s.names)):
         if is_own:
             raise InputError(f"--part {part}: in the run's split: {first_ten(seen)}")
@@ -294,6 +300,8 @@ def load_part(
         print(f"--part {part}: the run's split has images of these names, too; {advice}")
     if not samples:
         raise InputError(f"--part {part}: no image has a mask")
+    if n_unscored := len(found) - len(samples):
+        print(f"--part {part}: {n_unscored} of {len(found)} images have no mask and are not scored")
     return open_data(args, spec, Split((), (), tuple(samples)))
 
 

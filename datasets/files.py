@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from math import prod
@@ -16,7 +16,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 from torch import Tensor
 
 from datasets.phantom import draw_phantom
@@ -32,6 +32,8 @@ STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow recognizes but c
 LARGEST = 1e30  # of pixels; float32 holds up to 3.4e38
 NOT_FINITE = f"contains values that are not finite, or beyond {LARGEST:g}; replace them"
 MM = {1: 1000, 3: 0.001}  # by NIfTI's code of a unit of length: m, micron; others are mm
+PHOTOMETRIC = TiffImagePlugin.PHOTOMETRIC_INTERPRETATION  # 0: WhiteIsZero
+SIZ, SIZE = b"\xff\x4f\xff\x51", 36  # of JPEG 2000: the markers before its sizes, their length
 EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 
 
@@ -67,6 +69,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
     InputError also if its checksums are wrong, it has several pages, or viewers would rotate it.
     """
     with naming(path), within_limit(path):
+        check_regular(path)
         with Image.open(path) as image:
             image.verify()  # checks all of a PNG; decoding stops at the last pixel
         # as a file: by name, Pillow 13 garbles uncompressed TIFFs that it rotates
@@ -75,6 +78,12 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield image
             # now Pillow has rotated a TIFF, and read what follows the pixels of a PNG
             check_upright(path, image)
+
+
+def check_regular(path: Path) -> None:
+    """InputError for what is there but is no file, such as a pipe, which would block its reader."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file")
 
 
 def is_deep(image: Image.Image) -> bool:
@@ -109,6 +118,8 @@ def as_array(image: Image.Image, channels: int) -> np.ndarray:
     """A picture of any mode as (H, W) or (H, W, 3) uint8, or (H, W) float32 if it is deep."""
     if not is_deep(image):
         return np.array(image.convert("L" if channels == 1 else "RGB"))
+    if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
+        raise ValueError("its 0 is white (photometric interpretation 0); save it with black as 0")
     values = np.array(image, np.float32)
     if not is_finite(values):
         raise ValueError(NOT_FINITE)
@@ -120,12 +131,21 @@ def read_image(path: Path, channels: int, own: bool = False) -> np.ndarray:
     with opened(path) as image:
         if own and is_deep(image):
             return as_array(image, channels)
-        # Pillow would reduce 16-bit RGB to 8 bits
-        raw = " of 16 bits" if ";16" in str([tile[-1] for tile in image.tile]) else ""
+        raw = " of more than 8 bits" if is_reduced(path, image) else ""
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA") or raw:
             found = f"mode {image.mode}{raw}"
             raise InputError(f"{path}: {found}: expected an 8-bit gray or RGB image")
         return as_array(image, channels)
+
+
+def is_reduced(path: Path, image: Image.Image) -> bool:
+    """Whether Pillow reduces a color picture's values to 8 bits."""
+    if image.format == "JPEG2000":
+        header = path.read_bytes().partition(SIZ)[2][SIZE:]
+        n_channels = int.from_bytes(header[:2])
+        return any((bits & 127) > 7 for bits in header[2 : 2 + 3 * n_channels : 3])  # less one
+    codec, *_, layout = image.tile[0] if image.tile else ("", "")
+    return ";16" in str(layout) or (codec.startswith("ppm") and layout[-1] > 255)
 
 
 def is_stretched(image: Image.Image) -> bool:
@@ -148,8 +168,10 @@ def remedy_for(image: Image.Image) -> str:
     return "replace each color by its class index"
 
 
-def check_palette(path: Path, image: Image.Image, labels: tuple[int, ...]) -> None:
-    """InputError if the colors of an indexed picture are grays that are other labels.
+def check_palette(
+    path: Path, image: Image.Image, labels: tuple[int, ...], legal: Iterable[int]
+) -> None:
+    """InputError if the colors of an indexed picture are legal grays, some of them other labels.
 
     GIF writers renumber gray values and leave the labels to the palette.
     """
@@ -157,17 +179,19 @@ def check_palette(path: Path, image: Image.Image, labels: tuple[int, ...]) -> No
     used = np.unique(np.array(image))
     used = used[used < len(palette)]
     grays = palette[used, 0]
-    all_gray = (palette[used] == grays[:, None]).all() and len(np.unique(grays)) == len(grays) > 1
-    if all_gray and (grays != used).any() and {*grays.tolist()} <= {*labels}:
-        index = np.flatnonzero(grays != used)[0]
+    all_gray = (palette[used] == grays[:, None]).all() and len(np.unique(grays)) == len(grays)
+    other_labels = (grays != used) & np.isin(grays, labels)
+    if all_gray and grays.any() and other_labels.any() and {*grays.tolist()} <= {*labels, *legal}:
+        index = np.flatnonzero(other_labels)[0]
         found = f"its index {used[index]} is drawn in the gray {grays[index]}, another label"
         raise InputError(f"{path}: {found}; save the labels as a gray 8-bit PNG")
 
 
-def read_mask(path: Path, labels: tuple[int, ...] = ()) -> np.ndarray:
-    """Read an indexed or gray 8-bit picture as (H, W) uint8; `labels` are the classes' values.
+def read_mask(path: Path, labels: tuple[int, ...] = (), legal: Iterable[int] = ()) -> np.ndarray:
+    """Read an indexed or gray 8-bit picture as (H, W) uint8.
 
-    If 255 is one of them, black and white of fewer bits are 0 and 255.
+    labels: the classes' values; if 255 is one of them, and no value of fewer than 8 bits except 0,
+    black and white of fewer bits are 0 and 255. legal: also those of pixels that do not count.
     """
     expected = "a mask must be an indexed or gray 8-bit PNG of class indices"
     with opened(path) as image:
@@ -178,7 +202,7 @@ def read_mask(path: Path, labels: tuple[int, ...] = ()) -> np.ndarray:
             advice = "export the labels again as an indexed or gray 8-bit PNG"
             raise InputError(f"{path}: {name} may change the values of labels; {advice}")
         if is_stretched(image):
-            if 255 in labels:
+            if 255 in labels and not any(0 < label < 128 for label in labels):
                 return np.array(image.convert("L"))
             found = f"mode {image.mode}, fewer than 8 bits, which some programs scale to 0 to 255"
             advice = "save the labels with 8 bits; label_ids = [0, 255] reads black and white"
@@ -186,17 +210,20 @@ def read_mask(path: Path, labels: tuple[int, ...] = ()) -> np.ndarray:
         if image.mode not in ("L", "P"):
             raise InputError(f"{path}: mode {image.mode}: {expected}: {remedy_for(image)}")
         if image.mode == "P":
-            check_palette(path, image, labels)
+            check_palette(path, image, labels, legal)
         return np.array(image)
 
 
 def read_frames(path: Path) -> np.ndarray:
     """Read a NIfTI volume with or without time as (X, Y, Z, T)."""
+    check_regular(path)
+    size = path.stat().st_size
     if path.suffix.lower() == ".gz":
-        with gzip.open(path) as stream:
-            while stream.read(2**20):  # to the end: nibabel does not reach the checksum
-                pass
+        with gzip.open(path) as stream:  # to the end: nibabel does not reach the checksum
+            size = sum(map(len, iter(lambda: stream.read(2**20), b"")))
     file = nibabel.load(path)
+    if (needed := prod(file.shape) * file.get_data_dtype().itemsize) > size:
+        raise InputError(f"{path}: {size:,} bytes, but its header promises {needed:,}: truncated")
     volume, voxel = np.asanyarray(file.dataobj), np.array(file.header.get_zooms()[:3])
     if not (np.isfinite(file.affine).all() and (np.isfinite(voxel) & (voxel > 0)).all()):
         expected = "expected positive voxel sizes and a finite affine"
@@ -295,7 +322,7 @@ def read_labels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
     elif isinstance(sample.mask, Slice):
         values = read_slice(sample.mask)
     else:
-        values = read_mask(sample.mask, spec.mask_values())
+        values = read_mask(sample.mask, spec.mask_values(), spec.legal_values())
     file, whole = mask_file(sample), values.round()
     if (uneven := np.abs(values - whole) > 1e-3).any():  # a slope rounds integers
         advice = "save labels as integers, resampled to the nearest neighbor"
@@ -303,7 +330,7 @@ def read_labels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
     in_range = (whole >= -(2**15)) & (whole < 2**15)
     classes = spec.lookup()[np.where(in_range, whole, 0).astype(np.int16)]
     if not (legal := in_range & (classes >= 0)).all():
-        known = sorted({*spec.mask_values(), *spec.void_ids, spec.ignore})
+        known = sorted(spec.legal_values())
         found = f"label {whole[~legal][0]:g} is out of range"
         raise InputError(f"{file}: {found}; expected one of {', '.join(map(str, known))}")
     return classes.astype(np.uint8)

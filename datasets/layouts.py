@@ -4,14 +4,26 @@ A layout is a function (spec, root) -> list[Sample]. It reads no pixels; decodin
 """
 
 import re
+import unicodedata
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel
 
-from datasets.files import is_picture, is_volume, stem_of
+from datasets.files import check_regular, is_picture, is_volume, stem_of
 from datasets.spec import PARTS, DatasetSpec, Sample, Slice
 from utils import InputError, first_ten, naming, read_lines
+
+MOST_SLICES = 2**15 - 1  # of a NIfTI-1 volume; beyond it, a header is damaged
+FOLDERS = "images", "masks", "unlabeled", "val", "test"  # of the layout "folder"
+MISNAMED = {"image": "images", "mask": "masks", "unlabelled": "unlabeled"}
+MISNAMED |= {"valid": "val", "validation": "val", "testing": "test"}
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is hidden, such as the ._* files of macOS."""
+    return path.name.startswith(".")
 
 
 def voc_homes(root: Path) -> tuple[Path, ...]:
@@ -51,7 +63,7 @@ def index_voc_images(root: Path) -> list[Sample]:
     home = voc_home(root, "JPEGImages")
     folders = home / "SegmentationClass", home / "SegmentationClassAug"
     masks = {mask.stem: mask for folder in folders for mask in folder.glob("*.png")}
-    images = (home / "JPEGImages").glob("*.jpg")
+    images = [image for image in (home / "JPEGImages").glob("*.jpg") if not is_hidden(image)]
     return [Sample(i.stem, i.stem, i, masks.get(i.stem)) for i in images]
 
 
@@ -73,7 +85,7 @@ def index_cityscapes(spec: DatasetSpec, root: Path) -> list[Sample]:
     for part in "train", "val":
         for image in sorted((root / "leftImg8bit" / part).glob("*/*")):
             name, ending = image.name[: -len("_leftImg8bit.png")], "_leftimg8bit.png"
-            if not image.name.lower().endswith(ending):
+            if not image.name.lower().endswith(ending) or is_hidden(image):
                 continue
             city = root / "gtFine" / part / image.parent.name
             mask = city / f"{name}_gtFine_labelIds.png"
@@ -114,10 +126,11 @@ def slices(
     name: str, group: str, image: Path, mask: Path | None, part: str, phase: str = ""
 ) -> list[Sample]:
     """One sample per slice of a NIfTI volume and of its mask."""
-    try:
-        depth = max(1, nibabel.load(image).shape[2])
-    except Exception:  # anything, for a broken file; decoding reports it
-        depth = 1
+    depth = 1
+    with suppress(Exception):  # anything, for a broken file; decoding reports it
+        check_regular(image)
+        found = nibabel.load(image).shape[2]
+        depth = found if 0 < found <= MOST_SLICES else 1
     samples = []
     for z in range(depth):
         mask_slice = None if mask is None else Slice(mask, z)
@@ -129,16 +142,18 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
     """images/ and masks/ by stem; optionally unlabeled/, and val/ and test/ with the same two.
 
     Files are pictures or NIfTI volumes, whose slices are samples. Images without a mask are
-    unlabeled. A patient (spec.group) is in one of train, val and test.
+    unlabeled. A patient (spec.group), or a stem, is in one of train, val and test.
     """
     samples, problems = [], []
-    parts: dict[str, str] = {}  # of each patient
+    parts: dict[str, str] = {}  # of each patient, or image
 
     def by_stem(folder: Path) -> dict[str, Path]:
         files: dict[str, Path] = {}
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            stem = stem_of(file)
-            if file.name.startswith("."):
+            stem = unicodedata.normalize(
+                "NFC", stem_of(file)
+            )  # macOS may write "u" and dots for "ü"
+            if is_hidden(file):
                 continue
             if file.is_dir():
                 problems.append(f"{file}: a folder; files must be directly in {folder}")
@@ -150,6 +165,12 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
                 files[stem] = file
         return files
 
+    for home in (root, root / "val", root / "test"):
+        for folder in sorted(home.iterdir()) if home.is_dir() else ():
+            name = MISNAMED.get(folder.name.lower(), folder.name.lower())
+            is_read = name in FOLDERS and folder.name not in FOLDERS
+            if is_read and folder.is_dir() and not (home / name).is_dir():
+                problems.append(f"{folder}: such a folder must be named {name!r}")
     places = (
         ("train", "images", "masks"),
         ("train", "unlabeled", None),
@@ -168,10 +189,13 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
                     problems.append(f"{image}: the name does not match group = {spec.group!r}")
                     continue
                 group = match[1]
-                if (other := parts.setdefault(group, part)) != part:
+            if (other := parts.setdefault(group, part)) != part:
+                message = f"an image of this name is also among the {other} images; rename one"
+                if spec.group is not None:
                     message = f"patient {group} is also among the {other} images"
-                    problems.append(f"{image}: {message}; keep all files of a patient together")
-                    continue
+                    message += "; keep all files of a patient together"
+                problems.append(f"{image}: {message}")
+                continue
             if part == "val" and mask is None:
                 problems.append(f"{image}: has no mask in {root / masks}")
             elif mask and is_volume(image) != is_volume(mask):

@@ -48,6 +48,10 @@ class DatasetSpec:
         own = tuple(range(n_own)) if self.label_ids is None else self.label_ids
         return *own, *self.void_ids[:1]
 
+    def legal_values(self) -> set[int]:
+        """Every value that mask files may contain: of classes, and of pixels that do not count."""
+        return {*self.mask_values(), *self.void_ids, self.ignore}
+
     def beyond_png(self) -> str:
         """The first value, with its key, that an 8-bit PNG cannot hold; "" if there is none."""
         keys = {"label_ids": self.label_ids or (), "void_ids": self.void_ids}

@@ -7,9 +7,11 @@ samples, it returns their Split.
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 
@@ -145,14 +147,25 @@ def _first(units: set[str], n: int, rng: np.random.Generator) -> set[str]:
 # Split files
 
 
+def read_json(path: Path) -> dict:
+    """The object in a split.json; InputError if a key is repeated."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        if repeated := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+            raise InputError(f"{path}: repeats the key {repeated[0]!r}")
+        return dict(pairs)
+
+    with naming(path):
+        lists = json.loads(read_text(path), object_pairs_hook=unique)
+    return lists if isinstance(lists, dict) else {}
+
+
 def read_lists(path: Path) -> dict[str, list[str]]:
     """Read a split.json: lists `labeled`, `unlabeled`, `val` and perhaps `test`.
 
     They contain ids, volumes or whole groups. A run's own has a hash, which is not returned.
     """
-    with naming(path):
-        lists = json.loads(read_text(path))
-    lists = lists if isinstance(lists, dict) else {}
+    lists = {**read_json(path)}
     lists.pop("hash", None)
     if unknown := lists.keys() - {*ROLES, "test"}:
         expected = f"expected {', '.join(ROLES)} and test"
@@ -163,7 +176,7 @@ def read_lists(path: Path) -> dict[str, list[str]]:
             raise InputError(f"{path}: expected a list of ids as {role!r}")
         if not names and role != "unlabeled":
             raise InputError(f"{path}: {role!r} is empty")
-    return lists
+    return {role: [normalize("NFC", name) for name in names] for role, names in lists.items()}
 
 
 def check_groups(path: Path, chosen: Mapping[str, Iterable[Sample]]) -> None:
@@ -184,7 +197,7 @@ def read_split(path: Path, samples: list[Sample]) -> Split:
 
     A name is an id, otherwise a volume, otherwise a group. InputError names ids that are unknown,
     have two roles, or are scored or labeled without a mask, and groups that are on two of the sides
-    training, validation and test.
+    training, validation and test, unless a run (with --split image) wrote exactly these lists.
     """
     lists = read_lists(path)
     ids = {sample.id: [sample] for sample in samples}
@@ -202,12 +215,14 @@ def read_split(path: Path, samples: list[Sample]) -> Split:
     for one, other in itertools.combinations(chosen, 2):
         if both := sorted(s.id for s in chosen[one] & chosen[other]):
             raise InputError(f"{path}: both {one} and {other}: {first_ten(both)}")
-    check_groups(path, chosen)
     for role, used in chosen.items():
         unmasked = sorted(s.id for s in used if s.mask is None)
         if unmasked and role != "unlabeled":
             raise InputError(f"{path}: {role}, but without a mask: {first_ten(unmasked)}")
-    return Split(**{role: tuple(sorted(chosen[role], key=lambda s: s.id)) for role in chosen})
+    found = Split(**{role: tuple(sorted(chosen[role], key=lambda s: s.id)) for role in chosen})
+    if found.hash() != read_json(path).get("hash"):
+        check_groups(path, chosen)
+    return found
 
 
 # Rules

@@ -75,6 +75,12 @@ def test_a_folders_deep_gray_pictures_keep_their_values_which_are_finite(tmp_pat
         assert image.dtype == np.float32
         assert np.array_equal(image, expected)
         assert np.array_equal(files.as_pixels(image, 3), [expected] * 3)
+    for inverted in values, floats:
+        Image.fromarray(inverted).save(tmp_path / "c.tif", tiffinfo={262: 0})
+        message = error_of(
+            files.read_sample, Sample("c", "c", tmp_path / "c.tif", None), folder_spec()
+        )
+        assert message.startswith(f"{tmp_path / 'c.tif'}: its 0 is white")
     floats[3, 4] = np.nan
     Image.fromarray(floats).save(tmp_path / "b.tif")
     message = error_of(files.read_sample, Sample("a", "a", tmp_path / "b.tif", None), folder_spec())
@@ -86,6 +92,24 @@ def png16(path: Path) -> None:
     header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 20, 16, 2, 0, 0, 0))
     rows = png_chunk(b"IDAT", zlib.compress((b"\0" + bytes(28 * 6)) * 20))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + rows + png_chunk(b"IEND", b""))
+
+
+def ppm16(path: Path) -> None:
+    path.write_bytes(b"P6 28 20 65535\n" + bytes(28 * 20 * 6))
+
+
+def jp2_16(path: Path) -> None:
+    """A JPEG 2000 whose header says 16 bits per channel; Pillow writes 8."""
+    Image.new("RGB", (28, 20)).save(path, "JPEG2000")
+    content = bytearray(path.read_bytes())
+    depths = content.index(b"\xff\x4f\xff\x51") + 42
+    content[depths : depths + 9 : 3] = bytes([15]) * 3
+    path.write_bytes(content)
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def cut(path: Path) -> None:
@@ -109,7 +133,9 @@ def filled(value: int, *shape: int):
         ("image", Path.unlink, "No such file"),
         ("image", cut, "truncated"),
         ("image", lambda p: Image.new("CMYK", (28, 20)).save(p), "mode CMYK"),
-        ("image", png16, "of 16 bits"),
+        *(("image", deep, "of more than 8 bits") for deep in (png16, ppm16, jp2_16)),
+        ("image", pipe, "not a regular file"),
+        ("mask", pipe, "not a regular file"),
         ("mask", flip_checksum, "bad header checksum"),
         ("mask", filled(0, 20, 27), "27x20 pixels, but its image has 28x20"),
         ("mask", filled(21, 20, 28), "label 21 is out of range; expected one of 0, 1, 2, 3"),
@@ -509,6 +535,12 @@ def test_grays_of_a_palette_that_are_other_labels_are_an_error(tmp_path):
     Image.fromarray(MASK * 3).save(tmp_path / "a.gif")  # which Pillow renumbers 0 and 1
     spec = folder_spec(classes=[*"abcd"])
     assert mask_error(tmp_path / "a.gif", spec).startswith("its index 1 is drawn in the gray 3")
+    ignored = MASK * 3
+    ignored[0] = IGNORE
+    Image.fromarray(ignored).save(tmp_path / "a.gif")
+    assert mask_error(tmp_path / "a.gif", spec).startswith("its index 1 is drawn in the gray 3")
+    Image.fromarray(np.full_like(MASK, 3)).save(tmp_path / "a.gif")
+    assert mask_error(tmp_path / "a.gif", spec).startswith("its index 0 is drawn in the gray 3")
     for colors in (
         [0, 0, 0, 255, 255, 255],
         [0, 0, 0, 1, 1, 1],
@@ -544,6 +576,8 @@ def test_gray_of_fewer_bits_is_black_and_white_where_label_ids_say_so(tmp_path, 
     assert "; save the labels with 8 bits" in message
     spec = folder_spec(label_ids=[0, 255], ignore=254)
     assert np.array_equal(read_mask(tmp_path / name, spec), MASK)
+    spec = folder_spec(classes=[*"abc"], label_ids=[0, 1, 255], ignore=254)
+    assert ", fewer than 8 bits" in mask_error(tmp_path / name, spec)
 
 
 @pytest.mark.parametrize(

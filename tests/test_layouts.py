@@ -1,15 +1,20 @@
 """From a root folder to samples: the layouts of VOC, Cityscapes, ACDC and of plain folders."""
 
+import json
 import shutil
+import struct
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from conftest import add_acdc_testing, error_of, folder_spec, make_folder, read_errors, write_volume
 
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Slice, load_spec
+from datasets.splits import read_split
 
 HOME = "VOCdevkit/VOC2012"
 TRAIN_AUG = f"{HOME}/ImageSets/Segmentation/train_aug.txt"
@@ -37,6 +42,7 @@ def test_cityscapes_endings_may_be_capital_and_other_files_are_left_out(cityscap
     image = city / "aachen_000000_000019_leftImg8bit.png"
     image.rename(image.with_suffix(".PNG"))
     (city / "notes.txt").write_text("not an image")
+    (city / "._aachen_000000_000019_leftImg8bit.png").write_text("of macOS")
     samples = index(spec, cityscapes)
     cities = "aachen_{:06d}_000019", "frankfurt_{:06d}_000019"
     expected = [cities[0].format(i) for i in range(4)] + [cities[1].format(i) for i in range(2)]
@@ -116,6 +122,7 @@ def test_a_split_file_may_name_any_image_of_voc_and_needs_no_lists(voc):
         mask.rename(voc / HOME / "SegmentationClass" / mask.name)
     shutil.copy(masks[0], voc / HOME / "SegmentationClass")  # SegmentationClassAug comes first
     masks[3].unlink()
+    (voc / HOME / "JPEGImages/._2007_000000.jpg").write_text("of macOS")
     found = {s.id: s.mask and s.mask.parent.name for s in index(load_spec("voc"), voc, "file")}
     folders = ["SegmentationClassAug", *["SegmentationClass"] * 2, None, "SegmentationClassAug"]
     assert found == {f"2007_{i:06d}": folder for i, folder in enumerate(folders)}
@@ -157,6 +164,11 @@ def rename(old: str, new: str):
          "picture 6.png: has no mask"),
         ("folder", rename("masks/picture 1.png", "masks/picture 1.nii"),
          "picture 1.nii: image and mask must be two volumes or two image files"),
+        ("folder", rename("val", "Validation"), "Validation: such a folder must be named 'val'"),
+        ("folder", rename("val/masks", "val/mask"), "mask: such a folder must be named 'masks'"),
+        ("folder", rename("unlabeled", "unlabelled"), "unlabelled: such a folder must be named"),
+        ("folder", lambda root: make_folder(root / "test", 1),
+         "test/images/picture 0.png: an image of this name is also among the train images"),
         ("folder", rename("unlabeled/picture 5.png", "unlabeled/picture 0.png"),
          "duplicate ids: |images/picture 0.png)|unlabeled/picture 0.png)"),
         ("voc", lambda root: (root / TRAIN_AUG).unlink(), "train_aug.txt: no such file"),
@@ -191,7 +203,40 @@ def test_a_missing_frame_is_named_when_it_is_read(acdc):
     assert "patient002_frame31.nii.gz" in message
 
 
+def test_a_header_that_claims_more_slices_than_any_volume_has_is_left_to_decoding(tmp_path):
+    make_folder(tmp_path, 1)
+    path = tmp_path / "images" / "a.nii"
+    nibabel.save(nibabel.Nifti2Image(np.zeros((4, 4, 1), np.int16), np.eye(4)), path)
+    content = bytearray(path.read_bytes())
+    content[40:48] = struct.pack("<q", 2**40)  # dim[3]
+    path.write_bytes(content)
+    samples = index(folder_spec(), tmp_path)
+    assert [sample.id for sample in samples] == ["a_s00", "picture 0"]
+    assert str(path) in read_errors(samples, folder_spec())[0]
+
+
 # Patients
+
+
+def test_names_that_look_the_same_are_the_same(tmp_path):
+    """Unicode writes an umlaut as one character or, on macOS, as two."""
+    make_folder(tmp_path, 1)
+    make_folder(tmp_path / "val", 2)
+    composed, decomposed = (unicodedata.normalize(form, "M\u00fcller") for form in ("NFC", "NFD"))
+    for folder in "images", "masks":
+        (tmp_path / "val" / folder / "picture 0.png").unlink()
+        (tmp_path / folder / "picture 0.png").rename(tmp_path / folder / f"{composed} 0.png")
+        own = decomposed if folder == "images" else composed
+        (tmp_path / "val" / folder / "picture 1.png").rename(
+            tmp_path / "val" / folder / f"{own} 1.png"
+        )
+    samples = index(folder_spec(), tmp_path)
+    assert [sample.id for sample in samples] == [f"{composed} 0", f"{composed} 1"]
+    message = error_of(index, folder_spec(group="(.+) "), tmp_path)
+    assert f"patient {composed} is also among the train images" in message
+    lists = {"labeled": [f"{decomposed} 0"], "unlabeled": [], "val": [f"{composed} 1"]}
+    (tmp_path / "split.json").write_text(json.dumps(lists))
+    assert read_split(tmp_path / "split.json", samples).labeled == (samples[0],)
 
 
 def test_group_is_the_patient_of_each_file(tmp_path):

@@ -8,6 +8,7 @@ import sys
 import tarfile
 import urllib.error
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -157,6 +158,35 @@ def test_another_train_aug_is_corrected_and_the_same_in_another_order_stays(root
         path.write_text("\n".join(before))
         assert prepare("voc", root, *voc_archives) == 0
         assert path.read_text().split() == after
+
+
+def test_train_aug_is_not_shortened_to_the_masks_of_sbd_that_are_there(root, voc_archives, capsys):
+    path = root / TRAIN_AUG
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join([*AUGMENTED, "2008_000009"]))
+    before = path.read_text()
+    prepare("voc", root, *voc_archives)
+    assert path.read_text() == before
+    assert "kept " in (printed := capsys.readouterr().out)
+    assert "1 image more than SBD's masks here" in printed
+
+
+def test_an_interrupted_download_of_sbd_is_no_source_and_begins_anew(root, monkeypatch):
+    make_voc2012(root)
+
+    def download_sbd(root, image_set, mode, download):
+        make_sbd(root)
+        if not complete:
+            for mask in sorted(Path(root).rglob("*.mat"))[1:]:
+                mask.unlink()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "SBDataset", download_sbd)
+    for complete in False, True:
+        with suppress(KeyboardInterrupt):
+            assert run("voc", "--root", root, "--download") == 0 or not complete
+        assert (root / TRAIN_AUG).is_file() == complete
+    assert found_by_main("voc", root) == AUGMENTED
 
 
 def test_voc_without_its_train_txt_is_one_error_line(root, capsys):
@@ -493,13 +523,18 @@ def test_data_that_the_papers_split_cannot_train_on_is_an_error(root, acdc_files
         ("voc --verify --from x.zip", ["--verify", "--from"]),
         ("cityscapes --download", ["--download", "gtFine_trainvaltest.zip"]),
         ("acdc --from nowhere.zip", ["nowhere.zip", "No such file"]),
-        ("acdc --from text.zip", ["text.zip", "neither"]),
+        ("acdc --from text.zip", ["text.zip", "neither", "truncated; delete it, get it again"]),
+        ("acdc --from cut.tgz", ["cut.tgz", "neither", "truncated; delete it, get it again"]),
         ("acdc --root text.zip", ["--root", "text.zip"]),
     ],
 )
 def test_wrong_flags_and_sources_are_one_error_line(tmp_path, monkeypatch, flags, words, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.zip").write_text("not a zip")
+    Path("noise").write_bytes(np.random.default_rng(0).bytes(20000))
+    with tarfile.open("cut.tgz", "w:gz") as target:
+        target.add("noise")
+    Path("cut.tgz").write_bytes(Path("cut.tgz").read_bytes()[:-10000])
     line = error_line(capsys, *flags.split())
     assert all(word in line for word in words), line
 

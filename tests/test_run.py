@@ -225,6 +225,12 @@ def test_another_folder_is_another_dataset_unless_it_has_all_of_the_runs_images(
     printed = capsys.readouterr().out
     assert "on 2 test images" in printed
     assert "has images of these names, too" in printed
+    make_folder(Path("third/test"), 9)  # whose names contain all of the run's
+    Path("third/test/masks/picture 8.png").unlink()
+    assert run(*part, "third", "--results", "others") == 0
+    printed = capsys.readouterr().out
+    assert "on 8 test images" in printed
+    assert "1 of 9 images have no mask and are not scored" in printed
     root.rename("moved")
     make_folder(Path("moved/test"), 1)
     if by_file:

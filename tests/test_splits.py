@@ -312,6 +312,24 @@ def test_wrong_split_file_is_named_with_its_ids(tmp_path, changes, message):
     assert error_of(read_lists, path, {**LISTS, **changes}) == f"{path}: {message}"
 
 
+def test_lists_that_a_run_wrote_may_divide_an_exam_unless_they_were_edited(tmp_path):
+    path = tmp_path / "split.json"
+    divided = split(SLICES, 0.5, 0, load_spec("acdc"), "image")
+    lists = {**divided.ids(), "hash": divided.hash()}
+    path.write_text(json.dumps(lists))
+    assert read_split(path, SLICES) == divided
+    path.write_text(json.dumps({**lists, "unlabeled": lists["unlabeled"][1:]}))
+    assert "in training and validation: exam" in error_of(read_split, path, SLICES)
+
+
+def test_a_repeated_key_of_a_split_file_is_named(tmp_path):
+    path = tmp_path / "split.json"
+    path.write_text(
+        '{"labeled": ["exam1"], "unlabeled": [], "val": ["exam2"], "labeled": ["exam3"]}'
+    )
+    assert error_of(read_split, path, SLICES) == f"{path}: repeats the key 'labeled'"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100000])
 def test_file_that_is_no_split_is_named(tmp_path, content):
     path = tmp_path / "split.json"

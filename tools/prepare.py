@@ -11,14 +11,17 @@ Archives and folders under --root are used as well. A repeated command writes mi
 files; it keeps others, and names those of another size than the archive's.
 """
 
+import gzip
 import http.client
 import io
 import re
 import shlex
+import shutil
 import socket
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -82,12 +85,16 @@ def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
                 yield member.filename, member.file_size, partial(archive.read, member)
-    elif tarfile.is_tarfile(source):
-        with tarfile.open(source) as archive:
-            for member in filter(tarfile.TarInfo.isfile, archive):
-                yield member.name, member.size, archive.extractfile(member).read
+    elif source.name.lower().endswith(ARCHIVE_SUFFIXES):
+        try:
+            with tarfile.open(source) as archive:
+                for member in filter(tarfile.TarInfo.isfile, archive):
+                    yield member.name, member.size, archive.extractfile(member).read
+        except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
+            found, advice = "neither a zip nor a tar file, or truncated", "delete it, get it again"
+            raise InputError(f"{source}: {found}; {advice}") from error
     else:
-        raise InputError(f"{source}: neither a folder nor a zip or tar file, or truncated")
+        raise InputError(f"{source}: neither a folder nor a zip or tar file")
 
 
 def read_sources(sources: list[Path]) -> Iterator[tuple[Path, int, Callable[[], bytes]]]:
@@ -196,6 +203,17 @@ def download(dataset: type, root: Path, **options) -> None:
         raise TrainingError(f"--download: {error}; {remedy}") from error
 
 
+def download_sbd(root: Path) -> Path:
+    """Download SBD to root/sbd, which does not exist before it is complete."""
+    folder, unfinished = root / "sbd", root / ".sbd"  # hidden: no source for a later command
+    for unpacked in filter(Path.is_dir, unfinished.glob("*")):
+        shutil.rmtree(unpacked)  # in part, by an interrupted command
+    download(SBDataset, unfinished, mode="segmentation")
+    if folder.exists():
+        return unfinished
+    return unfinished.rename(folder)
+
+
 def train_aug(voc_train: set[str], voc_val: set[str], sbd: set[str]) -> list[str]:
     """The augmented training set: VOC's train and all of SBD but VOC's val; officially 10,582."""
     return sorted((sbd - voc_val) | voc_train)
@@ -221,8 +239,7 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
             utils.write_atomically(target, content)
     sbd = convert_sbd(masks, sources)
     if may_download and not sbd:
-        download(SBDataset, root / "sbd", mode="segmentation")
-        sbd = convert_sbd(masks, [root / "sbd"])
+        sbd = convert_sbd(masks, [download_sbd(root)])
 
     ids = {}
     for path in lists.glob("*.txt"):
@@ -231,9 +248,13 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
         for name in "train", "val":
             if name not in ids:
                 raise InputError(f"{lists / name}.txt: no such file; VOC2012's archive has it")
-        augmented = train_aug(ids["train"], ids["val"], sbd)
-        if ids.get("train_aug") != {*augmented}:
-            utils.write_atomically(lists / "train_aug.txt", "\n".join([*augmented, ""]))
+        augmented, path = train_aug(ids["train"], ids["val"], sbd), lists / "train_aug.txt"
+        before = ids.get("train_aug", set())
+        if before > {*augmented} and not before & ids["val"]:
+            n_more = counted(len(before) - len(augmented), "image")
+            print(f"kept {path}: {n_more} more than SBD's masks here, which may be incomplete")
+        elif before != {*augmented}:
+            utils.write_atomically(path, "\n".join([*augmented, ""]))
     elif "train_aug" not in ids:
         remedy = f"use --download, or get {SBDataset.url} and pass it to --from"
         raise InputError(f"{root}: neither train_aug.txt nor SBD's masks (cls/ID.mat): {remedy}")
