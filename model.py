@@ -598,6 +598,8 @@ class MeanTeacher(Method):
         losses = super().step(x, y, x_u)
         with torch.no_grad():
             self.follow(list(self.teacher.parameters()), list(self.G_IS.parameters()), None)
+            for own, new in zip(self.teacher.buffers(), self.G_IS.buffers(), strict=True):
+                own.copy_(new)  # running statistics; ResNetGenerator has none
         return losses
 
 

@@ -1,6 +1,7 @@
 """tools/benchmark.py: its plain step is the same mathematics, and its numbers are what they say."""
 
 import argparse
+import gc
 import json
 import time
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from runs import error_line
 
+from model import CycleGAN
 from tools import benchmark
 
 SMALL = "--dataset acdc --size 16 16 --ngf 4 --ndf 4 --n-blocks 1 --disc-norm instance"
@@ -116,6 +118,21 @@ def test_a_table_of_times_is_printed_and_written(capsys, tmp_path):
         cells = f"{row['peak GiB']:.4g} | {row['ms']:.4g} | {row['images/s']:.4g}"
         ratio = f"{plain['ratio']:.2f} ({plain['low']:.2f} to {plain['high']:.2f})"
         assert f"| {row['option']} | {cells} | {ratio} | n/a |\n" in output
+
+
+def test_each_options_memory_is_without_the_models_of_the_options_before(monkeypatch):
+    alive = []
+
+    def peak(_step) -> float:
+        alive.append(sum(isinstance(each, CycleGAN) for each in gc.get_objects()))
+        return 0.0
+
+    monkeypatch.setattr(benchmark.Step, "peak", peak)
+    gc.collect()
+    before = sum(isinstance(each, CycleGAN) for each in gc.get_objects())
+    flags = ["--rounds", "0", "--options", *["fp32"] * 3]
+    assert benchmark.benchmark([*SMALL, *flags]) == 0
+    assert alive == [before + 1] * 3
 
 
 def test_without_rounds_only_the_memory_is_measured(capsys):

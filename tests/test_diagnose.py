@@ -30,6 +30,7 @@ def test_both_norms_get_a_row_with_every_column(in_tmp, capsys):
     ("flags", "message"),
     [
         ("--method supervised", "--method supervised has no G_SI"),
+        ("--lambda1 0 --lambda2 0 --lambda3 0 --lambda5 0", "no term .* trains G_SI"),
         ("--ratio 1", "--ratio 1 leaves no unlabeled image for --method cyclegan"),
     ],
 )

@@ -97,6 +97,7 @@ def test_a_scale_and_an_experiment_are_their_flags(capsys, line, expected):
         ("--table 2", 5, TABLE_2),
         ("--table 2 --dataset acdc --ratios 0.1 0.2", 10, TABLE_2),
         ("--table 3", 6, {"partial", "ours"}),
+        ("--table 3 --scale reduced", 6, {"partial", "ours"}),
         ("--dataset phantom", len(ALL), ALL),
         ("--scale exams --dataset acdc --names full partial meanteacher", 5,
          {"full", "partial", "meanteacher"}),
@@ -217,6 +218,9 @@ def test_a_test_runs_on_the_machine_of_its_training(capsys):
         "--testing", "--checkpoint", "checkpoints/smoke/tiny_partial_0.2_s0/last.pt",
         "--results", "results/smoke", "--device", "cpu", "--data-root", "here",
     ]  # fmt: skip
+    Path("machine.toml").write_text('device = "cpu"\nworkers = 1\n')
+    assert run(line, "--config", "machine.toml") == 0
+    assert capsys.readouterr().out.endswith(" --device cpu --workers 1 --data-root here\n")
 
 
 def signal_when(path: Path) -> None:
@@ -322,7 +326,9 @@ def test_a_device_that_is_given_is_no_choice_of_gpus(monkeypatch):
     line = "run --scale smoke --dataset tiny.toml --names partial"
     run(line)
     run(line, "--device", "cuda:1")
-    assert found == [["0", "1"], []]
+    Path("machine.toml").write_text('device = "cuda:1"')
+    run(line, "--config", "machine.toml")
+    assert found == [["0", "1"], [], []]
 
 
 def test_a_signal_is_passed_on_and_no_other_run_starts(capsys, stub):

@@ -371,6 +371,15 @@ def test_the_average_follows_G_IS_and_is_what_is_evaluated():
     assert torch.equal(ours.eval().segment(x), ours.teacher(x))
 
 
+def test_running_statistics_of_the_average_are_those_of_G_IS():
+    ours = build("meanteacher", "--cutmix-on", "labeled")
+    for network in ours.G_IS, ours.teacher:
+        network.register_buffer("running", torch.zeros(2))
+    ours.G_IS.running += 3
+    ours.step(*batch())
+    assert ours.teacher.running.tolist() == [3, 3]
+
+
 # Methods
 
 

@@ -1,6 +1,7 @@
 """tools/report.py: the paper's numbers, what is read from runs, statistics, tables, kept logs."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import runs
 import scipy.stats
+from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
 import main
@@ -429,6 +431,44 @@ def test_the_chart_is_the_mean_score_of_each_method_by_labeled_exams(monkeypatch
     assert axes.lines[-1].get_ydata() == [0.75, 0.75]
     assert [handle.get_label() for handle in handles] == ["Partial", "Ours", "Full", variant]
     assert figures.draw_labels([run for run in found if run.n_exams == 8], Path()) == ""
+
+
+def test_each_line_of_the_chart_looks_different(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, handles, _: drawn.append(handles))
+    names = [name for name in plan.EXPERIMENTS if name != "full" and "augment" not in name]
+    for name, ratio in itertools.product(names, (0.04, 0.1)):
+        make_run(name, scale="exams", ratio=ratio)
+    figures.draw_labels(read_runs(Path("checkpoints/exams"), "exams")[0], Path())
+    looks = {(to_rgba(line.get_color()), line.get_marker()) for line in drawn[0]}
+    assert len(looks) == len(names) > 10
+
+
+def test_two_ratios_that_label_as_many_exams_are_refused(capsys):
+    for ratio in 0.1, 0.107:
+        make_run("partial", scale="exams", ratio=ratio)
+    error = error_line(capsys, "report --scale exams")
+    assert "acdc_partial_0.1_s0 and acdc_partial_0.107_s0 differ in ratio (0.1, 0.107)" in error
+
+
+def test_a_report_leaves_no_table_or_figure_of_an_earlier_one():
+    make_run("partial")
+    other = make_run("ours")
+    report_of()
+    assert Path("out/reduced_differences.csv").is_file()
+    shutil.rmtree(other)
+    Path("out/reduced_acdc_labels.png").touch()
+    report_of()
+    assert {path.name for path in Path("out").iterdir()} == {
+        "reduced.md", "reduced.csv", "reduced_classes.csv", "reduced_acdc_curves.png",
+    }  # fmt: skip
+
+
+def test_a_linked_folder_has_the_scale_of_its_own_name():
+    make_run("partial")
+    Path("checkpoints/reduced").rename("moved")
+    Path("checkpoints/reduced").symlink_to(Path("moved").resolve())
+    assert run("report --from checkpoints/reduced --out out") == 0
 
 
 # Kept logs

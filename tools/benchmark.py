@@ -11,6 +11,7 @@ Steps are timed alternately. Ratios are between medians, with extremes over roun
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -153,6 +154,7 @@ def take_turns(args: argparse.Namespace, *steps: Step) -> list[dict]:
 def time_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     """Each option's step, and plain ones in turn with it."""
     for option in args.options:
+        gc.collect()  # the option before: a method's sides refer to it, so `del` leaves it
         step = Step(argv, option)
         row = {"option": option, "peak GiB": step.peak()}
         if args.rounds:
@@ -164,7 +166,7 @@ def time_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
             for name, other in zip(plain, others, strict=True):
                 row[f"plain {name} / it"] = other
             del plain_steps
-        del step  # the next one's peak is without it
+        del step
         yield row
 
 

@@ -90,6 +90,9 @@ def norms(argv: list[str]) -> int:
         if norm == "PyTorch's":
             use_pytorchs_norm(model)
         weight = next(model.G_SI.parameters())
+        trained = model.optimizers["G"].param_groups[0]["params"]
+        if not any(weight is parameter for parameter in trained):
+            raise InputError("no term whose weight is not 0 trains G_SI; leave out its --lambda")
         found: dict[bool, list[float]] = {True: [], False: []}
         for x, y, x_u in first_batches(data, args, spec, device, own.steps):
             model.step(x, y, x_u)

@@ -38,7 +38,7 @@ import torch
 import utils
 from datasets.splits import ByFile
 from engine import program
-from engine.flags import Parser, bounded, parse_args, read_flags
+from engine.flags import Flags, Parser, bounded, parse_args
 from engine.signals import SIGNALS
 from tools import report, runs
 from tools.plan import EXPERIMENTS, SCALES, command_flags, paper_cells, paper_scores, short_name
@@ -59,11 +59,11 @@ def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]
     if unknown := [name for name in args.names or () if name not in EXPERIMENTS]:
         raise InputError(f"--names {unknown[0]}: expected some of {', '.join(EXPERIMENTS)}")
     cells, selected = paper_cells(args.table), []
-    in_paper = dict.fromkeys(dataset for dataset, _, _ in paper_cells(None))
+    in_paper = {dataset for dataset, _, _ in paper_cells(None)}
     names = [name for name in EXPERIMENTS if args.names is None or name in args.names]
     if args.table:
         names = [name for name in names if name in {name for _, _, name in cells}]
-    for dataset in [args.dataset] if args.dataset else in_paper:
+    for dataset in [args.dataset] if args.dataset else dict.fromkeys(cell[0] for cell in cells):
         short = short_name(dataset)
         table = SCALES[scale].get("ratios", {})
         usual = table.get(short, table.get("*", []))
@@ -78,13 +78,14 @@ def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]
     return selected
 
 
-def test_flags(scale: str, name: str, extra: list[str]) -> list[str]:
-    """main.py's flags that test a run's last checkpoint, on the machine that `extra` describes."""
-    given = read_flags(extra)
-    machine = [*runs.PARSER.keys["machine"], "data_root", "cache"]
-    last, results = f"checkpoints/{scale}/{name}/last.pt", f"results/{scale}"
+def test_flags(scale: str, args: Flags) -> list[str]:
+    """main.py's flags that test a run's last checkpoint, on the machine that trains it."""
+    last, results = f"checkpoints/{scale}/{args.name}/last.pt", f"results/{scale}"
     flags = ["--testing", "--checkpoint", last, "--results", results]
-    return flags + as_flags({key: given[key] for key in machine if key in given})
+    machine = {key: getattr(args, key) for key in [*runs.PARSER.keys["machine"], "cache"]}
+    machine = {key: value for key, value in machine.items() if value != runs.DEFAULTS[key]}
+    root = {"data_root": args.given["data_root"]} if "data_root" in args.given else {}
+    return flags + as_flags(machine | root)
 
 
 def command(flags: list[str]) -> str:
@@ -251,15 +252,15 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     for seed in args.seeds:
         for cell in cells:
             flags = command_flags(cell, scale, seed, extra)
-            name = parse_args(flags).name
-            commands[name] = [flags, test_flags(scale, name, extra)]
+            parsed = parse_args(flags)
+            commands[parsed.name] = [flags, test_flags(scale, parsed)]
     if args.dry_run:
         for train, test in commands.values():
             print(f"{command(train)} && {command(test)}")
         return 0
     folder = Path("checkpoints") / scale
     utils.make_folder(folder, "the folder")
-    gpus = [] if "device" in read_flags(extra) else visible_gpus()
+    gpus = [] if parsed.device else visible_gpus()
     return run_all(commands, folder, args.jobs, gpus)
 
 
@@ -310,7 +311,8 @@ def experiments(argv: list[str]) -> int:
         return show(args, args.scale or "paper")
     if args.action == "run":
         return run(args, args.scale or "paper", extra)
-    scale = args.scale or (args.source.resolve().stem if args.source else "paper")
+    name = Path(os.path.abspath(args.source)).stem if args.source else "paper"  # of a link, its own
+    scale = args.scale or name
     source = args.source or Path("checkpoints") / scale
     out = args.out or (source.parent if source.is_file() else source)
     (report.write if args.action == "report" else runs.keep)(source, scale, out)

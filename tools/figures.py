@@ -233,7 +233,7 @@ def draw_labels(runs: list[RunRecord], path: Path) -> str:
             offset = 0.012 * (numbers[-1] - numbers[0]) * (i - (len(kinds) - 1) / 2)
             means = [statistics.mean(group) for group in values.values()]
             spread = [statistics.stdev(g) if len(g) > 1 else 0.0 for g in values.values()]
-            style = {"color": f"C{i}", "marker": "o", "markersize": 4}
+            style = {"color": f"C{i}", "marker": "os^D"[i // 10 % 4], "markersize": 4}
             axes.errorbar([n + offset for n in values], means, spread, capsize=2, **style)
             legend[EXPERIMENTS.get(kind, {}).get("title", kind)] = style
         if full:

@@ -290,8 +290,11 @@ def write(source: Path, scale: str, out: Path) -> None:
     utils.make_folder(out, "--out")
     tables = [score_rows(runs), difference_rows(runs, scale), class_rows(runs), volume_rows(runs)]
     for end, rows in zip(("", "_differences", "_classes", "_volumes"), tables, strict=True):
+        path = out / f"{scale}{end}.csv"
         if rows:
-            utils.write_atomically(out / f"{scale}{end}.csv", csv_text(rows))
+            utils.write_atomically(path, csv_text(rows))
+        else:
+            path.unlink(missing_ok=True)  # of an earlier report
     captions: dict[str, dict[str, str]] = {}
     for dataset in dict.fromkeys(run.dataset["name"] for run in runs):
         group, captions[dataset] = [run for run in runs if run.dataset["name"] == dataset], {}
@@ -299,6 +302,8 @@ def write(source: Path, scale: str, out: Path) -> None:
             name = f"{scale}_{dataset}_{kind}.png"
             if caption := draw(group, out / name):
                 captions[dataset][name] = caption
+            else:
+                (out / name).unlink(missing_ok=True)
     utils.write_atomically(out / f"{scale}.md", page(scale, runs, tables, captions))
     n_finished = sum(run.finished for run in runs)
     print(f"{len(runs)} runs in {source}, {n_finished} finished: {out / scale}.md")

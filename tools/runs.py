@@ -17,7 +17,8 @@ VERSIONS = "torch torchvision numpy python device gpu commit started finished".s
 EVALUATION = "epoch step miou miou_all miou_official pixel_accuracy iou dice losses".split()
 PARSER = build_parser()
 NO_SETTING = {*all_names()} - {*setting_names()}  # flags that change no result
-PAPER = {key: getattr(PARSER.parse_args([]), key) for key in setting_names()}
+DEFAULTS = vars(PARSER.parse_args([]))
+PAPER = {key: DEFAULTS[key] for key in setting_names()}
 # Keys of [dataset] that change a result
 DATA = "classes scored channels ignore void label_ids void_ids orientation".split()
 
@@ -204,6 +205,7 @@ def check_settings(runs: list[RunRecord], scale: str, source: Path) -> None:
         shared = {(key,): run.settings[key] for key in others}
         shared |= {(f"[dataset] {key}",): run.dataset.get(key) for key in DATA}
         shared["split.json's hash", ratio, run.settings["seed"]] = run.split["hash"]
+        shared["ratio", run.labels] = ratio  # two may give the same number of exams
         for key, value in shared.items():
             other, expected = first.setdefault((dataset, *key), (run.run, value))
             if value != expected:
