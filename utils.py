@@ -20,11 +20,22 @@ PATIENCE = 60  # seconds to wait for another process that holds a folder; it may
 IGNORE = 255  # in every mask tensor: a pixel that neither trains nor counts (VOC's void)
 
 
-class InputError(Exception):
+class OneLine(Exception):
+    """An error that is printed as one line.
+
+    alone: other processes may not have it, so each one prints its own.
+    """
+
+    def __init__(self, message: str = "", alone: bool = False):
+        super().__init__(message)
+        self.alone = alone
+
+
+class InputError(OneLine):
     """Invalid flags, configuration or data: one `error: ...` line, exit code 2."""
 
 
-class TrainingError(Exception):
+class TrainingError(OneLine):
     """A failure while running: full disk, diverged loss, unreadable file; one line, exit code 1."""
 
 
@@ -105,6 +116,13 @@ def linear_decay(epochs: int, decay_epoch: int) -> Callable[[float], float]:
     return factor
 
 
+def check_finite(finite: bool) -> None:
+    """TrainingError if the outputs of a segmentation network are not finite."""
+    if not finite:
+        found = "the segmentation network's outputs are not finite: its training has diverged"
+        raise TrainingError(f"{found}; train with a lower --lr, under another --name")
+
+
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed torch on every device; `deterministic` also selects kernels that repeat bit for bit."""
     torch.manual_seed(seed)
@@ -127,7 +145,8 @@ def pick_device(name: str | None, precision: str) -> torch.device:
         if device.type == "meta":
             raise ValueError("tensors there have no values")
     except (RuntimeError, AssertionError, ImportError, ValueError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        found = str(error).splitlines()[0]
+        raise InputError(f"--device {name}: {found}", alone=True) from error
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return device
@@ -145,22 +164,29 @@ def compile_networks(model: nn.Module) -> None:
 
 def rank() -> int:
     """This process's number; process 0 writes and prints."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
 
 
 def world_size() -> int:
     """The number of processes that train together."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not (size.isdecimal() and int(size)):
+        raise InputError(f"environment: WORLD_SIZE is {size!r}; unset it, or start with torchrun")
+    return int(size)
 
 
 def local_rank() -> int:
     """This process's number on its machine, which is also its GPU's."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ.get("LOCAL_RANK") or 0) if world_size() > 1 else 0
 
 
 def join_processes(device: torch.device) -> None:
     """Connect the processes: gloo for tensors on the CPU, NCCL for those on a GPU."""
     if world_size() > 1:
+        names = "RANK", "MASTER_ADDR", "MASTER_PORT"
+        if missing := [name for name in names if not os.environ.get(name)]:
+            found = f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} not set"
+            raise InputError(f"environment: {found}; unset it, or start with torchrun")
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 

@@ -39,7 +39,7 @@ EXIF_IN_JPEG2000 = b"JpgTiffExif->JP2"  # the name of the box that has it
 
 def is_volume(path: Path) -> bool:
     """Whether a file has the extension of a NIfTI volume."""
-    return path.name.lower().endswith((".nii", ".nii.gz"))
+    return bool(re.search(r".\.nii(\.gz)?$", path.name, re.IGNORECASE))
 
 
 def is_picture(path: Path) -> bool:

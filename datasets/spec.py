@@ -108,7 +108,7 @@ def read_toml(path: Path) -> dict:
     """A TOML file's tables; InputError with the line if it is not TOML."""
     try:
         return tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and lists without end
         raise InputError(f"{path}: not TOML: {error}") from error
 
 

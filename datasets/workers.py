@@ -47,7 +47,8 @@ def loaded(loader: DataLoader) -> Iterator:
         traceback.clear_frames(error.__traceback__)  # the destructor of half an iterator fails
         sys.unraisablehook = hook
         found = f"cannot start processes that load images ({reason(error)})"
-        raise TrainingError(f"--workers {loader.num_workers}: {found}; try --workers 0") from error
+        message = f"--workers {loader.num_workers}: {found}; try --workers 0"
+        raise TrainingError(message, alone=True) from error
     yield from batches
 
 

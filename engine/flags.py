@@ -26,6 +26,7 @@ MODE_FLAGS = {  # the flags that only some modes have
     "overwrite": ("training",),
     "checkpoint": ("testing", "predict"),
     "native_size": ("testing",),
+    "split": ("training", "testing"),
     "part": ("testing",),
     "overlay": ("predict",),
 }
@@ -331,19 +332,19 @@ def read_flags(argv: list[str]) -> dict:
 def read_table(path: Path, table: dict, known: list[str]) -> dict:
     """The values of the flags in a table; InputError names the file that it comes from."""
     flags = []
-    for key, value in table.items():
-        if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise InputError(f"{path}: unknown key {key!r}{hint}")
-        flag = "--" + key.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(value, list):
-            flags += [flag, *map(str, value)]
-        elif value is not None:
-            flags.append(f"{flag}={value}")
     try:
+        for key, value in table.items():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise InputError(f"unknown key {key!r}{hint}")
+            flag = "--" + key.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(flag if value else f"--no-{flag[2:]}")
+            elif isinstance(value, list):
+                flags += [flag, *map(str, value)]
+            elif value is not None:
+                flags.append(f"{flag}={value}")
         return read_flags(flags)
-    except InputError as error:
+    except (InputError, ValueError) as error:  # also of a number with thousands of digits
         raise InputError(f"{path}: {error}") from error

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from engine.flags import Flags
 from utils import InputError
 
 NOTE = "# python main.py --training"  # a run's config.toml begins with it
+TOGETHER = "eval_every", "log_every"  # flags that say when processes meet
 PROGRESS = ("epoch", "step", "evaluated", "best")  # of a run, kept in last.pt
 
 
@@ -53,7 +55,8 @@ class RunFolder:
                 shutil.rmtree(path) if is_folder else path.unlink()  # the sign of a run goes last
         for path in self.path.glob("events.out.tfevents*"):  # of a run without any last.pt
             path.unlink()
-        note = f"{NOTE} --dataset {config} --name NAME repeats this run"
+        quoted = shlex.quote(str(config)).replace("\n", "\\n")
+        note = f"{NOTE} --dataset {quoted} --name NAME repeats this run"
         tables = f"{to_toml(args.flags)}\n[dataset]\n{to_toml(asdict(spec))}"
         utils.write_atomically(config, f"{note}\n{tables}")
         lists = json.dumps({**split.ids(), "hash": split.hash()}, indent=1)
@@ -78,6 +81,9 @@ def open_folder(args: Flags, spec: DatasetSpec) -> Iterator[RunFolder]:
             stack.enter_context(locked(path, "--checkpoints"))
         check_machines(path / "last.pt", args, spec)
         state = utils.from_first(None if utils.rank() else previous_state(path, args, spec))
+        if utils.rank() == 0:
+            for leftover in path.glob(".*.[0-9]*.tmp"):  # of a process killed while writing
+                leftover.unlink(missing_ok=True)
         is_new = args.init and not state
         initial = checkpoint.load(checkpoint.file_of(args.init)) if is_new else None
         yield RunFolder(path, state, initial)
@@ -86,6 +92,7 @@ def open_folder(args: Flags, spec: DatasetSpec) -> Iterator[RunFolder]:
 def check_machines(last: Path, args: Flags, spec: DatasetSpec) -> None:
     """InputError, on every process, if machines have other settings or another last.pt."""
     own = {key: value for key, value in args.settings.items() if key not in ("init", "split")}
+    own |= {key: getattr(args, key) for key in TOGETHER}
     utils.check_same(own | asdict(spec), "flags or [dataset]")
     digest = None
     if utils.local_rank() == 0 and last.is_file() and not args.overwrite:
@@ -120,15 +127,18 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
     if args.overwrite:
         if contents(folder) and not is_run(folder):
             raise InputError(f"--overwrite: {folder} contains no run; delete it by hand")
+        check_kept(folder, args)
         return None
     advice = "give --name for another folder, or --overwrite to start over"
     if not path.is_file():
-        if (folder / "config.toml").exists() and not is_run(folder):
-            raise InputError(f"{folder}: contains a config.toml that no run wrote; give --name")
         results = "best.pt", "metrics.jsonl"
         if found := [name for name in results if (folder / name).exists()]:
             lacking = f"contains {found[0]} but no last.pt, so no run can resume"
             raise InputError(f"{folder}: {lacking}; {advice}")
+        others = [name for each in contents(folder) if (name := each.name)[0] != "."]
+        if others and not is_run(folder):
+            found = f"contains {min(others)}, which no run wrote"
+            raise InputError(f"{folder}: {found}; give --name for another folder")
         return None
     start_over = "give --overwrite to start over"
     try:
@@ -148,10 +158,23 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
         del now["split"]  # of two files, the split's hash decides
     for settings, described in (before, old_spec), (now, spec):
         settings |= {f"[dataset] {key}": value for key, value in asdict(described).items()}
+    if unknown := [key for key in state["settings"] if key not in old.settings]:
+        found = f"holds a run of another version, with {utils.first_ten(unknown)}"
+        raise InputError(f"{folder}: {found}; resume it with that version")
     if keys := [key for key in now if str(before.get(key)) != str(now[key])]:
         differ = utils.first_ten(f"{key} was {before.get(key)}, is {now[key]}" for key in keys)
         raise InputError(f"{folder}: contains a run with other settings ({differ}); {advice}")
     return state
+
+
+def check_kept(folder: Path, args: Flags) -> None:
+    """InputError if --overwrite would delete files that the new run reads."""
+    for key in ("init", "config", "dataset", "split", "data_root", "cache"):
+        path = Path(getattr(args, key) or folder.parent).absolute()
+        written = key in ("dataset", "split") and path.name in ("config.toml", "split.json")
+        if folder.resolve() in (path.resolve(), *path.resolve().parents) and not written:
+            advice = "move it, or give --name for another folder"
+            raise InputError(f"--{key.replace('_', '-')} {path}: --overwrite deletes it; {advice}")
 
 
 def is_run(folder: Path) -> bool:
@@ -202,8 +225,6 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
             if os.path.samestat(os.fstat(file), path.stat()):
                 break
         os.close(file)  # the process that held it has deleted it
-    for leftover in folder.glob(".*.[0-9]*.tmp"):  # of a process killed while writing
-        leftover.unlink(missing_ok=True)
     os.truncate(file, 0)
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:

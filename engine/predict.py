@@ -20,6 +20,7 @@ from engine.pictures import picture_grid, save_overlay, save_picture
 from engine.results import (
     add_volumes,
     check_data_root,
+    merged,
     note_sources,
     remove_overlays,
     results_folder,
@@ -160,6 +161,8 @@ def predict(trained: Trained) -> int:
         raise InputError(f"--predict: found no images or NIfTI volumes{skipped}")
     folder = results_folder(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
+    contents = Contents(spec)
+    merged(folder / "volumes.csv", contents)  # an unreadable table is an error now
     note_sources(folder, found)
     remove_overlays(folder / "overlays", found)
 
@@ -179,7 +182,6 @@ def predict(trained: Trained) -> int:
                 yield path, i, len(pixels), plane
 
     waiting, n_written, assembly = planes(), 0, Assembly()
-    contents = Contents(spec)
     try:
         while batch := list(itertools.islice(waiting, args.batch_size)):
             x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]
@@ -187,6 +189,7 @@ def predict(trained: Trained) -> int:
                 x = [each.float() for each in x]
             x = torch.cat([normalize(each, args.normalization) for each in x])
             logits = trained.model.segment(x)
+            utils.check_finite(bool(logits.isfinite().all()))
             for (path, i, n_planes, plane), own in zip(batch, logits, strict=True):
                 mask, place = mask_at(own, plane.shape[-2:]).cpu(), found[path]
                 if args.overlay:

@@ -17,19 +17,21 @@ def execute(command: Callable[[list[str]], int], argv: list[str] | None = None) 
     Exit code: 0 done, 1 failed while running, 2 invalid flags, configuration or data, 128 + n
     after signal n.
     """
-    if utils.rank():  # of several processes, the first one prints
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # any file name can be printed
-    prints = utils.local_rank() == 0
+    prints = True
     try:
+        prints = utils.local_rank() == 0
+        if utils.rank():  # of several processes, the first one prints
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         with workers_ended():
             return command(sys.argv[1:] if argv is None else argv)
     except (InputError, TrainingError) as error:
         message, code = str(error), 2 if isinstance(error, InputError) else 1
+        prints = prints or error.alone
     except OSError as error:
         other = "standard output" if isinstance(error, BrokenPipeError) else "a file"
-        message, code = f"{error.filename or other}: {utils.reason(error)}", 1
+        message, code, prints = f"{error.filename or other}: {utils.reason(error)}", 1, True
     except KeyboardInterrupt:  # of a caller that handles no signals
         message, code = "interrupted", 130
     except Exception as error:

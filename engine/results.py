@@ -15,7 +15,7 @@ from utils import InputError
 def run_of(checkpoint: Path) -> Path:
     """The folder of a run; another checkpoint than best.pt and last.pt is a run of its own."""
     path = checkpoint.resolve()
-    return path.parent if path.name in ("best.pt", "last.pt") else path.with_suffix("")
+    return path.parent if path.name in ("best.pt", "last.pt") else path
 
 
 def results_folder(results: str, checkpoint: Path) -> Path:
@@ -24,7 +24,8 @@ def results_folder(results: str, checkpoint: Path) -> Path:
     InputError if it has the results of another run of the same name, or files of another origin.
     """
     run = run_of(checkpoint)
-    folder, advice = Path(results) / run.name, "give another folder as --results"
+    folder = Path(results) / run.name.removesuffix(".pt")
+    advice = "give another folder as --results"
     utils.make_folder(folder, "--results")
     note = folder / "checkpoint.txt"
     if note.is_file():
@@ -81,14 +82,18 @@ def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
             utils.write_atomically(note, json.dumps(sources, indent=1))
 
 
+def merged(table: Path, contents: Contents) -> str:
+    """The lines of a volumes.csv and those of the contents; InputError if it cannot be read."""
+    earlier = utils.read_text(table) if table.is_file() else ""
+    with utils.naming(table):
+        return contents.csv(earlier)
+
+
 def add_volumes(folder: Path, contents: Contents) -> None:
     """Write volumes.csv; the lines of other files stay."""
     table = folder / "volumes.csv"
     with utils.exclusive(folder, utils.PATIENCE):
-        earlier = utils.read_text(table) if table.is_file() else ""
-        with utils.naming(table):
-            text = contents.csv(earlier)
-        utils.write_atomically(table, text)
+        utils.write_atomically(table, merged(table, contents))
 
 
 def remove_overlays(folder: Path, found: Mapping[Path, Path]) -> None:

@@ -267,11 +267,12 @@ class Run:
                 checkpoint.keep_strides(optimizer)
             vars(self).update({key: state["progress"][key] for key in PROGRESS})
             own = state["processes"][utils.rank() % len(state["processes"])]
-            for key, fakes in own["pools"].items():
-                self.model.pools[key].fakes = [fake.to(self.device) for fake in fakes]
-            torch.set_rng_state(own["rng"])
-            if self.device.type == "cuda" and own["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(own["cuda_rng"], self.device)
+            if utils.rank() < len(state["processes"]):  # a further one has its own random numbers
+                for key, fakes in own["pools"].items():
+                    self.model.pools[key].fakes = [fake.to(self.device) for fake in fakes]
+                torch.set_rng_state(own["rng"])
+                if self.device.type == "cuda" and own["cuda_rng"] is not None:
+                    torch.cuda.set_rng_state(own["cuda_rng"], self.device)
             self.sums = {key: value.to(self.device) for key, value in own["sums"].items()}
         except BROKEN as error:
             reason = f"a run cannot resume from it ({error!r}); give --overwrite to start over"

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+import utils
 from engine.metrics import ConfusionMatrix
 from engine.run import Run
 from engine.signals import stop
@@ -31,15 +32,19 @@ def train_one_epoch(model: Method, batches: Iterable, run: Run) -> None:
 def evaluate(model: Method, batches: Iterable, visit: Callable | None = None) -> Tensor:
     """Confusion matrix (K, K) over batches (x, y), or those until a signal.
 
-    Calls `visit(x, y, logits)` for each batch.
+    Calls `visit(x, y, logits)` for each batch. TrainingError if logits are not finite: all of a
+    network that has diverged would be class 0.
     """
     model.eval()
-    matrix = ConfusionMatrix(model.n_classes, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    matrix, diverged = ConfusionMatrix(model.n_classes, device), torch.tensor(False, device=device)
     for x, y in batches:
         logits = model.segment(x)
+        diverged |= ~logits.isfinite().all()
         matrix.update(logits.argmax(1), y)
         if visit:
             visit(x, y, logits)
         if stop.signum:  # Run.record() discards the matrix
             break
+    utils.check_finite(not any(utils.max_over_processes(int(diverged))))
     return matrix.counts

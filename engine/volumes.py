@@ -267,7 +267,10 @@ class Contents:
 
         The lines of other files in `earlier`, the text of an earlier call, come first.
         """
-        rows = [(str(path.resolve()), *others) for path, *others in self.rows]
+        rows = []
+        for path, *others in self.rows:  # as write_atomically writes a name that is not UTF-8
+            name = str(path.resolve()).encode(errors="backslashreplace").decode()
+            rows.append((name, *others))
         files = {file for file, *_ in rows}
         before = [*csv.reader(io.StringIO(earlier))][1:]
         kept = [row for row in before if row and row[0] not in files]

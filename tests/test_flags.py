@@ -141,6 +141,9 @@ def test_official_presets_are_the_released_code():
         ("[supervised]\nlr = 1", "unknown key 'supervised'"),
         ("overwrite = true", "unknown key 'overwrite'"),
         ("epochs = 'many'", "argument --epochs"),
+        (f"seed = {'1' * 5000}", "not TOML"),
+        (f"seed = 0x{'f' * 5000}", "digits"),
+        (f"x = {'[' * 3000}", "not TOML"),
         ("[dataset]\nlayout = 'voc'", "give it as --dataset"),
     ],
 )
@@ -167,6 +170,7 @@ def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
         ("--testing --config a.toml", "--config needs --training"),
         ("--testing --overwrite", "--overwrite needs --training"),
         ("--predict a.png --native-size", "--native-size needs --testing"),
+        ("--predict a.png --split a.json", "--split needs --training or --testing"),
         # a flag alone
         ("--training --epoch 3", "--epoch 3; --help lists the flags"),
         ("--training --ratio 1.5", "--ratio: 1.5 must be greater than 0 and at most 1"),

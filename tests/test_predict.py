@@ -292,6 +292,50 @@ def test_results_of_another_run_with_the_same_name_are_kept(capsys, trained):
     assert run("--testing", *options, other) == 0
 
 
+@pytest.mark.parametrize("name", ["kept_0.1_s0", "kept_0.2_s0", "{}.pt", "other.pth"])
+def test_copies_of_a_checkpoint_have_results_of_their_own(capsys, trained, name):
+    assert run("--testing", "--checkpoint", trained) == 0
+    Path("kept_0.1_s1").write_bytes(trained.read_bytes())
+    assert run("--testing", "--checkpoint", "kept_0.1_s1") == 0
+    copy = trained.parent.parent / name.format(trained.parent.name)
+    copy.write_bytes(trained.read_bytes())
+    before = Path("results", trained.parent.name, "metrics.json").read_bytes()
+    if name.startswith("{}"):
+        assert f"contains the results of {trained.resolve()}" in error_line(
+            capsys, "--testing", "--checkpoint", copy
+        )
+    else:
+        assert run("--testing", "--checkpoint", copy) == 0
+        assert Path("results", name, "metrics.json").is_file()
+    assert Path("results", trained.parent.name, "metrics.json").read_bytes() == before
+
+
+def test_an_unreadable_table_of_volumes_is_an_error_before_anything_is_predicted(capsys, trained):
+    write_volume(Path("a.nii.gz"), noise(20, 20, 2, dtype=np.int16), np.eye(4))
+    assert run("--predict", "a.nii.gz") == 0
+    table, mask = MASKS.parent / "volumes.csv", MASKS / "a.nii.gz"
+    table.write_bytes(table.read_bytes() + "Höhle".encode("latin-1"))
+    mask.unlink()
+    assert f"{table}: line" in error_line(capsys, "--predict", "a.nii.gz")
+    assert not mask.exists()
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_listed_once(trained):
+    folder = Path(os.fsdecode(b"w\xff"))
+    folder.mkdir()
+    write_volume(folder / "a.nii.gz", noise(20, 20, 2, dtype=np.int16), np.eye(4))
+    found = []
+    for _ in range(2):
+        assert run("--predict", folder) == 0
+        found.append((MASKS.parent / "volumes.csv").read_text())
+    assert found[0] == found[1]
+
+
+def test_a_file_that_is_only_an_ending_is_skipped(capsys, trained):
+    Path(".nii.gz").write_bytes(b"")
+    assert "skipped .nii.gz: neither an image nor" in error_line(capsys, "--predict", ".nii.gz")
+
+
 def test_masks_of_earlier_calls_stay(capsys, trained):
     for name in "a/scan.nii.gz", "b/scan.nii.gz", "b/other.nii.gz":
         Path(name).parent.mkdir(exist_ok=True)

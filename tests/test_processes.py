@@ -232,6 +232,10 @@ def test_a_run_is_not_resumed_or_started_anew_on_another_machine():
     Path("b", last).write_bytes(b"older")
     assert f"{last} differs between {host}, where process 0 is, and {host}" in train("a", "b", 2)
     toml = Path("b/tiny.toml")
+    before = toml.read_text()
+    toml.write_text(f"eval_every = 2\n{before}")
+    assert f"flags or [dataset] differ between {host} and {host}: eval_every" in train("a", "b", 2)
+    toml.write_text(before)
     toml.write_text(toml.read_text().replace("[20, 4]", "[19, 4]"))
     assert f"flags or [dataset] differ between {host} and {host}: counts" in train("a", "b", 2)
 
@@ -256,6 +260,29 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line():
     assert len(errors) == 1
     assert "epoch 1, step 1: a loss is not finite (gen_S " in errors[0]
     assert "gen_I " in errors[0]
+
+
+def test_a_process_that_joins_a_resumed_run_draws_other_numbers():
+    flags = ["--dataset", "tiny.toml", "--method", "supervised", "--dropout", "0.5"]
+    flags += ["--epochs", "2", "--name", "one"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Logs, "losses", lambda *_: setattr(stop, "signum", signal.SIGTERM))
+        main.main(["--training", *FLAGS, *flags, "--log-every", "1"])
+    stop.signum = 0
+    code, _, err = train_in_two(*flags)
+    assert code == 0, err
+    first, second = (process["rng"] for process in last_state("one")["processes"])
+    assert not torch.equal(first, second)
+
+
+def test_an_environment_that_connects_no_processes_is_an_error(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = "--training", "--dataset", "tiny.toml", "--batch-size", "4"
+    error = error_line(capsys, *flags)
+    assert "WORLD_SIZE is 2, but RANK, MASTER_ADDR, MASTER_PORT not set; unset it, or" in error
+    for size in "0", "two":
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert f"WORLD_SIZE is {size!r}; unset it" in error_line(capsys, *flags)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.distributed import DistNetworkError
 
 import main
 from engine import program
-from utils import TrainingError
+from utils import InputError, TrainingError
 
 
 @pytest.mark.parametrize(
@@ -47,16 +47,25 @@ def test_the_first_process_of_each_machine_prints_errors(capsys, monkeypatch):
         assert len(capsys.readouterr().err.splitlines()) == n_lines
 
 
-@pytest.mark.parametrize(("failure", "n_lines"), [("DataLoader worker (pid 7) ", 1), ("gloo/a", 0)])
+@pytest.mark.parametrize(
+    ("failure", "n_lines"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) "), 1),
+        (RuntimeError("gloo/a"), 0),
+        (OSError(5, "Input/output error"), 1),
+        (InputError("--device cuda:7: no such device", alone=True), 1),
+        (InputError("--lr 0"), 0),
+    ],
+)
 def test_other_processes_print_failures_that_only_they_have(capsys, monkeypatch, failure, n_lines):
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     for key, value in ("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"):
         monkeypatch.setenv(key, value)
 
     def failing(_argv):
-        raise RuntimeError(failure)
+        raise failure
 
-    assert program.execute(failing, []) == 1
+    assert program.execute(failing, []) == (2 if isinstance(failure, InputError) else 1)
     assert len(capsys.readouterr().err.splitlines()) == n_lines
 
 

@@ -510,9 +510,54 @@ def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
     config.write_text("ngf = 2\n")
     assert "precious contains no run" in error_line(capsys, *flags)
     error = error_line(capsys, *flags[:-1], "--config", config)
-    assert "precious: contains a config.toml that no run wrote" in error
+    assert "precious: contains config.toml, which no run wrote" in error
     assert precious.is_file()
     assert config.read_text() == "ngf = 2\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["events.out.tfevents.1.mine", "split.json", "manifest.json", "notes.txt"]
+)
+def test_a_run_does_not_start_in_a_folder_with_files_of_others(capsys, name):
+    mine = Path("checkpoints/mine", name)
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    error = error_line(capsys, "--training", *SUPERVISED, "--name", "mine")
+    assert f"checkpoints/mine: contains {name}, which no run wrote; give --name" in error
+    assert {path.name: path.read_text() for path in mine.parent.iterdir()} == {name: "mine"}
+
+
+@pytest.mark.parametrize("key", ["init", "config", "split", "data-root", "cache"])
+def test_overwrite_does_not_delete_what_the_new_run_reads(capsys, trained, key):
+    lists = json.loads((SIMPLE / "split.json").read_text())
+    (SIMPLE / "mine.json").write_text(json.dumps(lists))
+    (SIMPLE / "mine.toml").write_text("lr = 0.01")
+    values = {"init": trained, "config": SIMPLE / "mine.toml", "split": SIMPLE / "mine.json"}
+    path = values.get(key, SIMPLE / "data")
+    flags = [*SUPERVISED, "--name", SIMPLE.name, "--overwrite", f"--{key}", path]
+    before = names(SIMPLE)
+    error = error_line(capsys, "--training", *flags)
+    assert f"--{key} {path.absolute()}: --overwrite deletes it; move it, or give --name" in error
+    assert names(SIMPLE) == before
+
+
+def test_a_run_may_be_repeated_in_its_folder_from_its_own_files(trained):
+    own = ["--dataset", SIMPLE / "config.toml", "--split", SIMPLE / "split.json"]
+    assert run("--training", *own, "--name", SIMPLE.name, "--device", "cpu", "--overwrite") == 0
+    assert run("--testing", "--name", SIMPLE.name) == 0
+
+
+def test_a_run_of_a_newer_version_is_not_resumed_without_its_settings(capsys, trained):
+    last = trained.with_name("last.pt")
+    edit_checkpoint(last, lambda state: state["settings"].update(label_smoothing=0.1))
+    error = error_line(capsys, "--training", *SUPERVISED, "--epochs", "2")
+    assert f"{SIMPLE}: holds a run of another version, with label_smoothing" in error
+
+
+def test_the_parent_of_the_run_folders_may_have_any_name():
+    parent = "two\nlines 'and' a quote"
+    assert run("--training", *SUPERVISED, "--checkpoints", parent) == 0
+    assert run("--testing", "--checkpoints", parent) == 0
 
 
 def test_a_batch_that_cannot_be_mixed_is_an_error_before_overwrite_deletes_a_run(capsys, trained):

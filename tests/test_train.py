@@ -10,7 +10,16 @@ import pytest
 import torch
 from conftest import make_voc, same, write_indexed
 from PIL import Image
-from runs import TINY, error_line, evaluations, last_state, record_steps, run, tiny_on
+from runs import (
+    TINY,
+    edit_checkpoint,
+    error_line,
+    evaluations,
+    last_state,
+    record_steps,
+    run,
+    tiny_on,
+)
 
 import model
 from engine.signals import stop
@@ -137,3 +146,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert advice in error
     assert next(calls) == 2 * step + 2
     assert LAST.exists() == (step > 0)
+
+
+def test_a_network_whose_outputs_are_not_finite_is_neither_scored_nor_saved(capsys):
+    flags = ["--training", *TINY, "--method", "supervised", "--batch-size", "20", "--lr", "1e37"]
+    flags = ["--epochs", "2", *flags]  # of one step
+    error = error_line(capsys, *flags, "--name", "one", code=1)
+    assert "outputs are not finite: its training has diverged; train with a lower --lr" in error
+    assert not Path("checkpoints/one/best.pt").exists()
+    assert not Path("checkpoints/one/last.pt").exists()
+    assert run(*flags[:-1], "1e-3", "--name", "two") == 0
+    last = Path("checkpoints/two/last.pt")
+    edit_checkpoint(last, lambda state: [w.fill_(math.nan) for w in state["model"].values()])
+    Image.new("RGB", (20, 20)).save("one.png")
+    for use in ["--testing"], ["--predict", "one.png"]:
+        assert "are not finite" in error_line(capsys, *use, "--checkpoint", last, code=1)
+    assert not Path("results/two/metrics.json").exists()
