@@ -272,7 +272,7 @@ def load_part(
     split uses the part or some of its images, or if it has no masks.
 
     same_root: whether --data-root is the run's. Another folder is another dataset, unless it has
-    all of the split's images.
+    all of the split's images, not only in the part.
     """
     rule, root, part = args.rule, Path(args.data_root), args.part
     lists = rule.lists() or lists
@@ -282,7 +282,7 @@ def load_part(
         everywhere = index(spec, root, "file")
         names = {name for s in everywhere for name in s.names}
         of_part = {name for s in everywhere if s.part == part for name in s.names}
-        is_own = used <= names and not used <= of_part
+        is_own = used <= names and not (used and used <= of_part)
     if is_own and part == "test" and part in rule.lists():
         samples = index(spec, root, rule.kind)
         split = rule.apply(samples, spec, args.seed)

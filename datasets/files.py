@@ -145,7 +145,8 @@ def is_reduced(path: Path, image: Image.Image) -> bool:
         n_channels = int.from_bytes(header[:2])
         return any((bits & 127) > 7 for bits in header[2 : 2 + 3 * n_channels : 3])  # less one
     codec, *_, layout = image.tile[0] if image.tile else ("", "")
-    return ";16" in str(layout) or (codec.startswith("ppm") and layout[-1] > 255)
+    of_ppm = layout[-1] if codec.startswith("ppm") and isinstance(layout, tuple) else 0
+    return ";16" in str(layout) or of_ppm > 255
 
 
 def is_stretched(image: Image.Image) -> bool:
@@ -322,7 +323,8 @@ def read_labels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
     elif isinstance(sample.mask, Slice):
         values = read_slice(sample.mask)
     else:
-        values = read_mask(sample.mask, spec.mask_values(), spec.legal_values())
+        labels = spec.mask_values()[: len(spec.classes) - bool(spec.void_ids)]
+        values = read_mask(sample.mask, labels, spec.legal_values())
     file, whole = mask_file(sample), values.round()
     if (uneven := np.abs(values - whole) > 1e-3).any():  # a slope rounds integers
         advice = "save labels as integers, resampled to the nearest neighbor"

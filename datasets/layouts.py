@@ -4,10 +4,10 @@ A layout is a function (spec, root) -> list[Sample]. It reads no pixels; decodin
 """
 
 import re
-import unicodedata
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from unicodedata import normalize
 
 import nibabel
 
@@ -16,14 +16,27 @@ from datasets.spec import PARTS, DatasetSpec, Sample, Slice
 from utils import InputError, first_ten, naming, read_lines
 
 MOST_SLICES = 2**15 - 1  # of a NIfTI-1 volume; beyond it, a header is damaged
-FOLDERS = "images", "masks", "unlabeled", "val", "test"  # of the layout "folder"
-MISNAMED = {"image": "images", "mask": "masks", "unlabelled": "unlabeled"}
-MISNAMED |= {"valid": "val", "validation": "val", "testing": "test"}
+ROLES = {name: name for name in ("images", "masks")} | {"image": "images", "mask": "masks"}
+PLACES = {name: name for name in ("unlabeled", "val", "test")} | {"unlabelled": "unlabeled"}
+PLACES |= {"valid": "val", "validation": "val", "testing": "test"}
 
 
 def is_hidden(path: Path) -> bool:
     """Whether a file is hidden, such as the ._* files of macOS."""
     return path.name.startswith(".")
+
+
+def right_name(folder: Path, at_root: bool) -> str:
+    """The name that a folder of the layout "folder" should have; "" if it has it, or is another.
+
+    One that is named like val/ or test/ counts if it contains images/.
+    """
+    lower = folder.name.lower()
+    name = ROLES.get(lower) or (at_root and PLACES.get(lower)) or folder.name
+    if name == folder.name or not folder.is_dir() or (folder.parent / name).is_dir():
+        return ""
+    inside = {ROLES.get(path.name.lower()) for path in folder.iterdir()}
+    return "" if name in ("val", "test") and "images" not in inside else name
 
 
 def voc_homes(root: Path) -> tuple[Path, ...]:
@@ -150,9 +163,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
     def by_stem(folder: Path) -> dict[str, Path]:
         files: dict[str, Path] = {}
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-            stem = unicodedata.normalize(
-                "NFC", stem_of(file)
-            )  # macOS may write "u" and dots for "ü"
+            stem = normalize("NFC", stem_of(file))  # macOS may write "u" and dots for "ü"
             if is_hidden(file):
                 continue
             if file.is_dir():
@@ -167,9 +178,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
 
     for home in (root, root / "val", root / "test"):
         for folder in sorted(home.iterdir()) if home.is_dir() else ():
-            name = MISNAMED.get(folder.name.lower(), folder.name.lower())
-            is_read = name in FOLDERS and folder.name not in FOLDERS
-            if is_read and folder.is_dir() and not (home / name).is_dir():
+            if name := right_name(folder, home == root):
                 problems.append(f"{folder}: such a folder must be named {name!r}")
     places = (
         ("train", "images", "masks"),
@@ -182,14 +191,15 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
         orphans = [file for stem, file in truths.items() if stem not in found]
         problems += [f"{file}: has no image in {root / images}" for file in orphans]
         for stem, image in found.items():
-            mask, group = truths.get(stem), stem
+            mask, own = truths.get(stem), stem_of(image)
+            group = own
             if spec.group is not None:
                 match = re.search(spec.group, stem)
                 if not (match and match[1]):
                     problems.append(f"{image}: the name does not match group = {spec.group!r}")
                     continue
                 group = match[1]
-            if (other := parts.setdefault(group, part)) != part:
+            if (other := parts.setdefault(normalize("NFC", group), part)) != part:
                 message = f"an image of this name is also among the {other} images; rename one"
                 if spec.group is not None:
                     message = f"patient {group} is also among the {other} images"
@@ -201,9 +211,9 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
             elif mask and is_volume(image) != is_volume(mask):
                 problems.append(f"{mask}: image and mask must be two volumes or two image files")
             elif is_volume(image):
-                samples += slices(stem, group, image, mask, part)
+                samples += slices(own, group, image, mask, part)
             else:
-                samples.append(Sample(stem, group, image, mask, part))
+                samples.append(Sample(own, group, image, mask, part))
     if problems:
         raise InputError(first_ten(problems))
     return samples

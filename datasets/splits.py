@@ -165,7 +165,7 @@ def read_lists(path: Path) -> dict[str, list[str]]:
 
     They contain ids, volumes or whole groups. A run's own has a hash, which is not returned.
     """
-    lists = {**read_json(path)}
+    lists = read_json(path)
     lists.pop("hash", None)
     if unknown := lists.keys() - {*ROLES, "test"}:
         expected = f"expected {', '.join(ROLES)} and test"
@@ -176,7 +176,7 @@ def read_lists(path: Path) -> dict[str, list[str]]:
             raise InputError(f"{path}: expected a list of ids as {role!r}")
         if not names and role != "unlabeled":
             raise InputError(f"{path}: {role!r} is empty")
-    return {role: [normalize("NFC", name) for name in names] for role, names in lists.items()}
+    return lists
 
 
 def check_groups(path: Path, chosen: Mapping[str, Iterable[Sample]]) -> None:
@@ -206,12 +206,13 @@ def read_split(path: Path, samples: list[Sample]) -> Split:
     for sample in samples:
         volumes.setdefault(sample.volume, []).append(sample)
         groups.setdefault(sample.group, []).append(sample)
-    by_name = groups | volumes | ids
-    if unknown := [name for names in lists.values() for name in names if name not in by_name]:
-        raise InputError(f"{path}: not in the dataset: {first_ten(unknown)}")
+    by_name = {normalize("NFC", name): found for name, found in (groups | volumes | ids).items()}
     chosen: dict[str, set[Sample]] = {}
     for role, names in lists.items():
-        chosen[role] = {sample for name in names for sample in by_name[name]}
+        found = {name: by_name.get(normalize("NFC", name)) for name in names}
+        if unknown := [name for name, samples in found.items() if samples is None]:
+            raise InputError(f"{path}: not in the dataset: {first_ten(unknown)}")
+        chosen[role] = {sample for samples in found.values() for sample in samples}
     for one, other in itertools.combinations(chosen, 2):
         if both := sorted(s.id for s in chosen[one] & chosen[other]):
             raise InputError(f"{path}: both {one} and {other}: {first_ten(both)}")

@@ -74,7 +74,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def bounded(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
-    """An argparse type: a finite int or float from `low` (`above`: exclusive) to `high`."""
+    """An argparse type: a finite int or float from `low` (`above`: exclusive) to `high`.
+
+    An int is at most a billion, if `high` is not given.
+    """
+    high = 10**9 if kind is int and high == math.inf else high
 
     def convert(text: str) -> float:
         value = kind(text)

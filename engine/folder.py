@@ -20,6 +20,7 @@ from engine.flags import Flags
 from utils import InputError
 
 NOTE = "# python main.py --training"  # a run's config.toml begins with it
+EVENTS = "events.out.tfevents"
 TOGETHER = "eval_every", "log_every"  # flags that say when processes meet
 PROGRESS = ("epoch", "step", "evaluated", "best")  # of a run, kept in last.pt
 
@@ -53,7 +54,7 @@ class RunFolder:
             for path in sorted(contents(self.path), key=lambda path: path == config):
                 is_folder = path.is_dir() and not path.is_symlink()
                 shutil.rmtree(path) if is_folder else path.unlink()  # the sign of a run goes last
-        for path in self.path.glob("events.out.tfevents*"):  # of a run without any last.pt
+        for path in self.path.glob(f"{EVENTS}*"):  # of a run without any last.pt
             path.unlink()
         quoted = shlex.quote(str(config)).replace("\n", "\\n")
         note = f"{NOTE} --dataset {quoted} --name NAME repeats this run"
@@ -135,7 +136,9 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
         if found := [name for name in results if (folder / name).exists()]:
             lacking = f"contains {found[0]} but no last.pt, so no run can resume"
             raise InputError(f"{folder}: {lacking}; {advice}")
-        others = [name for each in contents(folder) if (name := each.name)[0] != "."]
+        written = {"config.toml", "split.json", "manifest.json"}
+        names = {path.name for path in contents(folder)}
+        others = {name for name in names if name in written or name.startswith(EVENTS)}
         if others and not is_run(folder):
             found = f"contains {min(others)}, which no run wrote"
             raise InputError(f"{folder}: {found}; give --name for another folder")
@@ -159,7 +162,7 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
     for settings, described in (before, old_spec), (now, spec):
         settings |= {f"[dataset] {key}": value for key, value in asdict(described).items()}
     if unknown := [key for key in state["settings"] if key not in old.settings]:
-        found = f"holds a run of another version, with {utils.first_ten(unknown)}"
+        found = f"contains a run of another version, with {utils.first_ten(unknown)}"
         raise InputError(f"{folder}: {found}; resume it with that version")
     if keys := [key for key in now if str(before.get(key)) != str(now[key])]:
         differ = utils.first_ten(f"{key} was {before.get(key)}, is {now[key]}" for key in keys)
@@ -171,8 +174,11 @@ def check_kept(folder: Path, args: Flags) -> None:
     """InputError if --overwrite would delete files that the new run reads."""
     for key in ("init", "config", "dataset", "split", "data_root", "cache"):
         path = Path(getattr(args, key) or folder.parent).absolute()
-        written = key in ("dataset", "split") and path.name in ("config.toml", "split.json")
-        if folder.resolve() in (path.resolve(), *path.resolve().parents) and not written:
+        if key in ("dataset", "split"):  # names, too, and files that the new run writes again
+            own = path.parent.resolve() == folder.resolve()
+            if not utils.is_file(path) or (own and path.name in ("config.toml", "split.json")):
+                continue
+        if folder.resolve() in (path.resolve(), *path.resolve().parents):
             advice = "move it, or give --name for another folder"
             raise InputError(f"--{key.replace('_', '-')} {path}: --overwrite deletes it; {advice}")
 
@@ -207,7 +213,7 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
     while True:
         with utils.naming(path):
             file = os.open(path, os.O_RDWR | os.O_CREAT)
-        holder = os.read(file, 200).decode(errors="replace")
+        holder = os.pread(file, 200, 0).decode(errors="replace").strip("\0")
         if holder and not holder.startswith("process "):
             os.close(file)
             raise InputError(f"{path}: not written by a run; give --name for another folder")

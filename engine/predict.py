@@ -162,7 +162,8 @@ def predict(trained: Trained) -> int:
     folder = results_folder(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
     contents = Contents(spec)
-    merged(folder / "volumes.csv", contents)  # an unreadable table is an error now
+    if any(map(files.is_volume, found)):
+        merged(folder / "volumes.csv", contents)  # an unreadable table is an error now
     note_sources(folder, found)
     remove_overlays(folder / "overlays", found)
 
@@ -189,8 +190,14 @@ def predict(trained: Trained) -> int:
                 x = [each.float() for each in x]
             x = torch.cat([normalize(each, args.normalization) for each in x])
             logits = trained.model.segment(x)
-            utils.check_finite(bool(logits.isfinite().all()))
-            for (path, i, n_planes, plane), own in zip(batch, logits, strict=True):
+            finite = logits.flatten(1).isfinite().all(1).tolist()
+            for (path, i, n_planes, plane), own, is_finite in zip(
+                batch, logits, finite, strict=True
+            ):
+                if not is_finite:
+                    found_nan = f"{path}: the network's outputs are not finite"
+                    unreadable += [found_nan] * (found_nan not in unreadable)
+                    continue
                 mask, place = mask_at(own, plane.shape[-2:]).cpu(), found[path]
                 if args.overlay:
                     file = folder / "overlays" / writers.prediction_file(place, path)

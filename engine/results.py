@@ -13,7 +13,7 @@ from utils import InputError
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The folder of a run; another checkpoint than best.pt and last.pt is a run of its own."""
+    """The folder of a run, or a checkpoint that is neither best.pt nor last.pt."""
     path = checkpoint.resolve()
     return path.parent if path.name in ("best.pt", "last.pt") else path
 
@@ -24,7 +24,7 @@ def results_folder(results: str, checkpoint: Path) -> Path:
     InputError if it has the results of another run of the same name, or files of another origin.
     """
     run = run_of(checkpoint)
-    folder = Path(results) / run.name.removesuffix(".pt")
+    folder = Path(results) / (run.name if run.is_dir() else run.name.removesuffix(".pt"))
     advice = "give another folder as --results"
     utils.make_folder(folder, "--results")
     note = folder / "checkpoint.txt"

@@ -531,6 +531,19 @@ def test_a_mask_in_a_lossless_format_has_its_values(tmp_path, ending, indexed):
     assert np.array_equal(read_mask(path, folder_spec(classes=[*"abcd"])), values)
 
 
+def test_white_of_a_palette_may_be_the_color_of_void(tmp_path):
+    void = {"classes": [*"abv"], "void": 2, "void_ids": [255], "ignore": 254, "scored": [0, 1]}
+    mask = Image.fromarray(np.ones_like(MASK))
+    mask.putpalette([0, 0, 0, 255, 255, 255])
+    mask.save(tmp_path / "a.png")
+    assert (read_mask(tmp_path / "a.png", folder_spec(**void)) == 1).all()
+
+
+def test_a_plain_pbm_is_read_as_an_image(tmp_path):
+    (tmp_path / "a.pbm").write_text("P1\n2 2\n0 1\n1 0\n")
+    assert files.read_image(tmp_path / "a.pbm", 1).tolist() == [[255, 0], [0, 255]]
+
+
 def test_grays_of_a_palette_that_are_other_labels_are_an_error(tmp_path):
     Image.fromarray(MASK * 3).save(tmp_path / "a.gif")  # which Pillow renumbers 0 and 1
     spec = folder_spec(classes=[*"abcd"])

@@ -203,6 +203,13 @@ def test_a_missing_frame_is_named_when_it_is_read(acdc):
     assert "patient002_frame31.nii.gz" in message
 
 
+def test_other_folders_beside_the_images_are_left_alone(folder):
+    before = index(folder_spec(), folder)
+    for name in "validation", "testing", "notes", "val/Test":
+        (folder / name).mkdir()
+    assert index(folder_spec(), folder) == before
+
+
 def test_a_header_that_claims_more_slices_than_any_volume_has_is_left_to_decoding(tmp_path):
     make_folder(tmp_path, 1)
     path = tmp_path / "images" / "a.nii"
@@ -231,12 +238,12 @@ def test_names_that_look_the_same_are_the_same(tmp_path):
             tmp_path / "val" / folder / f"{own} 1.png"
         )
     samples = index(folder_spec(), tmp_path)
-    assert [sample.id for sample in samples] == [f"{composed} 0", f"{composed} 1"]
+    assert [sample.id for sample in samples] == [f"{decomposed} 1", f"{composed} 0"]
     message = error_of(index, folder_spec(group="(.+) "), tmp_path)
     assert f"patient {composed} is also among the train images" in message
     lists = {"labeled": [f"{decomposed} 0"], "unlabeled": [], "val": [f"{composed} 1"]}
     (tmp_path / "split.json").write_text(json.dumps(lists))
-    assert read_split(tmp_path / "split.json", samples).labeled == (samples[0],)
+    assert read_split(tmp_path / "split.json", samples).labeled == (samples[1],)
 
 
 def test_group_is_the_patient_of_each_file(tmp_path):

@@ -331,6 +331,24 @@ def test_a_folder_whose_name_is_not_utf_8_is_listed_once(trained):
     assert found[0] == found[1]
 
 
+def test_an_image_whose_outputs_are_not_finite_is_named_and_the_others_are_predicted(
+    capsys, monkeypatch, trained
+):
+    for name in "abc":
+        Image.fromarray(noise(20, 20)).save(f"{name}.png")
+    segment = METHODS["supervised"].segment
+
+    def overflowing(self, x):
+        logits = segment(self, x)
+        logits[1] = torch.inf
+        return logits
+
+    monkeypatch.setattr(METHODS["supervised"], "segment", overflowing)
+    error = error_line(capsys, "--predict", "a.png", "b.png", "c.png", code=1)
+    assert "unreadable files: b.png: the network's outputs are not finite" in error
+    assert {path.name for path in MASKS.iterdir()} == {"a.png", "c.png"}
+
+
 def test_a_file_that_is_only_an_ending_is_skipped(capsys, trained):
     Path(".nii.gz").write_bytes(b"")
     assert "skipped .nii.gz: neither an image nor" in error_line(capsys, "--predict", ".nii.gz")

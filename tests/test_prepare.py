@@ -189,6 +189,12 @@ def test_an_interrupted_download_of_sbd_is_no_source_and_begins_anew(root, monke
     assert found_by_main("voc", root) == AUGMENTED
 
 
+def test_a_tar_of_any_compression_is_read(root, acdc_files, tmp_path):
+    with tarfile.open(tmp_path / "acdc.tar.xz", "w:xz") as target:
+        target.add(acdc_files, ".")
+    assert prepare("acdc", root, tmp_path / "acdc.tar.xz") == 0
+
+
 def test_voc_without_its_train_txt_is_one_error_line(root, capsys):
     home = make_voc2012(root)
     (home / "ImageSets/Segmentation/train.txt").unlink()

@@ -249,6 +249,17 @@ def test_another_folder_is_another_dataset_unless_it_has_all_of_the_runs_images(
         assert "--part test: in the run's split: picture 0" in error
 
 
+def test_a_copy_of_a_checkpoint_without_its_split_is_not_scored_on_parts_that_it_used(capsys):
+    root = make_folder(Path("pictures"), 8, n_val=3)
+    Path("own.toml").write_text(f"ratio = 0.5\n{OWN}")
+    flags = ["--training", *tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root", root]
+    assert run(*flags, "--name", "one") == 0
+    shutil.copy("checkpoints/one/best.pt", "copy.pt")
+    root.rename("moved")
+    part = ["--testing", "--checkpoint", "copy.pt", "--part", "val", "--data-root", "moved"]
+    assert "--part val: the run's split uses this part" in error_line(capsys, *part)
+
+
 @pytest.mark.parametrize("file", ["metrics.jsonl", "best.pt", "last.pt"])
 def test_a_run_that_lacks_a_file_is_not_resumed(capsys, file):
     flags = ["--training", *SUPERVISED, "--epochs", "3", "--name", "one"]
@@ -515,9 +526,7 @@ def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
     assert config.read_text() == "ngf = 2\n"
 
 
-@pytest.mark.parametrize(
-    "name", ["events.out.tfevents.1.mine", "split.json", "manifest.json", "notes.txt"]
-)
+@pytest.mark.parametrize("name", ["events.out.tfevents.1.mine", "split.json", "manifest.json"])
 def test_a_run_does_not_start_in_a_folder_with_files_of_others(capsys, name):
     mine = Path("checkpoints/mine", name)
     mine.parent.mkdir(parents=True)
@@ -527,12 +536,33 @@ def test_a_run_does_not_start_in_a_folder_with_files_of_others(capsys, name):
     assert {path.name: path.read_text() for path in mine.parent.iterdir()} == {name: "mine"}
 
 
+def test_a_run_may_start_beside_files_that_it_does_not_write():
+    log = Path("checkpoints/one/log.txt")  # of a shell or a cluster
+    log.parent.mkdir(parents=True)
+    log.write_text("mine")
+    assert run("--training", *SUPERVISED, "--name", "one") == 0
+    assert log.read_text() == "mine"
+
+
+def test_a_run_that_is_killed_again_and_again_can_be_locked():
+    fork = multiprocessing.get_context("fork")
+    for _ in range(3):
+        ready = fork.Event()
+        holder = fork.Process(target=hold, args=(Path("one"), ready))
+        holder.start()
+        assert ready.wait(30)
+        assert Path("one/lock").read_text().startswith(f"process {holder.pid} on ")
+        holder.kill()
+        holder.join()
+
+
 @pytest.mark.parametrize("key", ["init", "config", "split", "data-root", "cache"])
 def test_overwrite_does_not_delete_what_the_new_run_reads(capsys, trained, key):
     lists = json.loads((SIMPLE / "split.json").read_text())
-    (SIMPLE / "mine.json").write_text(json.dumps(lists))
     (SIMPLE / "mine.toml").write_text("lr = 0.01")
-    values = {"init": trained, "config": SIMPLE / "mine.toml", "split": SIMPLE / "mine.json"}
+    (SIMPLE / "old").mkdir()
+    (SIMPLE / "old/split.json").write_text(json.dumps(lists))
+    values = {"init": trained, "config": SIMPLE / "mine.toml", "split": SIMPLE / "old/split.json"}
     path = values.get(key, SIMPLE / "data")
     flags = [*SUPERVISED, "--name", SIMPLE.name, "--overwrite", f"--{key}", path]
     before = names(SIMPLE)
@@ -551,7 +581,7 @@ def test_a_run_of_a_newer_version_is_not_resumed_without_its_settings(capsys, tr
     last = trained.with_name("last.pt")
     edit_checkpoint(last, lambda state: state["settings"].update(label_smoothing=0.1))
     error = error_line(capsys, "--training", *SUPERVISED, "--epochs", "2")
-    assert f"{SIMPLE}: holds a run of another version, with label_smoothing" in error
+    assert f"{SIMPLE}: contains a run of another version, with label_smoothing" in error
 
 
 def test_the_parent_of_the_run_folders_may_have_any_name():

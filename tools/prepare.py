@@ -14,6 +14,7 @@ files; it keeps others, and names those of another size than the archive's.
 import gzip
 import http.client
 import io
+import lzma
 import re
 import shlex
 import shutil
@@ -69,6 +70,7 @@ FILES = {  # that main.py reads; group 1 is the path in the layout
     "acdc": r"/((?:training|testing)/(patient\d+)/"  # the only single frames are ED and ES
     r"(?:Info\.cfg|\2_frame\d+(?:_gt)?\.nii\.gz|MANDATORY_CITATION\.md))$",
 }
+TRUNCATED = EOFError, gzip.BadGzipFile, lzma.LZMAError, tarfile.TarError, zlib.error
 WORDS = (  # of these paths, for archives that spell them otherwise, such as TRAINING/PATIENT001
     *("SegmentationClass", "ImageSets", "JPEGImages", "Segmentation", "leftImg8bit", "gtFine"),
     *("labelIds", "MANDATORY_CITATION", "Info", "training", "testing", "trainval", "train", "val"),
@@ -85,12 +87,12 @@ def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
                 yield member.filename, member.file_size, partial(archive.read, member)
-    elif source.name.lower().endswith(ARCHIVE_SUFFIXES):
+    elif tarfile.is_tarfile(source) or source.name.lower().endswith(ARCHIVE_SUFFIXES):
         try:
             with tarfile.open(source) as archive:
                 for member in filter(tarfile.TarInfo.isfile, archive):
                     yield member.name, member.size, archive.extractfile(member).read
-        except (EOFError, gzip.BadGzipFile, tarfile.TarError, zlib.error) as error:
+        except TRUNCATED as error:
             found, advice = "neither a zip nor a tar file, or truncated", "delete it, get it again"
             raise InputError(f"{source}: {found}; {advice}") from error
     else:
