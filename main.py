@@ -45,9 +45,8 @@ def train(args: Flags) -> int:
         with Run(args, spec, data, model, folder) as run:  # begins the folder or restores last.pt
             distribute_and_compile(model, args, device)
             options = {"workers": args.workers, "normalization": args.normalization}
-            orientation = spec.orientation if args.augment else None
             val_batches = Batches(data.val, args.batch_size, device, **options)
-            options |= {"orientation": orientation}
+            options["orientation"] = spec.orientation if args.augment else None
             train_batches = Batches(data.train, args.batch_size, device, **options)
             while not run.ended:
                 if run.evaluation_due:

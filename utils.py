@@ -116,13 +116,6 @@ def linear_decay(epochs: int, decay_epoch: int) -> Callable[[float], float]:
     return factor
 
 
-def check_finite(finite: bool) -> None:
-    """TrainingError if the outputs of a segmentation network are not finite."""
-    if not finite:
-        found = "the segmentation network's outputs are not finite: its training has diverged"
-        raise TrainingError(f"{found}; train with a lower --lr, under another --name")
-
-
 def seed_everything(seed: int, deterministic: bool = False) -> None:
     """Seed torch on every device; `deterministic` also selects kernels that repeat bit for bit."""
     torch.manual_seed(seed)

@@ -323,8 +323,7 @@ def read_labels(sample: Sample, spec: DatasetSpec) -> np.ndarray:
     elif isinstance(sample.mask, Slice):
         values = read_slice(sample.mask)
     else:
-        labels = spec.mask_values()[: len(spec.classes) - bool(spec.void_ids)]
-        values = read_mask(sample.mask, labels, spec.legal_values())
+        values = read_mask(sample.mask, spec.class_values(), spec.legal_values())
     file, whole = mask_file(sample), values.round()
     if (uneven := np.abs(values - whole) > 1e-3).any():  # a slope rounds integers
         advice = "save labels as integers, resampled to the nearest neighbor"

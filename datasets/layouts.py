@@ -16,9 +16,9 @@ from datasets.spec import PARTS, DatasetSpec, Sample, Slice
 from utils import InputError, first_ten, naming, read_lines
 
 MOST_SLICES = 2**15 - 1  # of a NIfTI-1 volume; beyond it, a header is damaged
-ROLES = {name: name for name in ("images", "masks")} | {"image": "images", "mask": "masks"}
-PLACES = {name: name for name in ("unlabeled", "val", "test")} | {"unlabelled": "unlabeled"}
-PLACES |= {"valid": "val", "validation": "val", "testing": "test"}
+IMAGE_FOLDERS = {name: name for name in ("images", "masks")} | {"image": "images", "mask": "masks"}
+PART_FOLDERS = {name: name for name in ("unlabeled", "val", "test")} | {"unlabelled": "unlabeled"}
+PART_FOLDERS |= {"valid": "val", "validation": "val", "testing": "test"}
 
 
 def is_hidden(path: Path) -> bool:
@@ -32,10 +32,10 @@ def right_name(folder: Path, at_root: bool) -> str:
     One that is named like val/ or test/ counts if it contains images/.
     """
     lower = folder.name.lower()
-    name = ROLES.get(lower) or (at_root and PLACES.get(lower)) or folder.name
+    name = IMAGE_FOLDERS.get(lower) or (at_root and PART_FOLDERS.get(lower)) or folder.name
     if name == folder.name or not folder.is_dir() or (folder.parent / name).is_dir():
         return ""
-    inside = {ROLES.get(path.name.lower()) for path in folder.iterdir()}
+    inside = {IMAGE_FOLDERS.get(path.name.lower()) for path in folder.iterdir()}
     return "" if name in ("val", "test") and "images" not in inside else name
 
 

@@ -42,11 +42,14 @@ class DatasetSpec:
     standard: tuple[str, str] | None = None  # parts that other papers train and validate on
     standard_counts: tuple[int, int] | None = None  # their groups
 
+    def class_values(self) -> tuple[int, ...]:
+        """The value of each class in mask files, without that of a void class with void_ids."""
+        n = len(self.classes) - bool(self.void_ids)
+        return tuple(range(n)) if self.label_ids is None else self.label_ids
+
     def mask_values(self) -> tuple[int, ...]:
         """The value of each class in mask files; of a void class with void_ids, their first."""
-        n_own = len(self.classes) - bool(self.void_ids)
-        own = tuple(range(n_own)) if self.label_ids is None else self.label_ids
-        return *own, *self.void_ids[:1]
+        return *self.class_values(), *self.void_ids[:1]
 
     def legal_values(self) -> set[int]:
         """Every value that mask files may contain: of classes, and of pixels that do not count."""
@@ -153,8 +156,7 @@ def make_spec(table: dict, source: str) -> DatasetSpec:
             raise InputError(f"{source}: {found}; expected {expected}")
     if spec.void in spec.scored:
         raise InputError(f"{source}: [dataset] scored contains the void class {spec.void}")
-    own = spec.mask_values()[: k - bool(spec.void_ids)]
-    counts = Counter([*own, *{*spec.void_ids}, spec.ignore])
+    counts = Counter([*spec.class_values(), *{*spec.void_ids}, spec.ignore])
     if clashes := [str(value) for value, count in counts.items() if count > 1]:
         keys = "label_ids, void_ids and ignore (default 255)"
         found = f"mask value {', '.join(clashes)} has two meanings"

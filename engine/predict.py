@@ -195,8 +195,9 @@ def predict(trained: Trained) -> int:
                 batch, logits, finite, strict=True
             ):
                 if not is_finite:
-                    found_nan = f"{path}: the network's outputs are not finite"
-                    unreadable += [found_nan] * (found_nan not in unreadable)
+                    problem = f"{path}: the network's outputs are not finite"
+                    if problem not in unreadable:  # of another slice
+                        unreadable.append(problem)
                     continue
                 mask, place = mask_at(own, plane.shape[-2:]).cpu(), found[path]
                 if args.overlay:

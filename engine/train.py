@@ -10,7 +10,7 @@ from engine.metrics import ConfusionMatrix
 from engine.run import Run
 from engine.signals import stop
 from model import Method
-from utils import NonFiniteLoss
+from utils import NonFiniteLoss, TrainingError
 
 
 def train_one_epoch(model: Method, batches: Iterable, run: Run) -> None:
@@ -46,5 +46,7 @@ def evaluate(model: Method, batches: Iterable, visit: Callable | None = None) ->
             visit(x, y, logits)
         if stop.signum:  # Run.record() discards the matrix
             break
-    utils.check_finite(not any(utils.max_over_processes(int(diverged))))
+    if any(utils.max_over_processes(int(diverged))):
+        found = "the segmentation network's outputs are not finite: its training has diverged"
+        raise TrainingError(f"{found}; train with a lower --lr, under another --name")
     return matrix.counts
