@@ -374,7 +374,7 @@ class CycleGAN(Method):
         if "cycle_I" in on:
             terms["cycle_I"] = cycle_I(images[-len(x_u) :], x_u)
 
-        if uses_x_u and self.hard_fakes:  # as released: index maps, which pass no gradient
+        if uses_x_u and self.hard_fakes:  # as released: the argmax, which passes no gradient
             fakes["y"] = one_hot(fakes["y"].argmax(1), self.n_classes, x.dtype)
         with frozen(self.D_S, self.D_I):
             if "disc_S" in on:

@@ -54,9 +54,9 @@ class PixelDiscriminator(nn.Module):
 
     Three convolutions of width ndf, 2 ndf and 1. Leaky ReLU of slope 0.2 follows the first two;
     norm follows the second convolution: "batch" (the paper) or "instance" (the released code, which
-    then gives the last two convolutions a bias). The paper does not state the (odd) `kernel`: 1 is
-    the released code's; with 3, each score depends on 7x7 pixels, with zero padding. ValueError for
-    another norm or an even kernel.
+    then gives the last two convolutions a bias). The paper states neither the widths nor the (odd)
+    `kernel`: 1 is the released code's; with 3, each score depends on 7x7 pixels, with zero padding.
+    ValueError for another norm or an even kernel.
     """
 
     def __init__(self, in_channels: int, ndf: int = 64, norm: str = "batch", kernel: int = 1):

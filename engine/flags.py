@@ -122,7 +122,7 @@ def build_parser() -> Parser:
     flag = parser.group("mode")
     flag("--training", action="store_true", help="train, or resume an interrupted run")
     flag("--testing", action="store_true", help="score a trained run; write masks and panels")
-    predicted = "write masks of images, NIfTI volumes, or all of them in a folder"
+    predicted = "segment images, NIfTI volumes, or all of them in a folder"
     flag("--predict", nargs="+", metavar="PATH", help=predicted)
     flag("--config", metavar="FILE", help="TOML with flags, read after the dataset's TOML")
     trained = "checkpoint, or a run's folder (its best.pt); default: newest run that fits the flags"
@@ -203,7 +203,13 @@ def build_parser() -> Parser:
     flag("--ndf", type=count, default=64, metavar="N", help=f"{width} discriminator")
     blocks = "residual blocks of each generator"
     flag("--n-blocks", type=bounded(int, 0), default=9, metavar="N", help=blocks)
-    flag("--disc-kernel", type=odd, default=1, metavar="K", help="kernel of the discriminators")
+    flag(
+        "--disc-kernel",
+        type=odd,
+        default=1,
+        metavar="K",
+        help="kernel size of the discriminators, odd",
+    )
 
     released = "Where the released code departs from the paper; config/official.toml sets them all."
     flag = parser.group("released code", released)

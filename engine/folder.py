@@ -140,7 +140,7 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
         names = {path.name for path in contents(folder)}
         others = {name for name in names if name in written or name.startswith(EVENTS)}
         if others and not is_run(folder):
-            found = f"contains {min(others)}, which no run wrote"
+            found = f"contains {min(others)}, which is not from a run"
             raise InputError(f"{folder}: {found}; give --name for another folder")
         return None
     start_over = "give --overwrite to start over"

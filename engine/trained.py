@@ -88,7 +88,10 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
     if isinstance(args.rule, ByFile):
         asked.pop("split", None)  # the split's hash decides
     if differ := [key for key, value in asked.items() if value != fixed[key]]:
-        flags = [f"--{k.replace('_', '-')} {asked[k]}, but it has {fixed[k]}" for k in differ]
+        flags = [
+            f"--{k.replace('_', '-')} {asked[k]}, but it was trained with {fixed[k]}"
+            for k in differ
+        ]
         raise InputError(f"{path}: {utils.first_ten(flags)}; leave these flags out")
 
 

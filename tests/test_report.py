@@ -389,7 +389,7 @@ def test_lines_of_a_figure_are_the_runs(monkeypatch):
     make_run("ours_augment", 0, [0.2, 0.9])
     found, _ = read_runs(Path("checkpoints/reduced"), "reduced")
     caption = figures.draw_curves(found, Path())
-    assert "shows Partial, the experiment, Full. Partial is augmented beside" in caption
+    assert "shows Partial, the experiment, Full. Panels of experiments with --augment" in caption
     panels = {axes.get_title(): axes.lines for axes in drawn[0].axes if axes.lines}
     panel = {"0.6": 1, "tab:blue": 2, "tab:red": 2}
     assert {title: Counter(map(Line2D.get_color, lines)) for title, lines in panels.items()} == {

@@ -521,7 +521,7 @@ def test_overwrite_never_deletes_a_folder_that_holds_no_run(capsys):
     config.write_text("ngf = 2\n")
     assert "precious contains no run" in error_line(capsys, *flags)
     error = error_line(capsys, *flags[:-1], "--config", config)
-    assert "precious: contains config.toml, which no run wrote" in error
+    assert "precious: contains config.toml, which is not from a run" in error
     assert precious.is_file()
     assert config.read_text() == "ngf = 2\n"
 
@@ -532,7 +532,7 @@ def test_a_run_does_not_start_in_a_folder_with_files_of_others(capsys, name):
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     error = error_line(capsys, "--training", *SUPERVISED, "--name", "mine")
-    assert f"checkpoints/mine: contains {name}, which no run wrote; give --name" in error
+    assert f"checkpoints/mine: contains {name}, which is not from a run; give --name" in error
     assert {path.name: path.read_text() for path in mine.parent.iterdir()} == {name: "mine"}
 
 

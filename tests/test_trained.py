@@ -94,10 +94,11 @@ def test_a_checkpoints_settings_lie_under_the_command_line(trained):
     [
         (
             "--size 16 32 --lr 1",
-            "--size [16, 32], but it has [16, 16]; --lr 1.0, but it has 0.0002",
+            "--size [16, 32], but it was trained with [16, 16]; "
+            "--lr 1.0, but it was trained with 0.0002",
         ),
-        ("--split image", "--split image, but it has paper"),
-        ("--checkpoint {} --dataset voc", "--dataset voc, but it has tiny"),
+        ("--split image", "--split image, but it was trained with paper"),
+        ("--checkpoint {} --dataset voc", "--dataset voc, but it was trained with tiny"),
     ],
 )
 def test_flags_that_contradict_the_checkpoint_are_one_error_line(capsys, trained, flags, named):

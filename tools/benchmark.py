@@ -162,9 +162,9 @@ def time_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
             plain_steps = [Step(argv, precision, plain=True) for precision in plain]
             own, *others = take_turns(args, step, *plain_steps)
             row |= {"ms": own["ms"], "images/s": 1000 * step.args.batch_size / own["ms"]}
-            row |= {f"plain {name} / it": None for name in ("fp32", "tf32")}
+            row |= {f"speedup over plain {name}": None for name in ("fp32", "tf32")}
             for name, other in zip(plain, others, strict=True):
-                row[f"plain {name} / it"] = other
+                row[f"speedup over plain {name}"] = other
             del plain_steps
         del step
         yield row

@@ -275,8 +275,10 @@ def build_parser() -> argparse.ArgumentParser:
     }
     for action, text in helps.items():
         flag = actions.add_parser(action, help=text, description=text).add_argument
-        flag("--scale", choices=list(SCALES), help="default: paper, or the name of --from")
-        if action in ("list", "run"):
+        runs_exist = action in ("report", "keep")
+        scale = "default: the name of --from, or paper" if runs_exist else "default: paper"
+        flag("--scale", choices=list(SCALES), help=scale)
+        if not runs_exist:
             share = bounded(float, 0, 1, above=True)
             flag("--dataset", help="a name in config/ or a .toml file; default: the paper's three")
             flag("--names", nargs="+", metavar="NAME", help="experiments; default: all")

@@ -201,7 +201,7 @@ def draw_curves(runs: list[RunRecord], path: Path) -> str:
     save(figure, lines, path)
     caption = f"mIoU by step, one line per run; each panel shows {', '.join(legend)}."
     if any(name.endswith(AUGMENT) for _, name in cells):
-        caption += " Partial is augmented beside augmented experiments."
+        caption += " Panels of experiments with --augment show Partial with it, too."
     return caption
 
 

@@ -274,7 +274,7 @@ chosen on the validation images. Written by `tools/experiments.py report` from {
 """
     if any(r.settings["method"] == "meanteacher" and "any_orientation" in r.dataset for r in runs):
         text += "`meanteacher` runs of this page flipped and rotated images inside the method, "
-        text += "which no flag does today.\n\n"
+        text += "as no flag does today.\n\n"
     for dataset in dict.fromkeys(run.dataset["name"] for run in runs):
         text += section(dataset, [run for run in runs if run.dataset["name"] == dataset], *tables)
         for name, caption in figures[dataset].items():
