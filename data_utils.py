@@ -5,8 +5,7 @@ brings them to the device in the networks' range. Masks hold class indices, IGNO
 does not count.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from datasets.layouts import index
 from datasets.spec import DatasetSpec, Sample
 from datasets.splits import ByFile, Split
 from datasets.workers import image_loader, loaded
-from utils import IGNORE, InputError, first_ten
+from utils import IGNORE, InputError
 
 # Batches
 
@@ -225,6 +224,15 @@ class Data:
         return [*self.labeled.masks(), *self.val.masks()]
 
 
+def training_batches(
+    data: Data, args, spec: DatasetSpec, device: torch.device, workers: int = 0
+) -> Batches:
+    """The batches of labeled and unlabeled images, augmented if the flags say so."""
+    orientation = spec.orientation if args.augment else None
+    options = workers, args.normalization, orientation
+    return Batches(data.train, args.batch_size, device, *options)
+
+
 def load_data(
     args, spec: DatasetSpec, expected_split: str | None = None, uses_unlabeled: bool = False
 ) -> Data:
@@ -256,53 +264,6 @@ def check_split(args, split: Split, expected: str) -> None:
     if args.training:
         advice = "give --name for another folder, or --overwrite to start over"
     raise InputError(f"{cause} than the run started with, which its split.json names; {advice}")
-
-
-def load_part(
-    args,
-    spec: DatasetSpec,
-    expected_split: str,
-    lists: Mapping[str, Sequence[str]],
-    same_root: bool,
-) -> Data:
-    """Index --part, which a run has not trained on, as validation images, and open its cache.
-
-    A split file's own test images take precedence over the layout's. expected_split: the hash of
-    the run's split. lists: the names in that split by role, where known. InputError if the run's
-    split uses the part or some of its images, or if it has no masks.
-
-    same_root: whether --data-root is the run's. Another folder is another dataset, unless it has
-    all of the split's images, not only in the part.
-    """
-    rule, root, part = args.rule, Path(args.data_root), args.part
-    lists = rule.lists() or lists
-    used = {*itertools.chain(*lists.values())}
-    is_own = same_root
-    if not same_root:
-        everywhere = index(spec, root, "file")
-        names = {name for s in everywhere for name in s.names}
-        of_part = {name for s in everywhere if s.part == part for name in s.names}
-        is_own = used <= names and not (used and used <= of_part)
-    if is_own and part == "test" and part in rule.lists():
-        samples = index(spec, root, rule.kind)
-        split = rule.apply(samples, spec, args.seed)
-        check_split(args, split, expected_split)
-        return open_data(args, spec, Split((), (), split.test))
-    if is_own and part in rule.seen_parts(spec):
-        advice = "--testing alone scores the run's validation images"
-        raise InputError(f"--part {part}: the run's split uses this part; {advice}")
-    found = index(spec, root, part)
-    samples = [s for s in found if s.mask is not None]
-    if seen := sorted(s.id for s in samples if used.intersection(s.names)):
-        if is_own:
-            raise InputError(f"--part {part}: in the run's split: {first_ten(seen)}")
-        advice = "the scores are too optimistic if they are the same images"
-        print(f"--part {part}: the run's split has images of these names, too; {advice}")
-    if not samples:
-        raise InputError(f"--part {part}: no image has a mask")
-    if n_unscored := len(found) - len(samples):
-        print(f"--part {part}: {n_unscored} of {len(found)} images have no mask and are not scored")
-    return open_data(args, spec, Split((), (), tuple(samples)))
 
 
 def open_data(args, spec: DatasetSpec, split: Split) -> Data:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import utils
-from data_utils import Batches, Data, load_data
+from data_utils import Batches, Data, load_data, training_batches
 from datasets import labels
 from datasets.spec import ORIENTATIONS, DatasetSpec, load_spec
 from engine import predict, program, trained
@@ -44,10 +44,9 @@ def train(args: Flags) -> int:
         check_masks(spec, data)
         with Run(args, spec, data, model, folder) as run:  # begins the folder or restores last.pt
             distribute_and_compile(model, args, device)
-            options = {"workers": args.workers, "normalization": args.normalization}
-            val_batches = Batches(data.val, args.batch_size, device, **options)
-            options["orientation"] = spec.orientation if args.augment else None
-            train_batches = Batches(data.train, args.batch_size, device, **options)
+            train_batches = training_batches(data, args, spec, device, args.workers)
+            options = args.workers, args.normalization
+            val_batches = Batches(data.val, args.batch_size, device, *options)
             while not run.ended:
                 if run.evaluation_due:
                     run.record(evaluate(model, val_batches))
@@ -130,8 +129,6 @@ def command(argv: list[str]) -> int:
     args = parse_args(argv)
     if args.training:
         return train(args)
-    if utils.world_size() > 1:
-        raise InputError("--testing and --predict run in one process; start them without torchrun")
     use = predict.score if args.testing else predict.predict
     return use(trained.load(args))
 

@@ -37,7 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from arch.discriminators import FCDiscriminator, PixelDiscriminator
 from arch.generators import NormedConv2d, NormedConvTranspose2d, ResNetGenerator
-from utils import IGNORE, InputError, NonFiniteLoss, count_per_process, total, world_size
+from utils import IGNORE, InputError, NonFiniteLoss, count_per_process, n_connected, total
 
 WEIGHTS = {  # lambda 1 to 5 of Eq. 8 (Section 3.3)
     "gen_I": 1.0,
@@ -126,7 +126,7 @@ def descend(optimizer: Optimizer, loss: Tensor, terms: dict[str, Tensor]) -> Non
     if known:
         known.synchronize()  # waits for the forward pass only, while the backward pass runs
     if not finite:
-        means = {name: total(term.detach()) / world_size() for name, term in terms.items()}
+        means = {name: total(term.detach()) / n_connected() for name, term in terms.items()}
         raise NonFiniteLoss(", ".join(f"{name} {mean.item():g}" for name, mean in means.items()))
     optimizer.step()
 
@@ -189,7 +189,7 @@ class Method(nn.Module):
         return {key: getattr(args, key) for key in keys} | {"bf16": args.precision == "bf16"}
 
     def optimize(self, side: str, networks: list[nn.Module]) -> None:
-        """Give networks Section 3.3's Adam, with which `step` trains them.
+        """Create the Adam optimizer (Section 3.3) of networks for one side of the step.
 
         side: "G", which descends generator_terms, or "D", which descends discriminator_terms.
         """
@@ -317,7 +317,7 @@ class CycleGAN(Method):
         self.weights = {"gen_S": 1.0, **WEIGHTS, **(weights or {})}
         self.hard_fakes = hard_fakes
         self.pools = {"y": ReplayPool(pool_size), "x": ReplayPool(pool_size)}
-        on = self.terms_on()
+        on = self.active_terms()
         paints = on & {"gen_I", "cycle_S", "cycle_I", "disc_I"}
         self.optimize("G", [self.G_IS, self.G_SI] if paints else [self.G_IS])
         discriminators = {"disc_S": self.D_S, "disc_I": self.D_I}
@@ -333,14 +333,14 @@ class CycleGAN(Method):
         options |= {"pool_size": args.pool_size, "hard_fakes": args.disc_input == "argmax"}
         return super().options(spec, args) | options | {"weights": weights}
 
-    def terms_on(self) -> set[str]:
+    def active_terms(self) -> set[str]:
         """The names of the terms whose weight is not 0."""
         return {name for name, weight in self.weights.items() if weight}
 
     @property
     def uses_unlabeled(self) -> bool:
         """Whether a term with x_u has a weight: Eq. 4, 5 or 6."""
-        return bool(self.terms_on() & {"cycle_I", "disc_S", "disc_I"})
+        return bool(self.active_terms() & {"cycle_I", "disc_S", "disc_I"})
 
     def paint(self, y: Tensor) -> Tensor:
         """G_SI: masks (B, H, W), one-hot masks or softmax maps (B, K, H, W) to (B, C, H, W)."""
@@ -354,7 +354,7 @@ class CycleGAN(Method):
         Their backward pass leaves no gradient in the discriminators. Each generator runs once on
         both of its inputs: instance norm works image by image, so the values are the same.
         """
-        on, terms, fakes = self.terms_on(), {}, {}
+        on, terms, fakes = self.active_terms(), {}, {}
         uses_x_u, uses_y = on & {"cycle_I", "disc_S"}, on & {"gen_I", "cycle_S", "disc_I"}
 
         logits = self.segment(torch.cat([x, x_u]) if uses_x_u else x)
@@ -385,7 +385,7 @@ class CycleGAN(Method):
 
     def discriminator_terms(self, x, y, x_u, fakes):
         """Eq. 4, 5 on the detached fakes; in two passes, as batch norm would mix them."""
-        on, terms = self.terms_on(), {}
+        on, terms = self.active_terms(), {}
         if "disc_S" in on:
             real = self.compute(self.D_S, one_hot(y, self.n_classes, x_u.dtype))
             fake = self.compute(self.D_S, self.pools["y"](fakes["y"].detach()))
@@ -444,13 +444,13 @@ def bce(logits: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
     return mean_over(error, valid)
 
 
-def semi(logits: Tensor, judgment: Tensor, threshold: float) -> Tensor:
-    """Cross-entropy of the prediction with its own argmax where sigmoid(judgment) >= threshold.
+def semi(logits: Tensor, score_map: Tensor, threshold: float) -> Tensor:
+    """Cross-entropy of the prediction with its own argmax where sigmoid(score_map) >= threshold.
 
-    logits (B, K, H, W), judgment (B, 1, H, W); mean over the selected pixels, 0 if there is none.
+    logits (B, K, H, W), score_map (B, 1, H, W); mean over the selected pixels, 0 if there is none.
     No gradient passes through the argmax or the selection.
     """
-    unsure = judgment.squeeze(1).sigmoid() < threshold
+    unsure = score_map.squeeze(1).sigmoid() < threshold
     return gen_S(logits, logits.argmax(1).masked_fill(unsure, IGNORE))
 
 
@@ -483,13 +483,13 @@ class AdvSemi(Method):
         maps = logits.softmax(1)
         terms = {"gen_S": gen_S(logits[: len(x)], y)}
         with frozen(self.D_S):
-            judgment = self.compute(self.D_S, maps[: len(x)])
-            terms["adv"] = bce(judgment, 1.0, valid=(y != IGNORE).unsqueeze(1))
-            judgment = self.compute(self.D_S, maps[len(x) :])
-        terms["semi_adv"] = bce(judgment, 1.0)
+            score_map = self.compute(self.D_S, maps[: len(x)])
+            terms["adv"] = bce(score_map, 1.0, valid=(y != IGNORE).unsqueeze(1))
+            score_map = self.compute(self.D_S, maps[len(x) :])
+        terms["semi_adv"] = bce(score_map, 1.0)
         begun = self.progress >= self.start
         logits_u = logits[len(x) :]
-        terms["semi"] = semi(logits_u, judgment, self.threshold) if begun else logits.new_zeros(())
+        terms["semi"] = semi(logits_u, score_map, self.threshold) if begun else logits.new_zeros(())
         return terms, {"y": maps}
 
     def discriminator_terms(self, x, y, x_u, fakes):
@@ -567,7 +567,7 @@ class MeanTeacher(Method):
     @classmethod
     def options(cls, spec, args) -> dict:
         if args.training and args.cutmix_on != "both":
-            check_mixable(args.batch_size // world_size())  # before --overwrite deletes a run
+            check_mixable(args.batch_size // n_connected())  # before --overwrite deletes a run
         return super().options(spec, args) | {"cutmix_on": args.cutmix_on}
 
     @property

@@ -183,12 +183,24 @@ def join_processes(device: torch.device) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
+def check_single_process() -> None:
+    """InputError if torchrun, or the environment, announces several processes."""
+    if world_size() > 1:
+        advice = "only --training can use several; unset it, or start without torchrun"
+        raise InputError(f"WORLD_SIZE is {world_size()}: this runs in one process; {advice}")
+
+
 def total(values: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """The sum over all connected processes."""
     if dist.is_initialized():
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def n_connected() -> int:
+    """The number of connected processes: 1 in a notebook, whatever its environment says."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def count_per_process(count: Tensor) -> Tensor:
@@ -196,7 +208,7 @@ def count_per_process(count: Tensor) -> Tensor:
 
     Each process divides its own sum by it; the mean of the quotients is the overall mean.
     """
-    return total(count).clamp(min=1) / world_size()
+    return total(count).clamp(min=1) / n_connected()
 
 
 def max_over_processes(*values: int) -> list[int]:
@@ -325,7 +337,7 @@ def make_folder(path: Path, flag: str) -> None:
 
 @contextmanager
 def exclusive(folder: Path, seconds: float = 0) -> Iterator[bool | None]:
-    """Try to lock a folder for some seconds, and yield whether it is locked; None if it cannot be.
+    """Wait up to `seconds` for a folder's lock; yield whether it is held, None if it cannot be.
 
     The lock lasts until the body or this process ends.
     """

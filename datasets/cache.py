@@ -60,7 +60,7 @@ class Decoder(Dataset):
         self, samples: list[Sample], spec: DatasetSpec, size: tuple[int, int], home: Path, dtype
     ):
         self.samples, self.spec, self.size = samples, spec, size
-        self.files: list[tuple[Path, int, np.dtype]] = []  # each with the place of its row 0
+        self.files: list[tuple[Path, int, np.dtype]] = []  # each with the byte offset of row 0
         arrays = ("images", dtype, (spec.channels, *size)), ("masks", np.uint8, size)
         for name, kind, shape in arrays:
             header = {"descr": np.dtype(kind).str, "fortran_order": False}

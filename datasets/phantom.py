@@ -15,7 +15,7 @@ def draw_phantom(number: int) -> tuple[np.ndarray, np.ndarray]:
     rows, columns = np.mgrid[-1:1:96j, -1:1:96j]
 
     def ellipse(x, y, a, b, turn=0.0, wobble=0.0) -> np.ndarray:
-        """About the signed distance to an ellipse's edge, negative inside."""
+        """Approximate signed distance to an ellipse's edge, negative inside."""
         across = (columns - x) * np.cos(turn) + (rows - y) * np.sin(turn)
         along = (rows - y) * np.cos(turn) - (columns - x) * np.sin(turn)
         angle = np.arctan2(along, across)

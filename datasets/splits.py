@@ -236,22 +236,10 @@ class Drawn:
     kind: str  # of split()
     unit: str
 
-    def same_kind(self, other: "Rule") -> bool:
-        """Whether both rules divide the same parts of a dataset in the same way."""
-        return isinstance(other, Drawn) and self.kind == other.kind
-
     def n_expected(self, spec: DatasetSpec, samples: Sequence[Sample]) -> int | None:
         """The number of groups with masks that the dataset should have, where that is known."""
         counts = spec.standard_counts if self.kind == "standard" else spec.counts
         return sum(counts) if counts and not has_val(spec, samples) else None
-
-    def seen_parts(self, spec: DatasetSpec) -> tuple[str, ...]:
-        """The parts of the dataset that are divided."""
-        return parts_of(spec, self.kind)
-
-    def lists(self) -> dict[str, list[str]]:
-        """The ids, volumes and groups that a file lists by role."""
-        return {}
 
 
 @dataclass(frozen=True)
@@ -315,17 +303,8 @@ class ByFile:
     def apply(self, samples: list[Sample], spec: DatasetSpec, seed: int) -> Split:
         return read_split(self.path, samples)
 
-    def same_kind(self, other: "Rule") -> bool:
-        return isinstance(other, ByFile)
-
     def n_expected(self, spec: DatasetSpec, samples: Sequence[Sample]) -> None:
         return None
-
-    def seen_parts(self, spec: DatasetSpec) -> tuple[str, ...]:
-        return ()
-
-    def lists(self) -> dict[str, list[str]]:
-        return read_lists(self.path)
 
 
 Rule = ByRatio | ByCount | ByFile

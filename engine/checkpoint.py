@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from utils import InputError, first_ten, naming, write_atomically
 
 FORMAT = 2
-PARTS = {
+REQUIRED = {
     "settings": dict,
     "dataset": dict,
     "data_root": str,
@@ -58,7 +58,7 @@ def load(path: Path) -> dict:
         raise InputError(f"checkpoint {path}: not from this program (expected format {FORMAT})")
     if isinstance(state.get("dataset"), dict) and "any_orientation" in state["dataset"]:
         _rename_orientation(state)
-    wrong = [key for key, kind in PARTS.items() if not isinstance(state.get(key), kind)]
+    wrong = [key for key, kind in REQUIRED.items() if not isinstance(state.get(key), kind)]
     for key in [] if wrong else ("settings", "dataset", "model"):
         wrong += [key] * any(type(name) is not str for name in state[key])
     if wrong or not all(isinstance(weight, Tensor) for weight in state["model"].values()):

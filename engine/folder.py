@@ -21,7 +21,7 @@ from utils import InputError
 
 NOTE = "# python main.py --training"  # a run's config.toml begins with it
 EVENTS = "events.out.tfevents"
-TOGETHER = "eval_every", "log_every"  # flags that say when processes meet
+TOGETHER = "eval_every", "log_every"  # flags that control when processes synchronize
 PROGRESS = ("epoch", "step", "evaluated", "best")  # of a run, kept in last.pt
 
 
@@ -51,9 +51,10 @@ class RunFolder:
         """Write a new run's config.toml and split.json; --overwrite deletes the old run first."""
         config = self.path / "config.toml"
         if args.overwrite:
+            # config.toml last: it marks a run's folder
             for path in sorted(contents(self.path), key=lambda path: path == config):
                 is_folder = path.is_dir() and not path.is_symlink()
-                shutil.rmtree(path) if is_folder else path.unlink()  # the sign of a run goes last
+                shutil.rmtree(path) if is_folder else path.unlink()
         for path in self.path.glob(f"{EVENTS}*"):  # of a run without any last.pt
             path.unlink()
         quoted = shlex.quote(str(config)).replace("\n", "\\n")
@@ -157,7 +158,7 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
     old = Flags({}, [state["settings"]])  # adds the defaults of flags newer than the run
     old_spec = make_spec(state["dataset"], f"checkpoint {path}")  # adds keys it does not have
     before, now = old.settings, args.settings
-    if args.rule.same_kind(old.rule):
+    if args.rule.kind == old.rule.kind:
         del now["split"]  # of two files, the split's hash decides
     for settings, described in (before, old_spec), (now, spec):
         settings |= {f"[dataset] {key}": value for key, value in asdict(described).items()}

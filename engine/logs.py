@@ -67,7 +67,7 @@ class Logs:
 
     def losses(self, losses: dict[str, Tensor], step: int, lr: float) -> None:
         """Log a step's losses on the progress bar and in TensorBoard. Waits for the device."""
-        means = utils.total(torch.stack(list(losses.values()))) / utils.world_size()
+        means = utils.total(torch.stack(list(losses.values()))) / utils.n_connected()
         if self.events is None:
             return
         values = dict(zip(losses, means.tolist(), strict=True))
@@ -177,7 +177,7 @@ def write_manifest(folder: Path, device: torch.device, **more) -> None:
         with naming(path):
             before = dict(json.loads(utils.read_text(path))) if path.is_file() else {}
     except InputError as error:  # no run needs what it held
-        print(f"{error}; writing it anew")
+        print(f"{error}; rewriting it")
     home = str(Path(__file__).parents[1])
     describe = ["git", "-C", home, "describe", "--always", "--exclude=*", "--dirty", "--abbrev=40"]
     try:

@@ -15,6 +15,7 @@ from datasets import files, writers
 from datasets.cache import resize
 from datasets.labels import check_ignored
 from datasets.spec import DatasetSpec, Slice
+from engine.inputs import find_pictures, read_planes
 from engine.metrics import ConfusionMatrix, format_means, format_metrics, segmentation_metrics
 from engine.pictures import picture_grid, save_overlay, save_picture
 from engine.results import (
@@ -28,7 +29,7 @@ from engine.results import (
 )
 from engine.train import evaluate
 from engine.trained import Trained
-from engine.volumes import Assembly, Contents, VolumeScores
+from engine.volumes import PredictedVolumes, SliceStacker, VolumeScores
 from utils import InputError, TrainingError
 
 
@@ -52,7 +53,7 @@ def score(trained: Trained) -> int:
     Those of --part go to a folder of that name.
     """
     args, spec, data = trained.args, trained.spec, trained.data()
-    dtype = trained.state.get("image_dtype", data.val.image_dtype)
+    dtype = trained.image_dtype
     if args.normalization == "half" and dtype != data.val.image_dtype:
         found = f"images are {data.val.image_dtype}, those of the training were {dtype}"
         raise InputError(f"--normalization half: {found}; it scales the two differently")
@@ -154,14 +155,14 @@ def predict(trained: Trained) -> int:
     """
     args, spec = trained.args, trained.spec
     unreadable: list[str] = []
-    dtype = trained.state.get("image_dtype")
-    found, other = files.find_pictures([Path(path) for path in args.predict])
+    dtype = trained.image_dtype
+    found, other = find_pictures([Path(path) for path in args.predict])
     if not found:
         skipped = f"; skipped {utils.first_ten(other)}" if other else ""
         raise InputError(f"--predict: found no images or NIfTI volumes{skipped}")
     folder = results_folder(args.results, trained.path) / "predict"
     utils.make_folder(folder / "masks", "--results")
-    contents = Contents(spec)
+    contents = PredictedVolumes(spec)
     if any(map(files.is_volume, found)):
         merged(folder / "volumes.csv", contents)  # an unreadable table is an error now
     note_sources(folder, found)
@@ -170,7 +171,7 @@ def predict(trained: Trained) -> int:
     def planes() -> Iterator[tuple[Path, int, int, Tensor]]:
         for path in tqdm(found, desc="predicting", unit=" files", disable=None):
             try:
-                pixels = files.read_planes(path, spec.channels)
+                pixels = read_planes(path, spec.channels)
                 is_deep = pixels[0].dtype != torch.uint8
                 if args.normalization == "half" and dtype == "uint8" and is_deep:
                     reason = "more than 8 bits, unlike the training images"
@@ -182,7 +183,7 @@ def predict(trained: Trained) -> int:
             for i, plane in enumerate(pixels):
                 yield path, i, len(pixels), plane
 
-    waiting, n_written, assembly = planes(), 0, Assembly()
+    waiting, n_written, assembly = planes(), 0, SliceStacker()
     try:
         while batch := list(itertools.islice(waiting, args.batch_size)):
             x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]

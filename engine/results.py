@@ -8,7 +8,7 @@ from pathlib import Path
 
 import utils
 from datasets import writers
-from engine.volumes import Contents
+from engine.volumes import PredictedVolumes
 from utils import InputError
 
 
@@ -82,14 +82,14 @@ def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
             utils.write_atomically(note, json.dumps(sources, indent=1))
 
 
-def merged(table: Path, contents: Contents) -> str:
+def merged(table: Path, contents: PredictedVolumes) -> str:
     """The lines of a volumes.csv and those of the contents; InputError if it cannot be read."""
     earlier = utils.read_text(table) if table.is_file() else ""
     with utils.naming(table):
         return contents.csv(earlier)
 
 
-def add_volumes(folder: Path, contents: Contents) -> None:
+def add_volumes(folder: Path, contents: PredictedVolumes) -> None:
     """Write volumes.csv; the lines of other files stay."""
     table = folder / "volumes.csv"
     with utils.exclusive(folder, utils.PATIENCE):

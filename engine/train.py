@@ -32,8 +32,8 @@ def train_one_epoch(model: Method, batches: Iterable, run: Run) -> None:
 def evaluate(model: Method, batches: Iterable, visit: Callable | None = None) -> Tensor:
     """Confusion matrix (K, K) over batches (x, y), or those until a signal.
 
-    Calls `visit(x, y, logits)` for each batch. TrainingError if logits are not finite: all of a
-    network that has diverged would be class 0.
+    Calls `visit(x, y, logits)` for each batch. TrainingError if logits are not finite: the argmax
+    of NaN is class 0.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -1,5 +1,6 @@
 """A trained run: find its checkpoint and load its networks."""
 
+import itertools
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import torch
 
 import utils
-from data_utils import Data, load_data, load_part
+from data_utils import Data, check_split, load_data, open_data
+from datasets.layouts import index, parts_of
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
-from datasets.splits import ByFile, read_lists
+from datasets.splits import ByFile, Split, read_lists
 from engine import checkpoint
 from engine.flags import Flags, Parser, setting_names
 from model import METHODS, Method, move
@@ -20,7 +22,7 @@ MACHINE = "data_root", "cache", "device"  # flags of main.py that tools have, to
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint's networks, and its settings overridden by the command line."""
+    """A checkpoint's networks, and its settings with those flags that may differ."""
 
     path: Path
     state: dict
@@ -30,25 +32,69 @@ class Trained:
     model: Method
 
     @property
-    def same_root(self) -> bool:
-        """Whether --data-root is the folder that the run was trained on."""
-        return Path(self.args.data_root).resolve() == Path(self.state["data_root"]).resolve()
-
-    def lists(self) -> dict[str, list[str]]:
-        """What the run's split.json lists by role; empty without that file."""
-        own = self.path.with_name("split.json")
-        return read_lists(own) if own.is_file() else {}
+    def image_dtype(self) -> str:
+        """The type of the training images: uint8 or float32."""
+        usual = "float32" if self.spec.layout == "acdc" else "uint8"
+        return self.state.get("image_dtype", usual)  # older checkpoints do not say
 
     def data(self) -> Data:
         """The images of the run's split, or of --part."""
-        split = self.state["split"]
         if self.args.part:
-            return load_part(self.args, self.spec, split, self.lists(), self.same_root)
-        return load_data(self.args, self.spec, split)
+            return self.part_data()
+        return load_data(self.args, self.spec, self.state["split"])
+
+    def lists(self) -> dict[str, list[str]]:
+        """The names in the run's split by role, from split.json or --split; perhaps empty."""
+        own, rule = self.path.with_name("split.json"), self.args.rule
+        if own.is_file():
+            return read_lists(own)
+        return read_lists(rule.path) if isinstance(rule, ByFile) else {}
+
+    def part_data(self) -> Data:
+        """The images of --part, which the run has not trained on, as validation images.
+
+        A split file's own test images take precedence over the layout's. InputError if the run's
+        split uses the part or some of its images, or if the part has no masks.
+
+        Another --data-root than the run's is another dataset, unless it has all of the split's
+        images, not only in the part.
+        """
+        args, spec, part, lists = self.args, self.spec, self.args.part, self.lists()
+        rule, root = args.rule, Path(args.data_root)
+        used = {*itertools.chain(*lists.values())}
+        is_own = root.resolve() == Path(self.state["data_root"]).resolve()
+        if not is_own:
+            everywhere = index(spec, root, "file")
+            names = {name for s in everywhere for name in s.names}
+            of_part = {name for s in everywhere if s.part == part for name in s.names}
+            is_own = used <= names and not (used and used <= of_part)
+        if is_own and isinstance(rule, ByFile):
+            if "split" in args.given or (part == "test" and part in lists):
+                split = rule.apply(index(spec, root, rule.kind), spec, args.seed)
+                check_split(args, split, self.state["split"])
+                if part == "test" and split.test:
+                    return open_data(args, spec, Split((), (), split.test))
+        elif is_own and part in parts_of(spec, rule.kind):
+            advice = "--testing alone scores the run's validation images"
+            raise InputError(f"--part {part}: the run's split uses this part; {advice}")
+        found = index(spec, root, part)
+        samples = [s for s in found if s.mask is not None]
+        if seen := sorted(s.id for s in samples if used.intersection(s.names)):
+            if is_own:
+                raise InputError(f"--part {part}: in the run's split: {utils.first_ten(seen)}")
+            advice = "the scores are too optimistic if they are the same images"
+            print(f"--part {part}: the run's split has images of these names, too; {advice}")
+        if not samples:
+            raise InputError(f"--part {part}: no image has a mask")
+        if n_unscored := len(found) - len(samples):
+            unscored = f"{n_unscored} of {len(found)} images have no mask and are not scored"
+            print(f"--part {part}: {unscored}")
+        return open_data(args, spec, Split((), (), tuple(samples)))
 
 
 def load(args: Flags) -> Trained:
     """Load the checkpoint that the flags name or find; InputError if flags contradict it."""
+    utils.check_single_process()
     path = find_checkpoint(args)
     state = checkpoint.load(path)
     spec = make_spec(state["dataset"], str(path))

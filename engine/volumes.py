@@ -41,6 +41,7 @@ class Score(NamedTuple):
 
 
 MEASURES = Score._fields[4:]
+AVERAGED = MEASURES[:5]  # over classes; a mean volume of different structures means nothing
 
 
 # Scores of one class, from boolean volumes; distances need a voxel in both
@@ -122,7 +123,7 @@ def to_csv(columns: Sequence[str], rows: Iterable[Sequence]) -> str:
     return file.getvalue()
 
 
-class Assembly:
+class SliceStacker:
     """Put slices together, in any order."""
 
     def __init__(self):
@@ -142,7 +143,7 @@ class VolumeScores:
     """The scores of all volumes whose slices were added."""
 
     def __init__(self, spec: DatasetSpec):
-        self.void, self.assembly = spec.void, Assembly()
+        self.void, self.stacker = spec.void, SliceStacker()
         self.classes = {k: spec.classes[k] for k in spec.structures()}
         self.scores: list[Score] = []
         self.volumes: dict[str, tuple[str, str]] = {}  # exam and phase of each one
@@ -150,13 +151,13 @@ class VolumeScores:
     @property
     def n_incomplete(self) -> int:
         """The number of volumes with missing slices, which have no scores."""
-        return len(self.assembly.slices)
+        return len(self.stacker.slices)
 
     def add(self, sample: Sample, truth: Tensor, predicted: Tensor) -> None:
         """Add one slice's masks (H, W), uint8; voxels of a void class count as ignored ones."""
         path, z = sample.image
         masks = torch.stack([truth, predicted])
-        volume = self.assembly.add(path, z, depth_of(path), masks)
+        volume = self.stacker.add(path, z, depth_of(path), masks)
         if volume is not None:
             truth, predicted = volume.numpy().swapaxes(0, 1)
             if self.void is not None:
@@ -167,9 +168,7 @@ class VolumeScores:
 
     def csv(self) -> str:
         """One line per volume and class, under a line with the names of the columns."""
-        return to_csv(
-            ["class" if field == "name" else field for field in Score._fields], self.scores
-        )
+        return to_csv(["volume", "exam", "phase", "class", *MEASURES], self.scores)
 
     def title(self) -> str:
         """What was scored, and what was not."""
@@ -177,7 +176,8 @@ class VolumeScores:
         volumes = counted(len(self.volumes), "volume")
         title = f"{volumes} of {exams}, each scored at its masks' original size"
         if self.n_incomplete:
-            title += f" ({self.n_incomplete} others have slices elsewhere and are not scored)"
+            incomplete = counted(self.n_incomplete, "volume")
+            title += f" ({incomplete} with slices outside this set not scored)"
         return f"{title}, mean ± standard deviation"
 
     def summary(self) -> dict:
@@ -206,7 +206,7 @@ class VolumeScores:
                 by_class[name][column] = float(np.mean(values)) if values else None
                 by_class[name][f"{column}_std"] = float(np.std(values)) if values else None
         mean: dict[str, float | None] = {}
-        for column in MEASURES[:5]:  # a mean volume of different structures means nothing
+        for column in AVERAGED:
             known = [row[column] for row in by_class.values() if row[column] is not None]
             mean[column] = float(np.mean(known)) if known else None
         return {"classes": by_class, "mean": mean}
@@ -247,7 +247,7 @@ def _cells(title: str, row: dict) -> list[str]:
     return [title, counts[0], *cells, *counts[1:]]
 
 
-class Contents:
+class PredictedVolumes:
     """The volumes in ml of the classes in predicted masks, by frame."""
 
     def __init__(self, spec: DatasetSpec):

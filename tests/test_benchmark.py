@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs import error_line
 
+from engine.flags import parse_args
 from model import CycleGAN
 from tools import benchmark
 
@@ -16,17 +17,21 @@ SMALL = "--dataset acdc --size 16 16 --ngf 4 --ndf 4 --n-blocks 1 --disc-norm in
 SMALL = [*SMALL.split(), "--workers", "0", "--device", "cpu"]
 
 
+def parsed(flags: list[str]):
+    return parse_args(["--training", *flags])
+
+
 def test_the_plain_step_has_the_same_terms():
     losses = []
     for plain in False, True:
-        step = benchmark.Step(SMALL, "fp32", plain)
+        step = benchmark.Step(parsed(SMALL), "fp32", plain)
         step.model.step(*step.batch)
         losses.append({k: v.item() for k, v in step.model.step(*step.batch).items()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_the_plain_step_calls_a_generator_for_each_set_of_images():
-    step, sizes = benchmark.Step(SMALL, "fp32", plain=True), []
+    step, sizes = benchmark.Step(parsed(SMALL), "fp32", plain=True), []
     for network in step.model.G_IS, step.model.G_SI:
         network.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     step.seconds()
@@ -35,12 +40,12 @@ def test_the_plain_step_calls_a_generator_for_each_set_of_images():
 
 def test_kernels_are_chosen_as_in_training(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    benchmark.Step(SMALL, "fp32")
+    benchmark.Step(parsed(SMALL), "fp32")
     assert torch.backends.cudnn.benchmark
 
 
 def test_convolutions_round_to_tf32_in_its_own_steps_only(monkeypatch):
-    steps, allowed = [benchmark.Step(SMALL, option) for option in ("tf32", "fp32")], []
+    steps, allowed = [benchmark.Step(parsed(SMALL), option) for option in ("tf32", "fp32")], []
     for step in steps:
         record = lambda *_: allowed.append(torch.backends.cudnn.allow_tf32)  # noqa: E731
         monkeypatch.setattr(step.model, "step", record)
@@ -69,17 +74,17 @@ def test_flops_are_two_per_multiplication_forward_and_backward():
         16 * 16 * 4 * 4 * 49,
     ]
     expected = 2 * 5 * (3 * sum(by_layer) - by_layer[0])
-    count = benchmark.Step([*SMALL, "--method", "supervised"], "fp32").count()
+    count = benchmark.Step(parsed([*SMALL, "--method", "supervised"]), "fp32").count()
     assert count["TFLOP"] * 1e12 == pytest.approx(expected)
 
 
 def test_an_option_is_a_precision_and_compile():
-    args = benchmark.Step(SMALL, "bf16+compile").args
+    args = benchmark.Step(parsed(SMALL), "bf16+compile").args
     assert (args.precision, args.compile) == ("bf16", True)
 
 
 def test_seconds_are_of_one_step(monkeypatch):
-    step, calls = benchmark.Step(SMALL, "fp32"), []
+    step, calls = benchmark.Step(parsed(SMALL), "fp32"), []
     monkeypatch.setattr(step.model, "step", lambda *_: calls.append(1))
     monkeypatch.setattr(time, "perf_counter", lambda: 7 + 0.02 * len(calls))
     assert step.seconds(5) == pytest.approx(0.02)

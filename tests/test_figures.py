@@ -192,6 +192,7 @@ def test_only_images_that_every_run_validates_on_are_shown(four_runs, capsys):
     [
         ("checkpoints/other.pt", "(other at 20x20) cannot be in one figure: they differ in name, "
          "palette, size"),
+        ("checkpoints/moved.pt", "cannot be in one figure: they differ in --data-root"),
         (f"{B} --titles one", "--titles: 1 for 2 runs"),
         ("--out x.gif", "--out x.gif"),
         ("--device tpu9", "--device tpu9"),
@@ -199,6 +200,7 @@ def test_only_images_that_every_run_validates_on_are_shown(four_runs, capsys):
 )  # fmt: skip
 def test_a_wrong_command_is_one_error_line(four_runs, capsys, words, named):
     state = torch.load(f"{A}/best.pt")
+    torch.save(state | {"data_root": "elsewhere"}, "checkpoints/moved.pt")
     state["dataset"] |= {"name": "other", "palette": [[9, 9, 9]] * 4}
     state["settings"]["size"] = [20, 20]
     torch.save(state, "checkpoints/other.pt")

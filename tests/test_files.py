@@ -26,6 +26,7 @@ from PIL import ExifTags, Image, ImageOps
 from datasets import files, writers
 from datasets.layouts import index
 from datasets.spec import Sample, Slice, load_spec
+from engine import inputs
 from utils import IGNORE
 
 VOC, ACDC = load_spec("voc"), load_spec("acdc")
@@ -318,7 +319,7 @@ def touch(folder: Path, *names: str) -> None:
 def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_path):
     touch(tmp_path, *"a.png b/a.jpg b/c.nii.gz D.NII notes.pdf ._a.png b/.nii.gz".split())
     touch(tmp_path, "a.nii")  # whose mask is a.nii.gz, not a.png
-    found, other = files.find_pictures([tmp_path, tmp_path / "b" / "c.nii.gz"])
+    found, other = inputs.find_pictures([tmp_path, tmp_path / "b" / "c.nii.gz"])
     places = {str(file.relative_to(tmp_path)): str(place) for file, place in found.items()}
     expected = {"a.png": "a", "b/a.jpg": "b/a", "b/c.nii.gz": "b/c", "D.NII": "D", "a.nii": "a"}
     assert places == expected
@@ -328,10 +329,10 @@ def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_pa
 def test_paths_to_predict_must_exist_and_their_results_differ(tmp_path):
     gone = tmp_path / "gone"
     long = tmp_path / ("1" * 300)  # no file system has such a name
-    assert error_of(files.find_pictures, [gone]) == f"--predict {gone}: no such file or folder"
-    assert str(long) in error_of(files.find_pictures, [long])
+    assert error_of(inputs.find_pictures, [gone]) == f"--predict {gone}: no such file or folder"
+    assert str(long) in error_of(inputs.find_pictures, [long])
     touch(tmp_path, "a/x.png", "b/x.jpg")
-    message = error_of(files.find_pictures, [tmp_path / "a", tmp_path / "b"])
+    message = error_of(inputs.find_pictures, [tmp_path / "a", tmp_path / "b"])
     assert "several files would be written as x;" in message
 
 
@@ -342,7 +343,7 @@ def test_linked_folders_are_searched_once_and_hidden_ones_not(tmp_path):
     (mine / "loop").symlink_to(mine)
     for number in range(9):  # a folder is found where it is, not through a link
         (mine / f"{number}").symlink_to(mine / "real")
-    found, other = files.find_pictures([mine])
+    found, other = inputs.find_pictures([mine])
     assert {*map(str, found.values())} == {"a", "link/c", "real/d"}
     assert not other
 
@@ -357,7 +358,7 @@ def test_a_folder_that_cannot_be_listed_is_skipped_and_named(tmp_path, monkeypat
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", denied)
-    found, _ = files.find_pictures([tmp_path])
+    found, _ = inputs.find_pictures([tmp_path])
     assert [*found] == [tmp_path / "a.png"]
     line = f"skipped {tmp_path / 'closed'}: unreadable (Permission denied)\n"
     assert capsys.readouterr().out == line
@@ -367,7 +368,7 @@ def test_a_folder_that_cannot_be_listed_is_skipped_and_named(tmp_path, monkeypat
 @pytest.mark.parametrize("image", ["a.NII.GZ", "a.nii", "a.Nii.gz"])
 def test_the_mask_beside_a_volume_is_no_image(tmp_path, image, mask):
     touch(tmp_path / "volumes", image, mask, "a_2.nii.gz", "b_gt.nii.gz")
-    found, other = files.find_pictures([tmp_path / "volumes"])
+    found, other = inputs.find_pictures([tmp_path / "volumes"])
     assert {path.name for path in found} == {image, "a_2.nii.gz", "b_gt.nii.gz"}
     assert other == [f"{tmp_path / 'volumes' / mask}: the mask of {image}"]
 
@@ -376,7 +377,7 @@ def test_the_mask_beside_a_volume_is_no_image(tmp_path, image, mask):
 def test_a_picture_of_any_mode_is_one_plane(tmp_path, mode):
     Image.new(mode, (5, 4), 1).save(tmp_path / "a.tif")
     for channels in 1, 3:
-        (plane,) = files.read_planes(tmp_path / "a.tif", channels)
+        (plane,) = inputs.read_planes(tmp_path / "a.tif", channels)
         assert plane.shape == (channels, 4, 5)
         assert plane.dtype == (torch.float32 if mode in ("I;16", "F") else torch.uint8)
 
@@ -454,7 +455,7 @@ def test_a_picture_that_viewers_rotate_is_named_but_not_orientations_without_a_m
         assert files.read_image(path, 3).shape == (20, 24, 3)
         return
     found = f"viewers rotate it (EXIF orientation {orientation}); save it upright"
-    for read in files.read_image, files.read_planes:
+    for read in files.read_image, inputs.read_planes:
         assert error_of(read, path, 3).startswith(f"{path}: {found}")
 
 
@@ -477,7 +478,7 @@ def test_a_tiff_is_read_as_viewers_show_it(tmp_path, orientation, compression):
     x, y = files.read_sample(Sample("a", "a", image, mask), folder_spec())
     assert np.array_equal(x, shown)
     assert np.array_equal(y, shown[..., 0] > 0)
-    assert np.array_equal(files.read_planes(image, 3)[0].permute(1, 2, 0), shown)
+    assert np.array_equal(inputs.read_planes(image, 3)[0].permute(1, 2, 0), shown)
 
 
 @pytest.mark.parametrize("read", [files.read_mask, lambda path: files.read_image(path, 1)])
@@ -598,7 +599,7 @@ def test_gray_of_fewer_bits_is_black_and_white_where_label_ids_say_so(tmp_path, 
     [
         ("I;16", "save the same values with 8 bits"),
         ("LA", "save it without its alpha channel"),
-        ("RGBA", "save one of its equal channels alone"),
+        ("RGBA", "save a single channel"),
         ("CMYK", "replace each color by its class index"),
     ],
 )

@@ -529,8 +529,14 @@ def test_data_that_the_papers_split_cannot_train_on_is_an_error(root, acdc_files
         ("voc --verify --from x.zip", ["--verify", "--from"]),
         ("cityscapes --download", ["--download", "gtFine_trainvaltest.zip"]),
         ("acdc --from nowhere.zip", ["nowhere.zip", "No such file"]),
-        ("acdc --from text.zip", ["text.zip", "neither", "truncated; delete it, get it again"]),
-        ("acdc --from cut.tgz", ["cut.tgz", "neither", "truncated; delete it, get it again"]),
+        (
+            "acdc --from text.zip",
+            ["text.zip", "neither", "delete it and download it again"],
+        ),
+        (
+            "acdc --from cut.tgz",
+            ["cut.tgz", "neither", "delete it and download it again"],
+        ),
         ("acdc --root text.zip", ["--root", "text.zip"]),
     ],
 )
@@ -630,7 +636,7 @@ def test_the_command_that_uses_the_lists_names_their_dataset_if_it_is_known(tmp_
 def test_labeled_images_are_left_out_of_the_unlabeled_ones(tmp_path, capsys):
     lists = {"labeled": "a", "unlabeled": "a\nb", "val": "c"}
     assert convert(tmp_path, lists)["unlabeled"] == ["b"]
-    assert "unlabeled.txt: 1 are labeled and so left out" in capsys.readouterr().out
+    assert "unlabeled.txt: skipped 1 image also labeled" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

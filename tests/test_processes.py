@@ -30,6 +30,8 @@ from engine.flags import parse_args
 from engine.logs import Logs
 from engine.signals import stop
 from model import METHODS
+from tools import benchmark, diagnose
+from utils import InputError
 
 FLAGS = "--size 32 32 --ngf 4 --ndf 4 --n-blocks 1 --workers 0 --device cpu --batch-size 4"
 FLAGS = FLAGS.split()
@@ -289,10 +291,25 @@ def test_an_environment_that_connects_no_processes_is_an_error(monkeypatch, caps
     ("flags", "message"),
     [
         ("--training --dataset tiny.toml --batch-size 5", "5 cannot be divided among 2 processes"),
-        ("--testing", "--testing and --predict run in one process"),
-        ("--predict one.png", "--testing and --predict run in one process"),
+        ("--testing", "WORLD_SIZE is 2: this runs in one process; only --training can"),
+        ("--predict one.png", "WORLD_SIZE is 2: this runs in one process"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(monkeypatch, capsys, flags, message):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert message in error_line(capsys, *flags.split())
+
+
+def test_tools_that_compute_refuse_an_environment_of_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train = ["--dataset", "tiny.toml", "--batch-size", "4"]
+    for tool in lambda: diagnose.norms(train), lambda: benchmark.benchmark(train):
+        with pytest.raises(InputError, match="WORLD_SIZE is 2: this runs in one process"):
+            tool()
+
+
+def test_an_environment_of_several_processes_that_are_not_connected_changes_no_loss(monkeypatch):
+    logits, y = torch.zeros(1, 2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    alone = model.gen_S(logits, y)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert torch.equal(model.gen_S(logits, y), alone)

@@ -194,6 +194,11 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     assert run(*flags, "--split", "mine.json") == 0
     error = error_line(capsys, *part, "--name", "own_supervised_mine_s0")
     assert "--part test: in the run's split: picture 9" in error
+    lists["unlabeled"] = ["picture 3"]
+    Path("other.json").write_text(json.dumps(lists))  # without the images that the run has seen
+    for name in "own_supervised_mine_s0", "own_supervised_0.5_s0":
+        error = error_line(capsys, *part, "--name", name, "--split", "other.json")
+        assert "--split other.json: lists other images than the run started with" in error
 
 
 def test_a_run_whose_images_got_masks_is_tested_with_its_own_split(capsys):

@@ -15,7 +15,7 @@ from datasets.files import read_sample
 from datasets.layouts import index
 from datasets.spec import Sample, Slice, load_spec
 from engine import volumes
-from engine.volumes import Assembly, VolumeScores, assd, hd95, score, surface_distances
+from engine.volumes import SliceStacker, VolumeScores, assd, hd95, score, surface_distances
 from utils import IGNORE
 
 REAL_DATA = os.environ.get("SEG_REAL_DATA")
@@ -83,7 +83,7 @@ def test_ignored_voxels_count_in_neither_mask():
 
 
 def test_slices_are_put_together_in_their_own_order():
-    assembly, planes = Assembly(), torch.arange(3)
+    assembly, planes = SliceStacker(), torch.arange(3)
     for name, z, depth in ("a", 2, 3), ("b", 0, 2), ("a", 0, 3):
         assert assembly.add(Path(name), z, depth, planes[z]) is None
     assert assembly.add(Path("a"), 1, 3, planes[1]).tolist() == [0, 1, 2]
@@ -151,7 +151,7 @@ def test_a_volume_with_missing_slices_is_not_scored(tmp_path):
         scores.add(Sample(f"a_s{z:02d}", "a", Slice(path, z), Slice(path, z)), mask, mask)
     assert (scores.n_incomplete, scores.scores) == (1, [])
     assert "0 volumes of 0 exams" in scores.title()
-    assert "(1 others have slices elsewhere and are not scored)" in scores.title()
+    assert "(1 volume with slices outside this set not scored)" in scores.title()
 
 
 def test_acdc_is_scored_by_exam_and_phase(tmp_path):

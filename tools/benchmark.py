@@ -11,6 +11,7 @@ Steps are timed alternately. Ratios are between medians, with extremes over roun
 """
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -36,7 +37,7 @@ import model
 import utils
 from datasets.spec import load_spec
 from engine import program
-from engine.flags import Parser, bounded, parse_args
+from engine.flags import Flags, Parser, bounded, parse_args
 
 
 class PlainCycleGAN(model.CycleGAN):
@@ -79,12 +80,12 @@ class OperationCounter(TorchDispatchMode):
 class Step:
     """A method's training step on random images; `option` is PRECISION[+compile]."""
 
-    def __init__(self, argv: list[str], option: str, plain: bool = False):
+    def __init__(self, run: Flags, option: str, plain: bool = False):
         precision, *switches = option.split("+")
         if precision not in ("fp32", "tf32", "bf16") or switches not in ([], ["compile"]):
             raise utils.InputError(f"--options {option}: expected fp32, tf32 or bf16[+compile]")
-        flags = [f"--precision={precision}", *(f"--{switch}" for switch in switches)]
-        self.args = args = parse_args(["--training", *argv, *flags])
+        self.args = args = copy.copy(run)
+        args.precision, args.compile = precision, switches == ["compile"]
         self.spec = spec = load_spec(args.dataset)
         self.device = utils.pick_device(args.device, args.precision)
         utils.seed_everything(args.seed, args.deterministic)
@@ -151,15 +152,15 @@ def take_turns(args: argparse.Namespace, *steps: Step) -> list[dict]:
     return rows
 
 
-def time_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+def time_options(args: argparse.Namespace, run: Flags) -> Iterator[dict]:
     """Each option's step, and plain ones in turn with it."""
     for option in args.options:
         gc.collect()  # the option before: a method's sides refer to it, so `del` leaves it
-        step = Step(argv, option)
+        step = Step(run, option)
         row = {"option": option, "peak GiB": step.peak()}
         if args.rounds:
             plain = ["fp32", "tf32"] if step.device.type == "cuda" else ["fp32"]
-            plain_steps = [Step(argv, precision, plain=True) for precision in plain]
+            plain_steps = [Step(run, precision, plain=True) for precision in plain]
             own, *others = take_turns(args, step, *plain_steps)
             row |= {"ms": own["ms"], "images/s": 1000 * step.args.batch_size / own["ms"]}
             row |= {f"speedup over plain {name}": None for name in ("fp32", "tf32")}
@@ -170,16 +171,17 @@ def time_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
         yield row
 
 
-def count_options(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
+def count_options(args: argparse.Namespace, run: Flags) -> Iterator[dict]:
     """Operations of a plain step and of each option."""
-    argv = [*argv, "--device=cpu"]
-    yield {"step": "plain fp32", **Step(argv, "fp32", plain=True).count()}
+    run = copy.copy(run)
+    run.device = "cpu"
+    yield {"step": "plain fp32", **Step(run, "fp32", plain=True).count()}
     for option in args.options:
-        yield {"step": option, **Step(argv, option).count()}
+        yield {"step": option, **Step(run, option).count()}
 
 
 def text(value: str | float | dict | None) -> str:
-    """A table's cell."""
+    """Format a table's cell."""
     if isinstance(value, dict):
         return f"{value['ratio']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
     if isinstance(value, float):
@@ -201,6 +203,7 @@ def benchmark(argv: list[str]) -> int:
     if args.count and "+compile" in " ".join(args.options):
         raise utils.InputError("--count: operations of compiled networks cannot be counted")
     run = parse_args(["--training", *argv])
+    utils.check_single_process()
     if args.json:
         utils.make_folder(args.json.parent, "--json")
     machine = f"{torch.get_num_threads()} CPU threads"
@@ -211,7 +214,7 @@ def benchmark(argv: list[str]) -> int:
     print(title)
     rows = []
     table = count_options if args.count else time_options
-    for row in table(args, argv):
+    for row in table(args, run):
         if not rows:
             print(f"\n| {' | '.join(row)} |\n|{' --- |' * len(row)}")
         print(f"| {' | '.join(map(text, row.values()))} |", flush=True)

@@ -36,7 +36,7 @@ from torch import nn
 
 import utils
 from arch.norm import InstanceNorm2d
-from data_utils import Batches, Data, load_data
+from data_utils import Batches, Data, load_data, training_batches
 from datasets.spec import DatasetSpec, load_spec
 from engine import program
 from engine.flags import Flags, Parser, bounded, parse_args
@@ -67,9 +67,7 @@ def first_batches(
     """The batches of a training's first steps, loaded in this process."""
     epochs = (data.train.epoch(args.seed, i, args.batch_size) for i in itertools.count())
     items = itertools.islice(itertools.chain.from_iterable(epochs), n_steps * args.batch_size)
-    options = {"normalization": args.normalization}
-    options |= {"orientation": spec.orientation if args.augment else None}
-    return Batches(data.train, args.batch_size, device, **options).of([*items])
+    return training_batches(data, args, spec, device).of([*items])
 
 
 def norms(argv: list[str]) -> int:
@@ -78,6 +76,7 @@ def norms(argv: list[str]) -> int:
     parser.add_argument("--steps", type=bounded(int, 1), default=60, help="training steps")
     own, argv = parser.parse_known_args(argv)
     args = parse_args(["--training", *argv])
+    utils.check_single_process()
     if args.method != "cyclegan":
         raise InputError(f"--method {args.method} has no G_SI")
     device = utils.pick_device(args.device, args.precision)

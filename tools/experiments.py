@@ -78,7 +78,7 @@ def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]
     return selected
 
 
-def test_flags(scale: str, args: Flags) -> list[str]:
+def testing_flags(scale: str, args: Flags) -> list[str]:
     """main.py's flags that test a run's last checkpoint, on the machine that trains it."""
     last, results = f"checkpoints/{scale}/{args.name}/last.pt", f"results/{scale}"
     flags = ["--testing", "--checkpoint", last, "--results", results]
@@ -89,7 +89,7 @@ def test_flags(scale: str, args: Flags) -> list[str]:
 
 
 def command(flags: list[str]) -> str:
-    """A line for a shell."""
+    """Format as a shell command."""
     return shlex.join(["python", os.path.relpath(MAIN), *flags])
 
 
@@ -253,7 +253,7 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
         for cell in cells:
             flags = command_flags(cell, scale, seed, extra)
             parsed = parse_args(flags)
-            commands[parsed.name] = [flags, test_flags(scale, parsed)]
+            commands[parsed.name] = [flags, testing_flags(scale, parsed)]
     if args.dry_run:
         for train, test in commands.values():
             print(f"{command(train)} && {command(test)}")

@@ -107,9 +107,7 @@ def export(argv: list[str]) -> int:
     if not isinstance(network, ResNetGenerator):
         found = f"its network is a {type(network).__name__}"
         raise utils.InputError(f"{trained.path}: {found}; only a ResNetGenerator can be exported")
-    usual = "float32" if spec.layout == "acdc" else "uint8"
-    known = trained.state.get("image_dtype", usual)  # older checkpoints do not say
-    trained_on = "float32" if known == "float32" else "uint8"
+    trained_on = trained.image_dtype
     dtype = args.input or trained_on
     if dtype != trained_on and normalization == "half":
         reason = "with --normalization half, floats are scaled to their own range, bytes are not"

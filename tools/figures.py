@@ -75,7 +75,10 @@ def shared_images(runs: list[Trained], ids: list[str] | None, n: int) -> Stored:
     InputError if the runs do not match or an id is not among them.
     """
     first, *others = runs
-    facts = [{**asdict(run.spec), "size": run.args.size} for run in runs]
+    facts = []
+    for run in runs:
+        root = str(Path(run.args.data_root).resolve())
+        facts.append({**asdict(run.spec), "size": run.args.size, "--data-root": root})
     for run, other in zip(others, facts[1:], strict=True):
         if differ := [key for key in other if other[key] != facts[0][key]]:
             names = [

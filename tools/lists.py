@@ -18,7 +18,7 @@ from datasets.layouts import index
 from datasets.spec import Sample, load_spec
 from datasets.splits import check_groups
 from engine.flags import Parser
-from utils import InputError, first_ten
+from utils import InputError, counted, first_ten
 
 ROLES = "labeled", "unlabeled", "val", "test"
 ENDINGS = r"(_leftImg8bit)?(\.(jpe?g|png|h5|npz|nii(\.gz)?))?$"
@@ -101,7 +101,7 @@ def make_split(argv: list[str]) -> int:
     labeled = {*lists["labeled"]}
     unlabeled = [name for name in lists["unlabeled"] if name not in labeled]
     if count := len(lists["unlabeled"]) - len(unlabeled):
-        print(f"{args.unlabeled}: {count} are labeled and so left out")
+        print(f"{args.unlabeled}: skipped {counted(count, 'image')} also labeled")
     lists["unlabeled"] = unlabeled
     for one, other in combinations(lists, 2):
         if both := sorted({*lists[one]} & {*lists[other]}):

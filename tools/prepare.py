@@ -42,12 +42,13 @@ from torchvision.datasets import SBDataset, VOCSegmentation
 from tqdm import tqdm
 
 import utils
-from datasets.files import read_sample, visible_files
+from datasets.files import read_sample
 from datasets.layouts import index, voc_homes
 from datasets.spec import DatasetSpec, Sample, load_spec, voc_palette
 from datasets.writers import flat_palette
 from engine import program
 from engine.flags import Parser, bounded
+from engine.inputs import visible_files
 from tools.lists import make_split
 from utils import InputError, TrainingError, counted, first_ten, naming
 
@@ -93,7 +94,10 @@ def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
                 for member in filter(tarfile.TarInfo.isfile, archive):
                     yield member.name, member.size, archive.extractfile(member).read
         except TRUNCATED as error:
-            found, advice = "neither a zip nor a tar file, or truncated", "delete it, get it again"
+            found, advice = (
+                "neither a zip nor a tar file, or truncated",
+                "delete it and download it again",
+            )
             raise InputError(f"{source}: {found}; {advice}") from error
     else:
         raise InputError(f"{source}: neither a folder nor a zip or tar file")

@@ -51,18 +51,23 @@ def by_cell(runs: list[RunRecord]) -> dict[tuple, dict[int, RunRecord]]:
     return cells
 
 
+def head(run: RunRecord) -> dict:
+    """The columns with which every row of a run's cell begins."""
+    dataset, ratio, name = run.cell
+    return {"dataset": dataset, "ratio": ratio, "labels": run.labels, "name": name}
+
+
 def score_rows(runs: list[RunRecord]) -> list[dict]:
     """One row per dataset, ratio and experiment with finished runs: mIoU over seeds."""
     rows = []
-    for (dataset, ratio, name), seeds in by_cell(runs).items():
+    for seeds in by_cell(runs).values():
         group = list(seeds.values())
-        row = {"dataset": dataset, "ratio": ratio, "labels": group[0].labels, "name": name}
-        row |= {"paper": paper_score(group[0]), "n": len(group)}
+        row = head(group[0]) | {"paper": paper_score(group[0]), "n": len(group)}
         for epoch in "last", "best":
             row[epoch], row[f"{epoch}_sd"] = mean_and_sd([getattr(run, epoch) for run in group])
         row |= {role: span(run.split[role] for run in group) for role in ROLES}
         row["steps"] = span(run.evaluations[-1]["step"] for run in group)
-        rows.append(row | {"flags": EXPERIMENTS[name]["flags"]})
+        rows.append(row | {"flags": EXPERIMENTS[row["name"]]["flags"]})
     return rows
 
 
@@ -80,8 +85,7 @@ def difference_rows(runs: list[RunRecord], scale: str) -> list[dict]:
             pairs = [(run, reference[seed]) for seed, run in seeds.items() if seed in reference]
             if not pairs:
                 continue
-            row = {"dataset": dataset, "ratio": ratio, "labels": pairs[0][0].labels}
-            row |= {"name": name, "to": title, "minus": other}
+            row = head(pairs[0][0]) | {"to": title, "minus": other}
             numbers = [paper_score(run) for run in pairs[0]]
             row["paper"] = None if None in numbers else numbers[0] - numbers[1]
             row["n"] = len(pairs)
@@ -101,16 +105,15 @@ def difference_rows(runs: list[RunRecord], scale: str) -> list[dict]:
 def class_rows(runs: list[RunRecord]) -> list[dict]:
     """IoU of each scored class after the last epoch, mean over the seeds where it occurs."""
     rows = []
-    for (dataset, ratio, name), seeds in by_cell(runs).items():
+    for cell, seeds in by_cell(runs).items():
         group = list(seeds.values())
         scored = [group[0].dataset["classes"][k] for k in group[0].dataset["scored"]]
-        paper = paper_iou().get((dataset, ratio, name), ())
+        paper = paper_iou().get(cell, ())
         paper = paper if len(paper) == len(scored) else [None] * len(scored)
         for label, number in zip(scored, paper, strict=True):
             values = [run.evaluations[-1]["iou"][label] for run in group]
             values = [value for value in values if value is not None]
-            row = {"dataset": dataset, "ratio": ratio, "labels": group[0].labels, "name": name}
-            row |= {"class": label, "paper": number}
+            row = head(group[0]) | {"class": label, "paper": number}
             row["iou"] = statistics.mean(values) if values else None
             rows.append(row | {"n": len(values), "of": len(group)})
     return rows
@@ -119,12 +122,12 @@ def class_rows(runs: list[RunRecord]) -> list[dict]:
 def volume_rows(runs: list[RunRecord]) -> list[dict]:
     """One row per cell whose runs were tested on whole volumes: scores over seeds."""
     rows = []
-    for (dataset, ratio, name), seeds in by_cell(runs).items():
-        tests = [run.volumes["all"] for run in seeds.values() if run.volumes]
+    for seeds in by_cell(runs).values():
+        group = list(seeds.values())
+        tests = [run.volumes["all"] for run in group if run.volumes]
         if not tests:
             continue
-        row = {"dataset": dataset, "ratio": ratio, "labels": [*seeds.values()][0].labels}
-        row |= {"name": name, "n": len(tests)}
+        row = head(group[0]) | {"n": len(tests)}
         classes = [scores for test in tests for scores in test["classes"].values()]
         n_missed, n = (sum(scores[key] for scores in classes) for key in ("missed", "n"))
         row["missed"] = n_missed / n if n else None  # no volume is complete under --split image

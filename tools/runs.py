@@ -20,7 +20,7 @@ NO_SETTING = {*all_names()} - {*setting_names()}  # flags that change no result
 DEFAULTS = vars(PARSER.parse_args([]))
 PAPER = {key: DEFAULTS[key] for key in setting_names()}
 # Keys of [dataset] that change a result
-DATA = "classes scored channels ignore void label_ids void_ids orientation".split()
+DATASET_KEYS = "classes scored channels ignore void label_ids void_ids orientation".split()
 
 MALFORMED = AttributeError, IndexError, KeyError, TypeError, ValueError  # what wrong fields raise
 
@@ -149,7 +149,7 @@ def checked(run: RunRecord) -> RunRecord:
         flags, commit = as_flags(dict.fromkeys(dropped, True)), run.versions.get("commit")
         what = f"{' '.join(flags)} no longer exist"
         raise InputError(f"{run.run}: {what}; read it with commit {commit or 'of its time'}")
-    run = RunRecord(**{**asdict(run), "settings": PAPER | run.settings})
+    run = replace(run, settings=PAPER | run.settings)
     _ = run.place, run.finished, run.labels, run.versions.get("commit"), run.split["hash"]
     numbers = [run.split[role] for role in ROLES]
     scored = [run.dataset["classes"][k] for k in run.dataset["scored"]]
@@ -203,7 +203,7 @@ def check_settings(runs: list[RunRecord], scale: str, source: Path) -> None:
                 wrong.append(f"{run.run}: {flag} is {found}, expected {expected}")
         others = [key for key in PAPER if key not in {*settings, "seed", "ratio"}]
         shared = {(key,): run.settings[key] for key in others}
-        shared |= {(f"[dataset] {key}",): run.dataset.get(key) for key in DATA}
+        shared |= {(f"[dataset] {key}",): run.dataset.get(key) for key in DATASET_KEYS}
         shared["split.json's hash", ratio, run.settings["seed"]] = run.split["hash"]
         shared["ratio", run.labels] = ratio  # two may give the same number of exams
         for key, value in shared.items():
