@@ -7,6 +7,7 @@ does not count.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from torch.utils.data import Dataset
 
 import utils
 from datasets.cache import Cache, open_cache
+from datasets.files import axes_of
 from datasets.layouts import index
-from datasets.spec import DatasetSpec, Sample
+from datasets.spec import DatasetSpec, Sample, Slice
 from datasets.splits import ByFile, Split
 from datasets.workers import image_loader, loaded
 from utils import IGNORE, InputError
@@ -212,6 +214,13 @@ class Data:
     def train(self) -> Pairs:
         """Labeled and unlabeled images together."""
         return Pairs(self.labeled, self.unlabeled)
+
+    @cached_property
+    def axes(self) -> list[str]:
+        """Where the axes of the volumes point (files.axes_of), without duplicates."""
+        samples = self.split.labeled + self.split.unlabeled + self.split.val
+        volumes = {s.image.path for s in samples if isinstance(s.image, Slice)}
+        return sorted({axes_of(path) for path in volumes})
 
     @property
     def n_groups(self) -> int:

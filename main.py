@@ -101,6 +101,8 @@ def describe(
     length = f"{utils.counted(args.epochs, 'epoch')} of {utils.counted(n_steps, 'step')}"
     print(f"method:  {args.method}, {args.rule.flag}, seed {args.seed}, {length}")
     print(f"data:    {spec.name} in {args.data_root}: {data.split.summary(args.rule.unit)}")
+    if len(data.axes) > 1:
+        print(f"axes:    {', '.join(data.axes)}: slices of volumes are not reoriented")
     if args.augment:
         turns = f'{ORIENTATIONS[spec.orientation]} (orientation = "{spec.orientation}")'
         print(f"augment: {turns}, contrast, brightness")

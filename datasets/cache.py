@@ -51,7 +51,7 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
 
 
 class Decoder(Dataset):
-    """Item i writes sample i into the files of a cache; it is the error, or None.
+    """Item i writes sample i into the files of a cache; it is the error, or files.colors_of().
 
     Worker processes thus send back no pixels, however many slices a volume has.
     """
@@ -69,7 +69,7 @@ class Decoder(Dataset):
                 np.lib.format.write_array_header_1_0(file, header)
                 self.files.append((home / f"{name}.npy", file.tell(), np.dtype(kind)))
 
-    def __getitem__(self, i: int) -> InputError | OSError | None:
+    def __getitem__(self, i: int) -> InputError | OSError | dict[int, tuple]:
         try:
             arrays = decode(self.samples[i], self.spec, self.size)
             for (path, start, dtype), pixels in zip(self.files, arrays, strict=True):
@@ -78,9 +78,9 @@ class Decoder(Dataset):
                 with open(path, "r+b") as file:
                     file.seek(start + i * len(row))
                     file.write(row)
+            return files.colors_of(self.samples[i], arrays[1].numpy(), self.spec)
         except (InputError, OSError) as error:
             return error
-        return None
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,19 @@ def _needs_float(source: Path | Slice | int, spec: DatasetSpec) -> bool:
     return isinstance(source, Slice)
 
 
+def other_color(found: dict[int, tuple], sample: Sample, colors: dict[int, tuple]) -> str:
+    """The problem of an indexed mask whose colors differ from earlier masks'; "" if there is none.
+
+    Programs that convert colors to a palette number them anew in each file.
+    """
+    for value, color in found.items():
+        known, first = colors.setdefault(value, (color, sample.mask))
+        if color != known:
+            drawn = f"its index {value} is drawn in {color}, that of {first} in {known}"
+            return f"{sample.mask}: {drawn}; save the class indices as gray 8-bit PNGs"
+    return ""
+
+
 def _fill_cache(
     home: Path, spec: DatasetSpec, samples: list[Sample], size: tuple[int, int], workers: int
 ) -> None:
@@ -185,6 +198,7 @@ def _fill_cache(
     rows = itertools.groupby(range(len(samples)), key=volumes.__getitem__)
     files.forget_volumes()
     problems: dict[str, str] = {}  # the first of each volume or image
+    colors: dict[int, tuple] = {}  # of each value in indexed masks: the color, the first file
     per_pixel = spec.channels * np.dtype(dtype).itemsize + 1
     try:
         with writing(home, len(samples) * size[0] * size[1] * per_pixel):
@@ -197,11 +211,13 @@ def _fill_cache(
             items = itertools.chain.from_iterable(loaded(decoded))
             text = {"desc": f"decoding {spec.name}", "unit": " images"}
             bar = tqdm(items, total=len(samples), disable=None, **text)
-            for volume, problem in zip(volumes, bar, strict=True):
-                if isinstance(problem, InputError):
-                    problems.setdefault(str(volume), str(problem))
-                elif problem:
-                    raise problem
+            for volume, sample, item in zip(volumes, samples, bar, strict=True):
+                if isinstance(item, InputError):
+                    problems.setdefault(str(volume), str(item))
+                elif isinstance(item, OSError):
+                    raise item
+                elif problem := other_color(item, sample, colors):
+                    problems.setdefault(str(volume), problem)
     finally:
         files.forget_volumes()
     if problems:

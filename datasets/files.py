@@ -211,6 +211,22 @@ def read_mask(path: Path, labels: tuple[int, ...] = (), legal: Iterable[int] = (
         return np.array(image)
 
 
+def colors_of(sample: Sample, mask: np.ndarray, spec: DatasetSpec) -> dict[int, tuple]:
+    """The palette's color of each class value in an indexed mask; empty for masks of other kinds.
+
+    mask: the sample's, (H, W) uint8 of class indices and IGNORE.
+    """
+    if not isinstance(sample.mask, Path):
+        return {}
+    with naming(sample.mask), Image.open(sample.mask) as image:
+        if image.mode != "P":
+            return {}
+        palette = np.reshape(image.getpalette("RGB"), (-1, 3)).tolist()
+    values = dict(enumerate(spec.class_values()))
+    used = [values[k] for k in np.unique(mask).tolist() if k in values]
+    return {value: tuple(palette[value]) for value in used if 0 <= value < len(palette)}
+
+
 def read_frames(path: Path) -> np.ndarray:
     """Read a NIfTI volume with or without time as (X, Y, Z, T)."""
     check_regular(path)
@@ -266,11 +282,20 @@ def check_geometry(image: Path, mask: Path) -> None:
 
 
 def spacing_of(volume: Path) -> tuple[float, float, float]:
-    """The size of a voxel (z, y, x) in mm, from the header's zooms and their unit."""
-    header = nibabel.load(volume).header
-    mm = MM.get(int(header["xyzt_units"]) % 8, 1)
-    x, y, z = (float(zoom) * mm for zoom in header.get_zooms()[:3])
+    """The size of a voxel (z, y, x) in mm: the header's zooms, or the affine's if those are 1."""
+    file = nibabel.load(volume)
+    zooms = file.header.get_zooms()[:3]
+    if all(zoom == 1 for zoom in zooms):
+        zooms = nibabel.affines.voxel_sizes(file.affine)
+    mm = MM.get(int(file.header["xyzt_units"]) % 8, 1)
+    x, y, z = (float(zoom) * mm for zoom in zooms)
     return z, y, x
+
+
+def axes_of(volume: Path) -> str:
+    """Where the three axes of a volume point, by its affine: "LPS", with "-" for none."""
+    with naming(volume):
+        return "".join(code or "-" for code in nibabel.aff2axcodes(nibabel.load(volume).affine))
 
 
 def forget_volumes() -> None:

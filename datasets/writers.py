@@ -67,6 +67,10 @@ def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec)
     frames = as_values(masks, spec).reshape(-1, depth_of(source), *masks.shape[1:])
     values = frames.transpose(3, 2, 1, 0)  # (X, Y, Z, T)
     values = values[..., 0] if len(frames) == 1 else values
+    if len(frames) > 1:  # the fourth axis of (X, Y, Z, T), the fifth of (X, Y, Z, 1, T)
+        duration = header.get_zooms()[int(np.argmax(volume.shape[3:])) + 3]
+        header.set_data_shape(values.shape)
+        header.set_zooms((*header.get_zooms()[:3], duration))
     header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's display range
     labels = volume.__class__(values, volume.affine, header)

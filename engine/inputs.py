@@ -13,7 +13,9 @@ from datasets.files import (
     as_array,
     as_pixels,
     finite,
+    is_deep,
     is_picture,
+    is_reduced,
     is_volume,
     opened,
     read_frames,
@@ -54,8 +56,8 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
     """Find the pictures and NIfTI volumes among files and folders.
 
     Returns each file's output path without extension, and messages about other files and about
-    results, whose masks are not images. InputError if a path does not exist or two files have the
-    same output path.
+    folders of masks: results, and masks/ beside images/. InputError if a path does not exist or two
+    files have the same output path.
     """
     found, other = {}, []
     for path in paths:
@@ -64,10 +66,14 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
         if not exists:
             raise InputError(f"--predict {path}: no such file or folder")
         inside = visible_files(path) if path.is_dir() else [path]
-        results = {file.parent for file in inside if file.name == "checkpoint.txt"}
-        other += [f"{folder}: results of a run" for folder in sorted(results)]
+        masks = {f.parent: "results of a run" for f in inside if f.name == "checkpoint.txt"}
+        for folder in {folder for file in inside for folder in file.parents}:
+            below = path in folder.parents
+            if below and folder.name == "masks" and folder.with_name("images").is_dir():
+                masks[folder] = "masks of the images beside it"
+        other += [f"{folder}: {kind}" for folder, kind in sorted(masks.items())]
         for file in inside:
-            if results.intersection(file.parents):
+            if not masks.keys().isdisjoint(file.parents):
                 continue
             if image := image_of_mask(file):
                 other.append(f"{file}: the mask of {image.name}")
@@ -100,4 +106,6 @@ def read_planes(path: Path, channels: int) -> list[Tensor]:
             planes.append(as_pixels(plane.astype(np.float32), channels))
         return planes
     with opened(path) as image:
+        if not is_deep(image) and is_reduced(path, image):
+            raise InputError(f"{path}: mode {image.mode} of more than 8 bits; save it as 8-bit RGB")
         return [as_pixels(as_array(image, channels), channels)]

@@ -21,6 +21,7 @@ from engine.pictures import picture_grid, save_overlay, save_picture
 from engine.results import (
     add_volumes,
     check_data_root,
+    count_older,
     merged,
     note_sources,
     remove_overlays,
@@ -58,6 +59,9 @@ def score(trained: Trained) -> int:
         found = f"images are {data.val.image_dtype}, those of the training were {dtype}"
         raise InputError(f"--normalization half: {found}; it scales the two differently")
     check_ignored(data.masks(), spec, data.unlabeled.samples)
+    volumes = {s.image.path for s in data.split.val if isinstance(s.image, Slice)}
+    for message in trained.other_axes(sorted(volumes)):
+        print(message)
     folder = results_folder(args.results, trained.path) / (args.part or "")
     utils.make_folder(folder, "--results")
     with writing_alone(folder):
@@ -166,6 +170,9 @@ def predict(trained: Trained) -> int:
     if any(map(files.is_volume, found)):
         merged(folder / "volumes.csv", contents)  # an unreadable table is an error now
     note_sources(folder, found)
+    if n_older := count_older(folder / "masks", found, trained.path):
+        masks, cause = utils.counted(n_older, "mask"), "earlier weights may have made them"
+        print(f"{folder}: has {masks} of other files, older than {trained.path}: {cause}")
     remove_overlays(folder / "overlays", found)
 
     def planes() -> Iterator[tuple[Path, int, int, Tensor]]:
@@ -183,7 +190,7 @@ def predict(trained: Trained) -> int:
             for i, plane in enumerate(pixels):
                 yield path, i, len(pixels), plane
 
-    waiting, n_written, assembly = planes(), 0, SliceStacker()
+    waiting, predicted, stacker = planes(), [], SliceStacker()
     try:
         while batch := list(itertools.islice(waiting, args.batch_size)):
             x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]
@@ -206,10 +213,10 @@ def predict(trained: Trained) -> int:
                     if files.is_volume(path):
                         file /= plane_name(i, n_planes, files.depth_of(path))
                     save_overlay(file, plane, mask, spec)
-                masks = assembly.add(path, i, n_planes, mask)
+                masks = stacker.add(path, i, n_planes, mask)
                 if masks is not None:
                     writers.save_prediction(folder / "masks" / place, path, masks, spec)
-                    n_written += 1
+                    predicted.append(path)
                     if files.is_volume(path):
                         contents.add(path, masks)
     finally:  # an interrupted call has written masks, too
@@ -217,10 +224,12 @@ def predict(trained: Trained) -> int:
             add_volumes(folder, contents)
     for problem in other + unreadable:
         print(f"skipped {problem}")
+    for message in trained.other_axes(filter(files.is_volume, predicted)):
+        print(message)
     if contents.rows:
         print(contents.lines())
     epoch = trained.state["epoch"]
-    masks = utils.counted(n_written, "mask")
+    masks = utils.counted(len(predicted), "mask")
     print(f"{masks} by {trained.path} (epoch {epoch}): {folder / 'masks'}")
     print_values(spec)
     if unreadable:

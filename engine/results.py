@@ -82,6 +82,14 @@ def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
             utils.write_atomically(note, json.dumps(sources, indent=1))
 
 
+def count_older(folder: Path, found: Mapping[Path, Path], checkpoint: Path) -> int:
+    """The number of masks in a folder, but for those of `found`, from before a checkpoint."""
+    made = checkpoint.stat().st_mtime_ns
+    renewed = {folder / writers.prediction_file(place, file) for file, place in found.items()}
+    others = [path for path in folder.rglob("*") if path.is_file() and path not in renewed]
+    return sum(path.stat().st_mtime_ns < made for path in others)
+
+
 def merged(table: Path, contents: PredictedVolumes) -> str:
     """The lines of a volumes.csv and those of the contents; InputError if it cannot be read."""
     earlier = utils.read_text(table) if table.is_file() else ""

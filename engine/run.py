@@ -237,6 +237,7 @@ class Run:
             "data_root": self.args.data_root,
             "split": self.data.split.hash(),
             "image_dtype": self.data.labeled.image_dtype,
+            "axes": self.data.axes,
             "epoch": self.epoch,
             "model": self.model.state_dict(),
         }

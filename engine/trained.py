@@ -2,13 +2,15 @@
 
 import itertools
 from argparse import Namespace
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import utils
 from data_utils import Data, check_split, load_data, open_data
+from datasets.files import axes_of
 from datasets.layouts import index, parts_of
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
 from datasets.splits import ByFile, Split, read_lists
@@ -36,6 +38,14 @@ class Trained:
         """The type of the training images: uint8 or float32."""
         usual = "float32" if self.spec.layout == "acdc" else "uint8"
         return self.state.get("image_dtype", usual)  # older checkpoints do not say
+
+    def other_axes(self, volumes: Iterable[Path]) -> Iterator[str]:
+        """Messages about volumes whose axes point elsewhere than those of the training volumes."""
+        known = self.state.get("axes")
+        for path in volumes if known else ():
+            if (axes := axes_of(path)) not in known:
+                trained_on = f"the training volumes' to {' or '.join(known)}"
+                yield f"{path}: its axes point to {axes}, {trained_on}; it is not reoriented"
 
     def data(self) -> Data:
         """The images of the run's split, or of --part."""
@@ -131,6 +141,11 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
     asked = {key: args.given[key] for key in args.given if key in fixed and key != "batch_size"}
     if "dataset" in asked:
         asked["dataset"] = dataset_name(args.dataset)
+        if utils.is_file(Path(args.dataset)) and asked["dataset"] == spec.name:
+            own, trained_on = (asdict(each) for each in (load_spec(args.dataset), spec))
+            if keys := [key for key in own if own[key] != trained_on[key]]:
+                found = f"{', '.join(keys)} of [dataset] differ from those of {path}"
+                print(f"{args.dataset}: {found}, which are used")
     if isinstance(args.rule, ByFile):
         asked.pop("split", None)  # the split's hash decides
     if differ := [key for key, value in asked.items() if value != fixed[key]]:

@@ -316,3 +316,27 @@ def test_each_bad_volume_is_named_once_whatever_its_slices(tmp_path):
     message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
     assert message.startswith("2 unusable files: ")
     assert message.count("slice 0 contains") == message.count("not finite") == 1
+
+
+def test_an_index_has_one_color_in_all_masks_that_use_it(tmp_path):
+    """Programs that convert colors to a palette number them anew in each file."""
+    spec, samples = folder_spec(classes=["dark", "bright", "red"]), []
+    black, red, green = [0, 0, 0], [255, 0, 0], [0, 255, 0]
+    for name, colors, values in (
+        ("a", [black, red, green], [0, 1]),
+        ("b", [black, red, red], [0, 1]),  # another color of an index that it does not use
+        ("c", [black, red, green], [0, 2]),
+    ):
+        (tmp_path / name).mkdir()
+        mask = np.resize(values, (8, 8)).astype(np.uint8)
+        sample = picture_sample(tmp_path / name, 9 * mask, mask)
+        image = Image.open(sample.mask)
+        image.putpalette(np.ravel(colors).tolist())
+        image.save(sample.mask)
+        samples.append(dataclasses.replace(sample, id=name, group=name))
+    open_cache(spec, samples, (8, 8), tmp_path / "cache")
+    image = Image.open(samples[1].mask)
+    image.putpalette([*black, *green])
+    image.save(samples[1].mask)
+    found = "b/mask.png: its index 1 is drawn in (0, 255, 0), that of"
+    assert found in error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")

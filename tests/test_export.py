@@ -83,6 +83,7 @@ def test_a_pt2_computes_what_the_trained_network_computes(
         torch.testing.assert_close(logits, segment(name, pixels), atol=1e-5, rtol=0)
     assert ", ".join(f"{k} {label}" for k, label in enumerate(spec.classes)) in out
     assert "resized to 20x16" in out
+    assert ("volume[:, :, z].T" in out) == (dtype == "float32")
     expected = {"classes": spec.classes, "palette": spec.palette, "size": [20, 16]}
     assert about == {key: json.dumps(value) for key, value in expected.items()}
 

@@ -326,6 +326,19 @@ def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_pa
     assert other == [f"{tmp_path / 'notes.pdf'}: neither an image nor a NIfTI volume"]
 
 
+def test_masks_beside_images_are_listed_as_one_folder_and_a_folder_given_by_name_is_read(tmp_path):
+    touch(tmp_path, "train/images/a.png", "train/masks/a.png", "masks/b.png")
+    found, other = inputs.find_pictures([tmp_path])
+    assert names_of(found, tmp_path) == {"train/images/a.png", "masks/b.png"}
+    assert other == [f"{tmp_path / 'train/masks'}: masks of the images beside it"]
+    found, other = inputs.find_pictures([tmp_path / "train/masks"])
+    assert (names_of(found, tmp_path), other) == ({"train/masks/a.png"}, [])
+
+
+def names_of(found: dict, folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in found}
+
+
 def test_paths_to_predict_must_exist_and_their_results_differ(tmp_path):
     gone = tmp_path / "gone"
     long = tmp_path / ("1" * 300)  # no file system has such a name
@@ -371,6 +384,13 @@ def test_the_mask_beside_a_volume_is_no_image(tmp_path, image, mask):
     found, other = inputs.find_pictures([tmp_path / "volumes"])
     assert {path.name for path in found} == {image, "a_2.nii.gz", "b_gt.nii.gz"}
     assert other == [f"{tmp_path / 'volumes' / mask}: the mask of {image}"]
+
+
+@pytest.mark.parametrize("draw", [png16, ppm16, jp2_16])
+def test_a_color_picture_of_more_than_8_bits_is_not_predicted_from_its_highest_8(tmp_path, draw):
+    path = tmp_path / "a"
+    draw(path)
+    assert "of more than 8 bits; save it as 8-bit RGB" in error_of(inputs.read_planes, path, 3)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F"])

@@ -551,3 +551,49 @@ def test_a_full_disk_leaves_the_old_mask_and_names_file_and_space(
     assert f"{MASKS / name}: cannot be written (No space left on device): " in error
     assert "MiB are needed" in error
     assert {path: path.read_bytes() for path in MASKS.parent.rglob("*") if path.is_file()} == before
+
+
+def test_volumes_with_other_axes_than_those_of_the_training_are_named(capsys):
+    volumes = Path("volumes")
+    for number in range(4):
+        for folder in "images", "masks":
+            pixels = noise(20, 24, 2) // 128
+            write_volume(volumes / folder / f"{number}.nii.gz", pixels, np.diag([-1, -1, 5, 1]))
+    Path("own.toml").write_text('[dataset]\nlayout = "folder"\nclasses = ["dark", "bright"]\n')
+    flags = [*tiny_on("own.toml"), *PARTIAL, "--data-root", str(volumes), "--name", "own"]
+    assert run("--training", *flags) == 0
+    assert "axes:" not in capsys.readouterr().out
+    write_volume(Path("turned.nii.gz"), noise(20, 24, 2), np.eye(4))
+    write_volume(Path("same.nii.gz"), noise(20, 24, 2), np.diag([-1, -1, 5, 1]))
+    checkpoint = "checkpoints/own/best.pt"
+    assert run("--predict", "turned.nii.gz", "same.nii.gz", "--checkpoint", checkpoint) == 0
+    printed = capsys.readouterr().out
+    assert "turned.nii.gz: its axes point to RAS, the training volumes' to LPS" in printed
+    assert "same.nii.gz: its axes" not in printed
+    for folder in "images", "masks":
+        pixels = noise(20, 24, 2) // 128
+        write_volume(volumes / folder / "5.nii.gz", pixels, np.diag([1, 1, 5, 1]))
+    assert run("--training", *flags, "--overwrite") == 0
+    assert "axes:    LPS, RAS: slices of volumes are not reoriented" in capsys.readouterr().out
+
+
+def test_masks_that_earlier_weights_made_are_counted(capsys, trained):
+    for name in "one", "two":
+        Image.fromarray(noise(20, 20)).save(f"{name}.png")
+    assert run("--predict", "one.png", "two.png") == 0
+    assert "older than" not in capsys.readouterr().out
+    os.utime(trained)
+    os.utime(MASKS / "one.png", ns=(0, 0))
+    assert run("--predict", "two.png") == 0
+    assert "has 1 mask of other files, older than" in capsys.readouterr().out
+    assert run("--predict", "one.png", "two.png") == 0
+    assert "older than" not in capsys.readouterr().out
+
+
+def test_the_duration_of_a_frame_stays_where_the_fifth_axis_is_time(trained):
+    image = nibabel.Nifti1Image(noise(20, 20, 2, 1, 3, dtype=np.int16), np.eye(4))
+    image.header.set_zooms((1, 1, 5, 1, 35))
+    nibabel.save(image, "film.nii.gz")
+    assert run("--predict", "film.nii.gz") == 0
+    masks = nibabel.load(MASKS / "film.nii.gz")
+    assert (masks.shape, masks.header.get_zooms()) == ((20, 20, 2, 3), (1, 1, 5, 35))

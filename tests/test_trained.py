@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import SUPERVISED, TINY, edit_checkpoint, error_line, load_with
+from runs import SUPERVISED, TINY, edit_checkpoint, error_line, load_with, run
 
 from engine.flags import parse_args
 from engine.trained import find_checkpoint
@@ -87,6 +87,14 @@ def test_a_checkpoints_settings_lie_under_the_command_line(trained):
     assert (args.batch_size, args.workers, args.data_root) == (3, 1, "data/tiny")
     assert not loaded.model.training
     assert load_with([*flags, "--data-root", "moved"]).args.data_root == "moved"
+
+
+def test_a_description_that_differs_from_the_checkpoints_is_named(capsys, trained):
+    toml = Path("tiny.toml")
+    toml.write_text(toml.read_text().replace("[dataset]", "[dataset]\nignore = 254"))
+    assert run("--testing", "--checkpoint", str(trained), "--dataset", "tiny.toml") == 0
+    expected = f"tiny.toml: ignore of [dataset] differ from those of {trained}, which are used"
+    assert expected in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,14 @@ def test_spacing_is_the_headers_in_mm_whatever_its_unit_and_the_affine(tmp_path,
     assert volumes.spacing_of(path) == pytest.approx((4 * mm, 2 * mm, mm / 2))
 
 
+def test_a_header_whose_zooms_are_1_has_its_voxel_sizes_in_the_affine(tmp_path):
+    file = nibabel.Nifti1Image(np.zeros((4, 4, 3), np.int16), None)
+    file.set_sform(np.diag([0.5, 2, 4, 1]), 1)
+    nibabel.save(file, tmp_path / "a.nii.gz")
+    assert nibabel.load(tmp_path / "a.nii.gz").header.get_zooms() == (1, 1, 1)
+    assert volumes.spacing_of(tmp_path / "a.nii.gz") == pytest.approx((4, 2, 0.5))
+
+
 @pytest.mark.skipif(not REAL_DATA, reason="SEG_REAL_DATA is not set")
 def test_real_exams_against_their_own_slightly_moved_masks():
     spec = load_spec("acdc")

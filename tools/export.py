@@ -132,6 +132,8 @@ def export(argv: list[str]) -> int:
             raise utils.TrainingError(f"{file}: deleted, {message}")
     print(f"{file}: {trained.path}, epoch {trained.state['epoch']}, {spec.name}")
     print(f"input   pixels  {dtype:7}  (batch, {spec.channels}, height, width), as decoded")
+    if dtype == "float32":
+        print("        of a volume, the slice volume[:, :, z].T")
     height, width = trained.args.size
     print(f"        resized to {height}x{width}, bilinear and antialiased, as --predict does")
     if dtype == "float32" and normalization == "half":
@@ -140,6 +142,8 @@ def export(argv: list[str]) -> int:
     print("then    resize the logits to the image's size, bilinear; then argmax, as --predict does")
     print("        (argmax first and nearest resizing would differ along the edges)")
     print("classes " + ", ".join(f"{k} {name}" for k, name in enumerate(spec.classes)))
+    if (values := spec.mask_values()) != tuple(range(len(values))):
+        print(f"values  {', '.join(map(str, values))}: what --predict writes for these classes")
     return 0
 
 
