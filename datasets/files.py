@@ -214,7 +214,8 @@ def read_mask(path: Path, labels: tuple[int, ...] = (), legal: Iterable[int] = (
 def colors_of(sample: Sample, mask: np.ndarray, spec: DatasetSpec) -> dict[int, tuple]:
     """The palette's color of each class value in an indexed mask; empty for masks of other kinds.
 
-    mask: the sample's, (H, W) uint8 of class indices and IGNORE.
+    Also for a mask that draws each index in the gray of that value. mask: the sample's, (H, W)
+    uint8 of class indices and IGNORE.
     """
     if not isinstance(sample.mask, Path):
         return {}
@@ -224,7 +225,9 @@ def colors_of(sample: Sample, mask: np.ndarray, spec: DatasetSpec) -> dict[int, 
         palette = np.reshape(image.getpalette("RGB"), (-1, 3)).tolist()
     values = dict(enumerate(spec.class_values()))
     used = [values[k] for k in np.unique(mask).tolist() if k in values]
-    return {value: tuple(palette[value]) for value in used if 0 <= value < len(palette)}
+    colors = {value: tuple(palette[value]) for value in used if 0 <= value < len(palette)}
+    is_gray = all(color == 3 * (value,) for value, color in colors.items())
+    return {} if is_gray else colors
 
 
 def read_frames(path: Path) -> np.ndarray:

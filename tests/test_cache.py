@@ -326,6 +326,7 @@ def test_an_index_has_one_color_in_all_masks_that_use_it(tmp_path):
         ("a", [black, red, green], [0, 1]),
         ("b", [black, red, red], [0, 1]),  # another color of an index that it does not use
         ("c", [black, red, green], [0, 2]),
+        ("d", [black, [1, 1, 1], [2, 2, 2]], [0, 1, 2]),  # gray: each index is its own color
     ):
         (tmp_path / name).mkdir()
         mask = np.resize(values, (8, 8)).astype(np.uint8)
