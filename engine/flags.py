@@ -349,12 +349,33 @@ def read_table(path: Path, table: dict, known: list[str]) -> dict:
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"unknown key {key!r}{hint}")
             flag = "--" + key.replace("_", "-")
+            if value is None:
+                continue
+            if expected := _other_type(key, value):
+                raise InputError(f"argument {flag}: {value!r} is not {expected}")
             if isinstance(value, bool):
                 flags.append(flag if value else f"--no-{flag[2:]}")
-            elif isinstance(value, list):
+            elif isinstance(value, (list, tuple)):
                 flags += [flag, *map(str, value)]
-            elif value is not None:
+            else:
                 flags.append(f"{flag}={value}")
         return read_flags(flags)
     except (InputError, ValueError) as error:  # also of a number with thousands of digits
         raise InputError(f"{path}: {error}") from error
+
+
+def _other_type(key: str, value) -> str:
+    """The type of a flag's values in a table if `value` has another one, otherwise ""."""
+    (action,) = (action for action in build_parser()._actions if action.dest == key)
+    if action.nargs == 0:
+        return "" if isinstance(value, bool) else "true or false"
+    if action.type in (None, split_kind):
+        return "" if isinstance(value, str) else "text"
+    if action.nargs:
+        of_numbers = isinstance(value, (list, tuple)) and all(map(_is_number, value))
+        return "" if of_numbers else f"{action.nargs} numbers"
+    return "" if _is_number(value) else "a number"
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

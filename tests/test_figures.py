@@ -187,6 +187,15 @@ def test_only_images_that_every_run_validates_on_are_shown(four_runs, capsys):
     assert f"--ids {others[0]}: not among the {len(common)} images" in error
 
 
+def test_a_network_whose_outputs_are_not_finite_is_not_drawn(four_runs, capsys):
+    state = torch.load(f"{A}/best.pt")
+    state["model"] = {key: value.float() * torch.nan for key, value in state["model"].items()}
+    torch.save(state, "checkpoints/nan.pt")
+    words = ["rows", "checkpoints/nan.pt", "--out", "nan.png"]
+    error = error_line(capsys, *words, tool=figures.figures, code=1)
+    assert "checkpoints/nan.pt: the network's outputs are not finite" in error
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

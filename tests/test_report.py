@@ -374,6 +374,37 @@ def test_a_wrong_command_is_one_error_line(capsys, line, named):
     assert not list(Path("checkpoints").glob("[ps]*"))
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("evaluations", -1, "miou"), "0.5"),
+        (("evaluations", -1, "miou"), 10**30),
+        (("evaluations", -1, "epoch"), None),
+        (("split", "labeled"), "3"),
+        (("versions", "commit"), 7),
+        (("volumes", "all", "mean", "dice"), {}),
+        (("volumes", "all", "classes", "a", "missed"), 10**400),
+        (("volumes", "all", "classes"), "a"),
+        (("volumes",), 7),
+    ],
+)
+def test_a_kept_line_with_a_value_of_another_type_is_named(capsys, place, value):
+    make_run("ours")
+    assert run("keep --scale reduced --out .") == 0
+    line = json.loads(Path("reduced.jsonl").read_text())
+    means = dict.fromkeys(("dice", "hd95_mm", "assd_mm"), 0.5)
+    line["volumes"] = {"all": {"mean": means, "classes": {"a": {"n": 2, "missed": 1}}}}
+    Path("reduced.jsonl").write_text(json.dumps(line))
+    assert run("report --from reduced.jsonl --out good") == 0
+    table = line
+    for key in place[:-1]:
+        table = table[key]
+    table[place[-1]] = value
+    Path("reduced.jsonl").write_text(json.dumps(line))
+    error = error_line(capsys, "report --from reduced.jsonl --out out")
+    assert "reduced.jsonl: line 1 is not a kept run" in error
+
+
 # Figures
 
 

@@ -107,7 +107,13 @@ def predictions(run: Trained, images: Stored) -> Tensor:
     batches = data_utils.Batches(
         images, args.batch_size, run.device, normalization=args.normalization
     )
-    return torch.cat([run.model.segment(x).argmax(1).cpu() for x, _ in batches])
+    masks = []
+    for x, _ in batches:
+        logits = run.model.segment(x)
+        if not logits.isfinite().all():
+            raise utils.TrainingError(f"{run.path}: the network's outputs are not finite")
+        masks.append(logits.argmax(1).cpu())
+    return torch.cat(masks)
 
 
 def draw_rows(

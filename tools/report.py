@@ -124,7 +124,7 @@ def volume_rows(runs: list[RunRecord]) -> list[dict]:
     rows = []
     for seeds in by_cell(runs).values():
         group = list(seeds.values())
-        tests = [run.volumes["all"] for run in group if run.volumes]
+        tests = [run.volumes["all"] for run in group if "all" in run.volumes]
         if not tests:
             continue
         row = head(group[0]) | {"n": len(tests)}

@@ -22,7 +22,8 @@ PAPER = {key: DEFAULTS[key] for key in setting_names()}
 # Keys of [dataset] that change a result
 DATASET_KEYS = "classes scored channels ignore void label_ids void_ids orientation".split()
 
-MALFORMED = AttributeError, IndexError, KeyError, TypeError, ValueError  # what wrong fields raise
+# What wrong fields raise
+MALFORMED = AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError
 
 
 def as_flags(settings: dict) -> list[str]:
@@ -150,13 +151,22 @@ def checked(run: RunRecord) -> RunRecord:
         what = f"{' '.join(flags)} no longer exist"
         raise InputError(f"{run.run}: {what}; read it with commit {commit or 'of its time'}")
     run = replace(run, settings=PAPER | run.settings)
-    _ = run.place, run.finished, run.labels, run.versions.get("commit"), run.split["hash"]
-    numbers = [run.split[role] for role in ROLES]
+    _ = run.place, run.finished, run.labels, run.split["hash"]
+    _ = (run.versions.get("commit") or "").encode()
+    counts, numbers = [run.split[role] for role in ROLES], []
     scored = [run.dataset["classes"][k] for k in run.dataset["scored"]]
     for line in run.evaluations:
-        numbers += [line[key] for key in ("epoch", "step", "miou")]
+        counts += [line["epoch"], line["step"]]
+        numbers.append(line["miou"])
         numbers += [line["iou"][name] for name in scored]
-    _ = [float(number or 0) for number in numbers]  # null where no scored class occurs
+    if "all" in run.volumes:
+        scores = run.volumes["all"]
+        numbers += [scores["mean"][key] for key in ("dice", "hd95_mm", "assd_mm")]
+        counts += [each[key] for each in scores["classes"].values() for key in ("n", "missed")]
+    numbers = [number for number in numbers if number is not None]  # where no scored class occurs
+    for number in counts + numbers:
+        if type(number) not in (int, float) or not abs(number) < 1e12:
+            raise ValueError(f"{number!r} is not a number")
     return run
 
 
