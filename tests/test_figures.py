@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,12 @@ def test_the_legend_has_the_classes_that_are_shown_in_their_colors():
     colors = [(255 * np.array(patch.get_facecolor()[:3])).round() for patch in legend.get_patches()]
     expected = [[0, 0, 0], [240, 200, 80], [200, 60, 60], [224, 224, 192]]
     assert np.array_equal(colors, expected)
+
+
+def test_a_dollar_in_a_name_is_no_formula():
+    spec = replace(load_spec("phantom"), classes=(r"$\foo$", "b", "c", "d"))
+    mask = torch.zeros(1, 2, 2, dtype=torch.uint8)
+    figures.draw_rows([torch.zeros(1, 2, 2)], [r"$\bar$"], [mask], spec).canvas.draw()
 
 
 @pytest.mark.parametrize("dataset", ["voc", "cityscapes"])

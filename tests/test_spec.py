@@ -83,7 +83,7 @@ WRONG = {
     "orientation": ["up", {"a": 1}],
     "name": ["a/b", 3, "", ".a", "a\nb"],
     "layout": ["nope"],
-    "classes": [["one"], ["sky", "tree", "tree"], [1, 2, 3], "abc"],
+    "classes": [["one"], ["sky", "tree", "tree"], ["a", "b\nc", "d"], [1, 2, 3], "abc"],
     "palette": [7, [[0] * 3] * 2, [[0] * 2] * 3, [[0, 0, 256]] * 3],
     "scored": [[], [3], [-1], ["tree"], 1, [1, 1]],
     "channels": [2, "3", True],

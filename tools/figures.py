@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before the slow imports, to handle signals during 
     signals.install()
 
 try:
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -44,6 +45,7 @@ from tools.plan import AUGMENT, EXPERIMENTS
 from tools.runs import RunRecord
 from utils import InputError
 
+rcParams["text.parse_math"] = False  # a $ in the name of a class or run is no formula
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
 LINE, LETTER = 0.175, 0.085  # inches: height of a line of text, width of a wide letter
 TITLES = {
