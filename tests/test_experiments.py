@@ -20,7 +20,7 @@ import runs
 import main
 from engine.flags import parse_args
 from tools import experiments
-from tools.runs import read_folder
+from tools.runs import read_folder, results_of
 
 TINY = "--size 16 16 --ngf 2 --ndf 2 --n-blocks 1 --epochs 2 --workers 0 --device cpu".split()
 TABLE_2 = {"ours", *(f"ours_without_{term}" for term in ("cycle_S", "cycle_I", "disc_S", "disc_I"))}
@@ -365,3 +365,18 @@ def test_a_finished_run_that_cannot_be_read_is_no_failure_of_the_others(tmp_path
     finished = SimpleNamespace(returncode=0)
     result = experiments.Job("old", False, 0, finished, 0, 0.0).result(tmp_path)
     assert result.startswith("finished, but the report cannot read it: ")
+
+
+def test_a_runs_missing_or_damaged_files_are_no_failure_of_the_others(tmp_path):
+    killed = experiments.Job("gone", False, 0, SimpleNamespace(returncode=-9), 0, 0.0)
+    assert "exit code -9" in killed.result(tmp_path)  # without its log
+    run = tmp_path / "checkpoints/smoke/one"
+    run.mkdir(parents=True)
+    assert not experiments.is_tested(run)
+    (run / "last.pt").touch()
+    metrics = results_of(run) / "metrics.json"
+    metrics.parent.mkdir(parents=True)
+    for content, expected in (b'{"checkpoint": "a/last.pt"}', True), (b"\xff\xfe\0\0", False):
+        metrics.write_bytes(content)
+        os.utime(run / "last.pt", (0, 0))
+        assert experiments.is_tested(run) == expected

@@ -112,7 +112,8 @@ class Job:
         duration = timedelta(seconds=round(time.monotonic() - self.started))
         if code := self.process.returncode:
             log = folder / f"{self.name}.log"
-            message = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            text = log.read_text(errors="replace") if log.is_file() else ""
+            message = text.strip().rpartition("\n")[2]
             what = "test: " if self.testing else ""
             return f"{what}exit code {code} after {duration}: {message} (see {log})"
         if self.testing:
@@ -135,9 +136,13 @@ def log_time(folder: Path) -> int:
 def is_tested(folder: Path) -> bool:
     """Whether a run's last checkpoint was tested after it was written."""
     last, metrics = folder / "last.pt", runs.results_of(folder) / "metrics.json"
-    if not metrics.is_file() or metrics.stat().st_mtime <= last.stat().st_mtime:
+    try:
+        is_newer = metrics.stat().st_mtime > last.stat().st_mtime
+        return is_newer and bool(
+            re.search(r'"checkpoint": ".*/last\.pt"', utils.read_text(metrics))
+        )
+    except (OSError, InputError):  # a missing or damaged file, which the test itself names
         return False
-    return bool(re.search(r'"checkpoint": ".*/last\.pt"', utils.read_text(metrics)))
 
 
 def visible_gpus() -> list[str]:
