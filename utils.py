@@ -79,6 +79,8 @@ def read_text(path: Path) -> str:
     InputError names a file that cannot be read or that has another encoding.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: not a regular file")  # reading a pipe would wait
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error

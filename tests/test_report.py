@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.lines import Line2D
 
 import main
+import utils
 from datasets.spec import load_spec
 from engine.flags import parse_args, setting_names
 from engine.folder import to_toml
@@ -382,6 +384,7 @@ def test_a_wrong_command_is_one_error_line(capsys, line, named):
         (("evaluations", -1, "epoch"), None),
         (("split", "labeled"), "3"),
         (("versions", "commit"), 7),
+        (("settings", "seed"), "0"),
         (("volumes", "all", "mean", "dice"), {}),
         (("volumes", "all", "classes", "a", "missed"), 10**400),
         (("volumes", "all", "classes"), "a"),
@@ -403,6 +406,28 @@ def test_a_kept_line_with_a_value_of_another_type_is_named(capsys, place, value)
     Path("reduced.jsonl").write_text(json.dumps(line))
     error = error_line(capsys, "report --from reduced.jsonl --out out")
     assert "reduced.jsonl: line 1 is not a kept run" in error
+
+
+def test_a_log_to_which_another_command_adds_runs_is_waited_for(monkeypatch):
+    make_run("ours")
+    assert run("keep --scale reduced --out kept") == 0
+    make_run("ours", 1)
+    asked = []
+
+    @contextmanager
+    def exclusive(folder, seconds):
+        asked.append((folder, seconds))
+        text = Path("kept/reduced.jsonl").read_text()  # a run that the other command adds
+        other = json.loads(text) | {"run": "acdc_ours_0.1_s7"}
+        other["settings"]["seed"] = 7
+        Path("kept/reduced.jsonl").write_text(f"{text}{json.dumps(other)}\n")
+        yield True
+
+    monkeypatch.setattr("utils.exclusive", exclusive)
+    assert run("keep --scale reduced --out kept") == 0
+    assert asked == [(Path("kept"), utils.PATIENCE)]
+    lines = Path("kept/reduced.jsonl").read_text().splitlines()
+    assert [json.loads(line)["settings"]["seed"] for line in lines] == [0, 1, 7]
 
 
 # Figures

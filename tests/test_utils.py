@@ -120,3 +120,9 @@ def test_a_rank_counts_only_among_several_processes(monkeypatch):
     assert (utils.rank(), utils.local_rank()) == (0, 0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert (utils.rank(), utils.local_rank()) == (1, 1)
+
+
+def test_reading_a_pipe_is_an_error_and_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(InputError, match="pipe.txt: not a regular file"):
+        utils.read_text(tmp_path / "pipe.txt")

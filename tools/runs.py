@@ -153,7 +153,9 @@ def checked(run: RunRecord) -> RunRecord:
     run = replace(run, settings=PAPER | run.settings)
     _ = run.place, run.finished, run.labels, run.split["hash"]
     _ = (run.versions.get("commit") or "").encode()
-    counts, numbers = [run.split[role] for role in ROLES], []
+    counts = [run.split[role] for role in ROLES]
+    counts += [run.settings[key] for key in ("seed", "epochs", "ratio")]
+    numbers = []
     scored = [run.dataset["classes"][k] for k in run.dataset["scored"]]
     for line in run.evaluations:
         counts += [line["epoch"], line["step"]]
@@ -235,13 +237,14 @@ def keep(source: Path, scale: str, out: Path) -> None:
     path, (found, _) = out / f"{scale}.jsonl", read_runs(source, scale)
     utils.make_folder(out, "--out")
     finished = {run.place: run for run in found if run.finished}
-    kept = {run.place: run for run in read_log(path)} if path.is_file() else {}
-    for place, run in finished.items():
-        before = kept.get(place)
-        if before and not run.volumes and before.evaluations == run.evaluations:
-            run = replace(run, volumes=before.volumes)
-        kept[place] = run
-    runs = [kept[place] for place in sorted(kept)]
-    check_settings(runs, scale, path)
-    utils.write_atomically(path, "".join(f"{json.dumps(asdict(run))}\n" for run in runs))
+    with utils.exclusive(out, utils.PATIENCE):  # another command may be adding its runs
+        kept = {run.place: run for run in read_log(path)} if path.is_file() else {}
+        for place, run in finished.items():
+            before = kept.get(place)
+            if before and not run.volumes and before.evaluations == run.evaluations:
+                run = replace(run, volumes=before.volumes)
+            kept[place] = run
+        runs = [kept[place] for place in sorted(kept)]
+        check_settings(runs, scale, path)
+        utils.write_atomically(path, "".join(f"{json.dumps(asdict(run))}\n" for run in runs))
     print(f"{len(finished)} finished runs of {source} are in {path}, which has {len(runs)}")
