@@ -5,7 +5,7 @@ brings them to the device in the networks' range. Masks hold class indices, IGNO
 does not count.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -201,6 +201,11 @@ class Batches:
         return tensor.to(self.device, non_blocking=True)
 
 
+def volumes_of(samples: Iterable[Sample]) -> set[Path]:
+    """The NIfTI files of the images that are slices."""
+    return {sample.image.path for sample in samples if isinstance(sample.image, Slice)}
+
+
 @dataclass(frozen=True)
 class Data:
     """A run's dataset: its split and the cached images of each role."""
@@ -219,8 +224,7 @@ class Data:
     def axes(self) -> list[str]:
         """Where the axes of the volumes point (files.axes_of), without duplicates."""
         samples = self.split.labeled + self.split.unlabeled + self.split.val
-        volumes = {s.image.path for s in samples if isinstance(s.image, Slice)}
-        return sorted({axes_of(path) for path in volumes})
+        return sorted({axes_of(path) for path in volumes_of(samples)})
 
     @property
     def n_groups(self) -> int:

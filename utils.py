@@ -73,14 +73,20 @@ def is_file(path: Path) -> bool:
         return path.is_file()
 
 
+def check_regular(path: Path) -> None:
+    """InputError for what is there but is no file, such as a pipe, which would block its reader."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a regular file")
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file without its byte-order mark, lines ended by a newline.
 
     InputError names a file that cannot be read or that has another encoding.
     """
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise InputError(f"{path}: not a regular file")  # reading a pipe would wait
+        if not path.is_dir():  # which has an error of its own
+            check_regular(path)
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
@@ -234,7 +240,7 @@ def from_each(value) -> list:
     """Every process's value, in order."""
     values = [value]
     if dist.is_initialized():
-        values = [None] * world_size()
+        values = [None] * n_connected()
         dist.all_gather_object(values, value)
     return values
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice
-from utils import IGNORE, InputError, naming
+from utils import IGNORE, InputError, check_regular, naming
 
 LOSSLESS = (  # formats of gray or indexed pictures whose values are those that were saved
     *("BMP", "DIB", "FITS", "FLI", "GBR", "GIF", "IM", "MSP", "PCX", "PNG", "PPM", "PSD", "SGI"),
@@ -74,12 +74,6 @@ def opened(path: Path) -> Iterator[Image.Image]:
             yield image
             # now Pillow has rotated a TIFF, and read what follows the pixels of a PNG
             check_upright(path, image)
-
-
-def check_regular(path: Path) -> None:
-    """InputError for what is there but is no file, such as a pipe, which would block its reader."""
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: not a regular file")
 
 
 def is_deep(image: Image.Image) -> bool:

@@ -11,9 +11,9 @@ from unicodedata import normalize
 
 import nibabel
 
-from datasets.files import check_regular, is_picture, is_volume, stem_of
+from datasets.files import is_picture, is_volume, stem_of
 from datasets.spec import PARTS, DatasetSpec, Sample, Slice
-from utils import InputError, first_ten, naming, read_lines
+from utils import InputError, check_regular, first_ten, naming, read_lines
 
 MOST_SLICES = 2**15 - 1  # of a NIfTI-1 volume; beyond it, a header is damaged
 IMAGE_FOLDERS = {name: name for name in ("images", "masks")} | {"image": "images", "mask": "masks"}

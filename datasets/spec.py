@@ -199,9 +199,8 @@ def _wrong_values(values, n: int | None = None) -> str:
 
 def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
     """By key: whether its value is valid, and the expected one."""
-    strings = isinstance(spec.classes, tuple) and all(
-        type(name) is str and name.isprintable() for name in spec.classes
-    )
+    names = spec.classes if isinstance(spec.classes, tuple) else ()
+    lines = names and all(type(name) is str and name.isprintable() for name in names)
     colors = spec.palette if isinstance(spec.palette, tuple) else ()
     triples = all(_ints(color, 0, 256) and len(color) == 3 for color in colors)
     ids, n_ids = spec.label_ids, k - bool(spec.void_ids)
@@ -219,7 +218,7 @@ def _checks(spec: DatasetSpec, k: int) -> dict[str, tuple[bool, str]]:
         "name": (name, "a name without slashes"),
         "layout": (spec.layout in LAYOUTS, f"one of {', '.join(LAYOUTS)}"),
         "classes": (
-            strings and 2 <= k < IGNORE and len({*spec.classes}) == k,
+            lines and 2 <= k < IGNORE and len({*names}) == k,
             "2 to 254 different names of one line",
         ),
         "palette": (len(colors) == k and triples, f"{k} RGB triples"),

@@ -55,6 +55,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
         self.keys: dict[str, list[str]] = {}  # of each group's flags
+        self.actions: dict[str, argparse.Action] = {}  # by key
 
     def error(self, message: str):
         hint = "; --help lists the flags" if message.startswith("unrecognized") else ""
@@ -70,7 +71,13 @@ class Parser(argparse.ArgumentParser):
     def group(self, title: str, description: str | None = None) -> Callable:
         """Like add_argument, for a new group."""
         group, keys = self.add_argument_group(title, description), self.keys.setdefault(title, [])
-        return lambda *flags, **about: keys.append(group.add_argument(*flags, **about).dest)
+
+        def add(*flags: str, **about) -> None:
+            action = group.add_argument(*flags, **about)
+            self.actions[action.dest] = action
+            keys.append(action.dest)
+
+        return add
 
 
 def bounded(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
@@ -203,13 +210,8 @@ def build_parser() -> Parser:
     flag("--ndf", type=count, default=64, metavar="N", help=f"{width} discriminator")
     blocks = "residual blocks of each generator"
     flag("--n-blocks", type=bounded(int, 0), default=9, metavar="N", help=blocks)
-    flag(
-        "--disc-kernel",
-        type=odd,
-        default=1,
-        metavar="K",
-        help="kernel size of the discriminators, odd",
-    )
+    side = "kernel size of the discriminators, odd"
+    flag("--disc-kernel", type=odd, default=1, metavar="K", help=side)
 
     released = "Where the released code departs from the paper; config/official.toml sets them all."
     flag = parser.group("released code", released)
@@ -366,7 +368,7 @@ def read_table(path: Path, table: dict, known: list[str]) -> dict:
 
 def _other_type(key: str, value) -> str:
     """The type of a flag's values in a table if `value` has another one, otherwise ""."""
-    (action,) = (action for action in build_parser()._actions if action.dest == key)
+    action = build_parser().actions[key]
     if action.nargs == 0:
         return "" if isinstance(value, bool) else "true or false"
     if action.type in (None, split_kind):

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from data_utils import Batches, Data, normalize
+from data_utils import Batches, Data, normalize, volumes_of
 from datasets import files, writers
 from datasets.cache import resize
 from datasets.labels import check_ignored
@@ -59,8 +59,7 @@ def score(trained: Trained) -> int:
         found = f"images are {data.val.image_dtype}, those of the training were {dtype}"
         raise InputError(f"--normalization half: {found}; it scales the two differently")
     check_ignored(data.masks(), spec, data.unlabeled.samples)
-    volumes = {s.image.path for s in data.split.val if isinstance(s.image, Slice)}
-    for message in trained.other_axes(sorted(volumes)):
+    for message in trained.other_axes(sorted(volumes_of(data.split.val))):
         print(message)
     folder = results_folder(args.results, trained.path) / (args.part or "")
     utils.make_folder(folder, "--results")
@@ -199,9 +198,8 @@ def predict(trained: Trained) -> int:
             x = torch.cat([normalize(each, args.normalization) for each in x])
             logits = trained.model.segment(x)
             finite = logits.flatten(1).isfinite().all(1).tolist()
-            for (path, i, n_planes, plane), own, is_finite in zip(
-                batch, logits, finite, strict=True
-            ):
+            items = zip(batch, logits, finite, strict=True)
+            for (path, i, n_planes, plane), own, is_finite in items:
                 if not is_finite:
                     problem = f"{path}: the network's outputs are not finite"
                     if problem not in unreadable:  # of another slice

@@ -141,11 +141,7 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
     asked = {key: args.given[key] for key in args.given if key in fixed and key != "batch_size"}
     if "dataset" in asked:
         asked["dataset"] = dataset_name(args.dataset)
-        if utils.is_file(Path(args.dataset)) and asked["dataset"] == spec.name:
-            own, trained_on = (asdict(each) for each in (load_spec(args.dataset), spec))
-            if keys := [key for key in own if own[key] != trained_on[key]]:
-                found = f"{', '.join(keys)} of [dataset] differ from those of {path}"
-                print(f"{args.dataset}: {found}, which are used")
+        print_differences(args.dataset, spec, path)
     if isinstance(args.rule, ByFile):
         asked.pop("split", None)  # the split's hash decides
     if differ := [key for key, value in asked.items() if value != fixed[key]]:
@@ -154,6 +150,16 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
             for k in differ
         ]
         raise InputError(f"{path}: {utils.first_ten(flags)}; leave these flags out")
+
+
+def print_differences(dataset: str, spec: DatasetSpec, path: Path) -> None:
+    """Name the keys in which a file given as --dataset differs from a checkpoint's description."""
+    if utils.is_file(Path(dataset)):
+        own, trained_on = asdict(load_spec(dataset)), asdict(spec)
+        keys = [key for key in own if own[key] != trained_on[key]]
+        if keys and own["name"] == spec.name:  # another name is an error
+            found = f"{', '.join(keys)} of [dataset] differ from those of {path}"
+            print(f"{dataset}: {found}, which are used")
 
 
 def dataset_name(dataset: str) -> str:

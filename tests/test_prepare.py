@@ -1,6 +1,7 @@
 """tools/prepare.py: official archives become folders that main.py trains on, or one error line."""
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -529,20 +530,16 @@ def test_data_that_the_papers_split_cannot_train_on_is_an_error(root, acdc_files
         ("voc --verify --from x.zip", ["--verify", "--from"]),
         ("cityscapes --download", ["--download", "gtFine_trainvaltest.zip"]),
         ("acdc --from nowhere.zip", ["nowhere.zip", "No such file"]),
-        (
-            "acdc --from text.zip",
-            ["text.zip", "neither", "delete it and download it again"],
-        ),
-        (
-            "acdc --from cut.tgz",
-            ["cut.tgz", "neither", "delete it and download it again"],
-        ),
+        ("acdc --from text.zip", ["text.zip", "neither", "truncated; delete it and download"]),
+        ("acdc --from cut.tgz", ["cut.tgz", "neither", "truncated; delete it and download"]),
+        ("acdc --from pipe.zip", ["pipe.zip", "not a regular file"]),
         ("acdc --root text.zip", ["--root", "text.zip"]),
     ],
 )
 def test_wrong_flags_and_sources_are_one_error_line(tmp_path, monkeypatch, flags, words, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.zip").write_text("not a zip")
+    os.mkfifo("pipe.zip")
     Path("noise").write_bytes(np.random.default_rng(0).bytes(20000))
     with tarfile.open("cut.tgz", "w:gz") as target:
         target.add("noise")

@@ -137,10 +137,8 @@ def is_tested(folder: Path) -> bool:
     """Whether a run's last checkpoint was tested after it was written."""
     last, metrics = folder / "last.pt", runs.results_of(folder) / "metrics.json"
     try:
-        is_newer = metrics.stat().st_mtime > last.stat().st_mtime
-        return is_newer and bool(
-            re.search(r'"checkpoint": ".*/last\.pt"', utils.read_text(metrics))
-        )
+        of_last = re.search(r'"checkpoint": ".*/last\.pt"', utils.read_text(metrics))
+        return bool(of_last) and metrics.stat().st_mtime > last.stat().st_mtime
     except (OSError, InputError):  # a missing or damaged file, which the test itself names
         return False
 

@@ -50,7 +50,7 @@ from engine import program
 from engine.flags import Parser, bounded
 from engine.inputs import visible_files
 from tools.lists import make_split
-from utils import InputError, TrainingError, counted, first_ten, naming
+from utils import InputError, TrainingError, check_regular, counted, first_ten, naming
 
 ARCHIVE_SUFFIXES = ".zip", ".tar", ".tgz", ".tar.gz"
 ARCHIVES = {  # by the folder that they contain
@@ -84,7 +84,9 @@ def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     if source.is_dir():
         for path in visible_files(source):
             yield path.relative_to(source).as_posix(), path.stat().st_size, path.read_bytes
-    elif zipfile.is_zipfile(source):
+        return
+    check_regular(source)
+    if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
                 yield member.filename, member.file_size, partial(archive.read, member)
@@ -94,10 +96,8 @@ def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
                 for member in filter(tarfile.TarInfo.isfile, archive):
                     yield member.name, member.size, archive.extractfile(member).read
         except TRUNCATED as error:
-            found, advice = (
-                "neither a zip nor a tar file, or truncated",
-                "delete it and download it again",
-            )
+            found = "neither a zip nor a tar file, or truncated"
+            advice = "delete it and download it again"
             raise InputError(f"{source}: {found}; {advice}") from error
     else:
         raise InputError(f"{source}: neither a folder nor a zip or tar file")
