@@ -20,7 +20,7 @@ import utils
 from data_utils import Batches, Data, load_data, training_batches
 from datasets import labels
 from datasets.spec import ORIENTATIONS, DatasetSpec, load_spec
-from engine import predict, program, trained
+from engine import predict, program, signals, trained
 from engine.flags import Flags, parse_args
 from engine.folder import open_folder
 from engine.run import Run
@@ -61,7 +61,9 @@ def connect(args: Flags) -> torch.device:
     if args.batch_size % utils.world_size():
         processes = f"{utils.world_size()} processes"
         raise InputError(f"--batch-size {args.batch_size} cannot be divided among {processes}")
-    utils.join_processes(device)
+    if utils.world_size() > 1:
+        with signals.unhandled():  # it waits for the others
+            utils.join_processes(device)
     return device
 
 

@@ -63,8 +63,8 @@ def naming(path: Path) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on hostile bytes
-        found = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"{path}: {found}".splitlines()[0]) from error
+        found = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+        raise InputError(f"{path}: {found.splitlines()[0]}") from error
 
 
 def is_file(path: Path) -> bool:
@@ -163,32 +163,37 @@ def compile_networks(model: nn.Module) -> None:
 # Processes: one, or as many as torchrun starts. Each trains on its share of every batch.
 
 
+def from_environment(name: str, least: int = 0) -> int:
+    """A number that torchrun sets, by default the least; InputError if it is none."""
+    text = os.environ.get(name) or str(least)
+    if not (text.isdecimal() and least <= int(text) < 2**31):
+        raise InputError(f"environment: {name} is {text!r}; unset it, or start with torchrun")
+    return int(text)
+
+
 def rank() -> int:
     """This process's number; process 0 writes and prints."""
-    return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
+    return from_environment("RANK") if world_size() > 1 else 0
 
 
 def world_size() -> int:
     """The number of processes that train together."""
-    size = os.environ.get("WORLD_SIZE") or "1"
-    if not (size.isdecimal() and int(size)):
-        raise InputError(f"environment: WORLD_SIZE is {size!r}; unset it, or start with torchrun")
-    return int(size)
+    return from_environment("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
     """This process's number on its machine, which is also its GPU's."""
-    return int(os.environ.get("LOCAL_RANK") or 0) if world_size() > 1 else 0
+    return from_environment("LOCAL_RANK") if world_size() > 1 else 0
 
 
 def join_processes(device: torch.device) -> None:
     """Connect the processes: gloo for tensors on the CPU, NCCL for those on a GPU."""
-    if world_size() > 1:
-        names = "RANK", "MASTER_ADDR", "MASTER_PORT"
-        if missing := [name for name in names if not os.environ.get(name)]:
-            found = f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} not set"
-            raise InputError(f"environment: {found}; unset it, or start with torchrun")
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    names = "RANK", "MASTER_ADDR", "MASTER_PORT"
+    if missing := [name for name in names if not os.environ.get(name)]:
+        found = f"WORLD_SIZE is {world_size()}, but {', '.join(missing)} not set"
+        raise InputError(f"environment: {found}; unset it, or start with torchrun")
+    from_environment("MASTER_PORT")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def check_single_process() -> None:
@@ -341,6 +346,13 @@ def make_folder(path: Path, flag: str) -> None:
         tempfile.TemporaryFile(dir=path).close()
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {path}: cannot be written ({reason(error)})") from error
+
+
+def check_output(file: Path, flag: str) -> None:
+    """Create the folder of a file that will be written; InputError if it cannot be."""
+    if file.is_dir():
+        raise InputError(f"{flag} {file}: is a folder; give the name of a file")
+    make_folder(file.parent, flag)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import utils
 from utils import InputError, naming, writing
 
+OTHER_REPOSITORY = "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR"  # of git hooks
 SECONDS_BETWEEN_LINES = 60  # when standard error is not a terminal
 
 
@@ -170,6 +171,18 @@ def settings_summaries(table: dict, metric: str) -> list[Summary]:
     return [summary.text("settings", "\n".join(rows)), experiment, session]
 
 
+def commit_of(home: Path) -> str | None:
+    """The commit of a checkout, "-dirty" if files differ from it; None if it is none."""
+    describe = ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=40"]
+    env = {key: value for key, value in os.environ.items() if key not in OTHER_REPOSITORY}
+    env["GIT_CEILING_DIRECTORIES"] = str(home.parent)  # not a repository around it
+    options = {"capture_output": True, "text": True, "check": True, "timeout": utils.PATIENCE}
+    try:
+        return subprocess.run(describe, cwd=home, env=env, **options).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # not a checkout, or no git
+
+
 def write_manifest(folder: Path, device: torch.device, **more) -> None:
     """Add to manifest.json: the command, versions, device, commit, and `more`."""
     path, before = folder / "manifest.json", {}
@@ -178,15 +191,9 @@ def write_manifest(folder: Path, device: torch.device, **more) -> None:
             before = dict(json.loads(utils.read_text(path))) if path.is_file() else {}
     except InputError as error:  # no run needs what it held
         print(f"{error}; rewriting it")
-    home = str(Path(__file__).parents[1])
-    describe = ["git", "-C", home, "describe", "--always", "--exclude=*", "--dirty", "--abbrev=40"]
-    try:
-        git = subprocess.run(describe, capture_output=True, text=True, check=True)
-        commit = git.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a checkout, or no git
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    now = {"command": shlex.join(sys.argv), "device": str(device), "gpu": gpu, "commit": commit}
+    now = {"command": shlex.join(sys.argv), "device": str(device), "gpu": gpu}
+    now["commit"] = commit_of(Path(__file__).resolve().parents[1])
     now |= {name: version(name) for name in ("torch", "numpy")}
     now |= {"python": platform.python_version(), "platform": platform.platform()}
     utils.write_atomically(path, json.dumps({**before, **now, **more}, indent=1))

@@ -25,6 +25,7 @@ from engine.results import (
     merged,
     note_sources,
     remove_overlays,
+    remove_scores,
     results_folder,
     writing_alone,
 )
@@ -72,12 +73,6 @@ def score(trained: Trained) -> int:
 def write_scores(trained: Trained, data: Data, folder: Path) -> None:
     """Write the files of score() in place of an earlier test's."""
     state, args, spec, model = trained.state, trained.args, trained.spec, trained.model
-    for name in ("metrics.json", "volumes.csv"):
-        (folder / name).unlink(missing_ok=True)
-    for sub in ("masks", "panels"):
-        utils.make_folder(folder / sub, "--results")
-        for old in (folder / sub).glob("*.png"):
-            old.unlink()
     samples = data.split.val
     waiting, native = iter(samples), ConfusionMatrix(len(spec.classes))
     scores = VolumeScores(spec)
@@ -88,6 +83,8 @@ def write_scores(trained: Trained, data: Data, folder: Path) -> None:
         columns = {title: column.cpu() for title, column in columns.items()}
         x, prediction = x.cpu(), logits.argmax(1).cpu()
         for i, sample in enumerate(itertools.islice(waiting, len(x))):
+            if sample is samples[0]:  # its outputs are finite
+                remove_scores(folder)
             in_volume = isinstance(sample.image, Slice)
             if args.native_size or in_volume:
                 truth = torch.from_numpy(files.read_sample(sample, spec)[1])

@@ -2,12 +2,14 @@
 
 import io
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
 import utils
 from datasets.workers import workers_ended
+from engine.signals import stop
 from utils import InputError, TrainingError
 
 
@@ -36,11 +38,15 @@ def execute(command: Callable[[list[str]], int], argv: list[str] | None = None) 
         message, code = "interrupted", 130
     except Exception as error:
         message, code = utils.failure(error), 1
+        if message is None and stop.signum:  # it also ended what the step ran, such as a compiler
+            name, code = signal.Signals(stop.signum).name, 128 + stop.signum
+            message = f"{name}: stopped within a step; checkpoints are intact"
         if message is None:  # a bug
             traceback.print_exc()
             return code
         # the other processes then only find the connection closed
         prints = prints or not message.startswith("the connection between the processes failed")
     if prints:
-        print(f"error: {message}", file=sys.stderr)
+        line = "\\n".join(message.splitlines())  # a file's name may have two
+        print(f"error: {line}", file=sys.stderr)
     return code

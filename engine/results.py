@@ -48,6 +48,16 @@ def writing_alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def remove_scores(folder: Path) -> None:
+    """Remove an earlier test's files, and create the folders of the new one's."""
+    for name in ("metrics.json", "volumes.csv"):  # first: they describe the others
+        (folder / name).unlink(missing_ok=True)
+    for sub in ("masks", "panels"):
+        utils.make_folder(folder / sub, "--results")
+        for old in (folder / sub).glob("*.png"):
+            old.unlink()
+
+
 def check_data_root(metrics: Path, data_root: Path) -> None:
     """InputError if a metrics.json has the scores of another folder that still exists."""
     with utils.naming(metrics):

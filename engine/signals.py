@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 
@@ -23,7 +24,7 @@ class Stop:
             os._exit(128 + signum)
         self.signum, self.heard_at = signum, time.monotonic()
         if not self.training:
-            if int(os.environ.get("RANK", 0)) == 0:
+            if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(signum).name
                 with suppress(OSError):  # the reader has hung up
                     os.write(1, f"{name}: stopped; there was nothing to save\n".encode())
@@ -43,3 +44,14 @@ def install() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     for signum in SIGNALS:
         signal.signal(signum, stop)
+
+
+@contextmanager
+def unhandled() -> Iterator[None]:
+    """Let signals end the process at once: a wait within C code would call no handler."""
+    before = {signum: signal.signal(signum, signal.SIG_DFL) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

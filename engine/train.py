@@ -32,8 +32,8 @@ def train_one_epoch(model: Method, batches: Iterable, run: Run) -> None:
 def evaluate(model: Method, batches: Iterable, visit: Callable | None = None) -> Tensor:
     """Confusion matrix (K, K) over batches (x, y), or those until a signal.
 
-    Calls `visit(x, y, logits)` for each batch. TrainingError if logits are not finite: the argmax
-    of NaN is class 0.
+    Calls `visit(x, y, logits)` for each batch of finite logits. TrainingError if any are not: the
+    argmax of NaN is class 0.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -41,6 +41,8 @@ def evaluate(model: Method, batches: Iterable, visit: Callable | None = None) ->
     for x, y in batches:
         logits = model.segment(x)
         diverged |= ~logits.isfinite().all()
+        if visit and diverged:
+            break
         matrix.update(logits.argmax(1), y)
         if visit:
             visit(x, y, logits)

@@ -151,7 +151,9 @@ def test_unpacked_folders_under_the_root_are_found(root, tmp_path, home):
     assert found_by_main("voc", root) == AUGMENTED
 
 
-def test_another_train_aug_is_corrected_and_the_same_in_another_order_stays(root, voc_archives):
+def test_another_train_aug_is_corrected_and_the_same_in_another_order_stays(
+    root, voc_archives, capsys
+):
     path = root / TRAIN_AUG
     reverse = AUGMENTED[::-1]
     for before, after in (reverse, reverse), ([*AUGMENTED, "2007_000002"], AUGMENTED):
@@ -159,6 +161,8 @@ def test_another_train_aug_is_corrected_and_the_same_in_another_order_stays(root
         path.write_text("\n".join(before))
         assert prepare("voc", root, *voc_archives) == 0
         assert path.read_text().split() == after
+        said = f"{path}: replaced, it differed in 1 image\n" in capsys.readouterr().out
+        assert said == (before != after)
 
 
 def test_train_aug_is_not_shortened_to_the_masks_of_sbd_that_are_there(root, voc_archives, capsys):
@@ -641,6 +645,9 @@ def test_labeled_images_are_left_out_of_the_unlabeled_ones(tmp_path, capsys):
     [
         ({"val": "a"}, "--labeled and --val both list a"),
         ({"val": "\n"}, "val.txt: lists no image"),
+        ({"val": "a/1.png\nb/1.png"}, "val.txt: 'a/1.png' and 'b/1.png' both name '1': ids"),
+        ({"val": "my.scan 1.jpg\nmy.scan 2.jpg"}, "val.txt: 'my.scan 1.jpg' and 'my.scan 2.jpg'"),
+        ({"val": "JPEGImages/"}, "val.txt: 'JPEGImages/' names no image"),
         ({"labeled": "patient001_frame01_slice_4"}, "--labeled: not in the dataset: patient001_f"),
         ({"val": "patient009_frame01"}, "--val: not in the dataset: patient009_frame01"),
         ({"val": "patient001_frame02"}, "out.json: in training and validation: patient001"),

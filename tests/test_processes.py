@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch._dynamo  # DistributedDataParallel imports it, which takes seconds
 from conftest import error_of, make_folder, make_tiny, same, write_indexed
-from runs import Program, curve, error_line, evaluations, last_state
+from runs import Program, curve, error_line, evaluations, last_state, wait_for
 from torch import distributed as dist
 from torch.testing import assert_close
 
@@ -285,6 +285,29 @@ def test_an_environment_that_connects_no_processes_is_an_error(monkeypatch, caps
     for size in "0", "two":
         monkeypatch.setenv("WORLD_SIZE", size)
         assert f"WORLD_SIZE is {size!r}; unset it" in error_line(capsys, *flags)
+    numbers = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "9"}
+    for name in numbers:
+        for key, value in (numbers | {"MASTER_ADDR": "127.0.0.1", name: "one"}).items():
+            monkeypatch.setenv(key, value)
+        assert f"{name} is 'one'; unset it, or start with torchrun" in error_line(capsys, *flags)
+
+
+def test_a_signal_ends_a_process_that_waits_for_others():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    waits = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    make_tiny(20, 4)
+    flags = "--training", "--dataset", "tiny.toml", *FLAGS
+    program = Program(*flags, prepare=partial(os.environ.update, waits))
+
+    def listens() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", int(port))) == 0
+
+    wait_for(listens)
+    os.kill(program.pid, signal.SIGTERM)
+    assert program.ended()[0] == -signal.SIGTERM
 
 
 @pytest.mark.parametrize(

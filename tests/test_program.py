@@ -1,6 +1,7 @@
 """A command as a program: errors as one line, exit codes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 from torch.distributed import DistNetworkError
 
 import main
+import utils
 from engine import program
+from engine.signals import stop
 from utils import InputError, TrainingError
 
 
@@ -78,6 +81,25 @@ def test_a_defect_of_the_program_is_a_traceback(capsys, bug):
     error = capsys.readouterr().err
     assert error.startswith("Traceback")
     assert error.endswith(f"{type(bug).__name__}: {bug}\n")
+
+
+def test_an_error_that_names_a_file_of_two_lines_is_one_line(capsys, tmp_path):
+    file = tmp_path / "a\nb.txt"
+    assert program.execute(lambda _: utils.read_text(file), []) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/a\\nb.txt: No such file or directory\n"
+    with pytest.raises(InputError, match="damaged$"), utils.naming(file):
+        raise ValueError("damaged\nhere")
+
+
+def test_a_failure_that_a_signal_causes_is_no_defect(capsys, monkeypatch):
+    monkeypatch.setattr(stop, "signum", signal.SIGINT)
+
+    def failing(_argv):
+        raise RuntimeError("g++ exited")
+
+    assert program.execute(failing, []) == 128 + signal.SIGINT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: SIGINT: stopped within a step; checkpoints are intact"
 
 
 def test_any_file_name_can_be_printed():

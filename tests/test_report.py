@@ -381,6 +381,9 @@ def test_a_wrong_command_is_one_error_line(capsys, line, named):
     [
         (("evaluations", -1, "miou"), "0.5"),
         (("evaluations", -1, "miou"), 10**30),
+        (("evaluations", -1, "miou"), 87.5),  # in %
+        (("evaluations", -1, "miou"), -0.1),
+        (("volumes", "all", "mean", "dice"), 1.5),
         (("evaluations", -1, "epoch"), None),
         (("split", "labeled"), "3"),
         (("versions", "commit"), 7),

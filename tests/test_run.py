@@ -41,7 +41,7 @@ import main
 from engine import checkpoint
 from engine.flags import parse_args
 from engine.folder import RunFolder, locked
-from engine.logs import write_manifest
+from engine.logs import commit_of, write_manifest
 from engine.signals import Stop, stop
 from model import METHODS
 from utils import InputError
@@ -813,6 +813,15 @@ def test_signals_are_handled_before_anything_slow_is_imported():
 # Logs
 
 
+def test_a_repository_around_the_program_has_another_commit():
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in ["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "another"]:
+        subprocess.run([*git, *command], check=True)
+    Path("program").mkdir()
+    assert commit_of(Path("program").resolve()) is None
+    assert len(commit_of(Path.cwd())) == 40
+
+
 def test_the_manifest_names_command_versions_and_machine_and_keeps_what_it_held(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "--training"])
     write_manifest(Path("."), CPU, started="today")
@@ -822,6 +831,8 @@ def test_the_manifest_names_command_versions_and_machine_and_keeps_what_it_held(
     assert (manifest["command"], manifest["device"]) == ("main.py --training", "cpu")
     assert (manifest["torch"], manifest["gpu"]) == (version("torch"), None)
     assert {"numpy", "python", "platform", "commit"} <= manifest.keys()
+    monkeypatch.setenv("GIT_DIR", ".git")  # as in a hook of another repository
+    assert commit_of(ROOT) == manifest["commit"]
     monkeypatch.setenv("PATH", "nowhere")  # without git
     write_manifest(Path("."), CPU)
     assert json.loads(Path("manifest.json").read_text())["commit"] is None

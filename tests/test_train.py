@@ -25,6 +25,7 @@ import model
 from engine.signals import stop
 from engine.train import evaluate
 from model import METHODS
+from tools import export
 from utils import IGNORE
 
 pytestmark = pytest.mark.usefixtures("in_tmp")
@@ -162,3 +163,15 @@ def test_a_network_whose_outputs_are_not_finite_is_neither_scored_nor_saved(caps
     for use in ["--testing"], ["--predict", "one.png"]:
         assert "are not finite" in error_line(capsys, *use, "--checkpoint", last, code=1)
     assert not Path("results/two/metrics.json").exists()
+    assert not [*Path("results/two").rglob("*.png")]
+
+
+def test_a_network_whose_outputs_are_not_finite_leaves_an_earlier_test_and_export(capsys, trained):
+    command = [trained.parent, "network.pt2"]
+    assert run("--testing") == run(*command, tool=export.export) == 0
+    files = [path for path in [*Path("results").rglob("*"), Path("network.pt2")] if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    edit_checkpoint(trained, lambda state: [w.fill_(math.nan) for w in state["model"].values()])
+    assert "are not finite" in error_line(capsys, "--testing", code=1)
+    assert "are not finite" in error_line(capsys, *command, code=1, tool=export.export)
+    assert {path: path.read_bytes() for path in before} == before

@@ -122,6 +122,13 @@ def test_a_rank_counts_only_among_several_processes(monkeypatch):
     assert (utils.rank(), utils.local_rank()) == (1, 1)
 
 
+def test_the_folder_of_an_output_is_made_and_a_folder_in_its_place_is_an_error(tmp_path):
+    utils.check_output(tmp_path / "new" / "a.png", "--out")
+    assert [*tmp_path.iterdir()] == [tmp_path / "new"]
+    with pytest.raises(InputError, match="--out .*new: is a folder; give the name of a file"):
+        utils.check_output(tmp_path / "new", "--out")
+
+
 def test_reading_a_pipe_is_an_error_and_does_not_wait(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(InputError, match="pipe.txt: not a regular file"):

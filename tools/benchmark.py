@@ -205,7 +205,7 @@ def benchmark(argv: list[str]) -> int:
     run = parse_args(["--training", *argv])
     utils.check_single_process()
     if args.json:
-        utils.make_folder(args.json.parent, "--json")
+        utils.check_output(args.json, "--json")
     machine = f"{torch.get_num_threads()} CPU threads"
     if torch.cuda.is_available() and run.device != "cpu" and not args.count:
         machine = torch.cuda.get_device_name(run.device)

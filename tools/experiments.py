@@ -268,7 +268,7 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser("experiments.py", description=__doc__.splitlines()[0])
+    parser = Parser("experiments.py", description=(__doc__ or "").partition("\n")[0])
     actions = parser.add_subparsers(dest="action", required=True, metavar="list|run|report|keep")
     helps = {
         "list": "print the paper's number and the command of each experiment",

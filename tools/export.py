@@ -87,7 +87,7 @@ def load_exported(path: Path) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def export(argv: list[str]) -> int:
     """Export, load the file, and compare it with the trained network on noise of two sizes."""
-    parser = Parser("export.py", description=__doc__.splitlines()[0])
+    parser = Parser("export.py", description=(__doc__ or "").partition("\n")[0])
     flag = parser.add_argument
     flag("checkpoint", metavar="CHECKPOINT", help="a .pt file, or a run's folder (its best.pt)")
     flag("file", metavar="FILE", type=Path, help="the .pt2 or .onnx file to write")
@@ -100,7 +100,7 @@ def export(argv: list[str]) -> int:
     if missing := ", ".join(name for name in REQUIRED[file.suffix] if not find_spec(name)):
         raise utils.InputError(f"{file} needs {missing}: pip install -r tools/requirements.txt")
     trained = load(Flags({"checkpoint": args.checkpoint, "device": "cpu"}))
-    utils.make_folder(file.parent, "FILE")
+    utils.check_output(file, "FILE")
     model, spec, normalization = trained.model, trained.spec, trained.args.normalization
     model.bf16 = False  # the exported network computes in float32
     network = model.evaluated
@@ -119,12 +119,17 @@ def export(argv: list[str]) -> int:
 
     about = {"classes": spec.classes, "palette": spec.palette, "size": trained.args.size}
     metadata = {key: json.dumps(value) for key, value in about.items()}
+    sizes = (1, spec.channels, *trained.args.size), (3, spec.channels, 37, 50)
+    samples = [noise(*size) for size in sizes]
+    expected = [model.segment(normalize(pixels, normalization)) for pixels in samples]
+    if not all(logits.isfinite().all() for logits in expected):
+        found = "the network's outputs are not finite: its training has diverged"
+        raise utils.TrainingError(f"{trained.path}: {found}")
     deployed = Deployed(network.requires_grad_(False), normalization).eval()
     content = serialize(deployed, noise(2, spec.channels, 24, 28), file.suffix, metadata)
     utils.write_atomically(file, content)
     exported = load_exported(file)
-    for pixels in noise(1, spec.channels, *trained.args.size), noise(3, spec.channels, 37, 50):
-        logits = model.segment(normalize(pixels, normalization))
+    for pixels, logits in zip(samples, expected, strict=True):
         difference = ((exported(pixels) - logits).abs().max() / logits.abs().max()).item()
         if not difference < 1e-3:  # also for NaN; another order of summation makes about 1e-6
             file.unlink()

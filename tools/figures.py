@@ -168,7 +168,9 @@ def save(figure: Figure, handles: list[Line2D], path: Path) -> None:
     """Write a figure with a legend above its panels; the same bytes for the same figure."""
     columns = max(1, min(len(handles), int(figure.get_figwidth() / 3)))
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, dpi=100, metadata={"Software": None})
+    utils.write_atomically(path, content.getvalue())
 
 
 def draw_curves(runs: list[RunRecord], path: Path) -> str:
@@ -276,7 +278,7 @@ def rows(args: Namespace) -> Figure:
 
 def figures(argv: list[str]) -> int:
     """The command line: draw, then write."""
-    parser = Parser("tools/figures.py", description=__doc__.splitlines()[0])
+    parser = Parser("tools/figures.py", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="rows")
     text = "draw images, true masks and the predictions of runs"
     command = commands.add_parser("rows", help=text, description=text)
@@ -292,7 +294,7 @@ def figures(argv: list[str]) -> int:
     if args.titles and len(args.titles) != len(args.runs):
         counts = f"{len(args.titles)} for {len(args.runs)} runs"
         raise InputError(f"--titles: {counts}; give one per run, in order")
-    utils.make_folder(args.out.parent, "--out")
+    utils.check_output(args.out, "--out")
     content = io.BytesIO()
     rows(args).savefig(content, format=args.out.suffix[1:])
     utils.write_atomically(args.out, content.getvalue())

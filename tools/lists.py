@@ -31,6 +31,19 @@ def image_of(line: str) -> str:
     return re.sub(ENDINGS, "", re.split(r"[/\\]", pair[1] if pair else line)[-1], flags=re.I)
 
 
+def read_list(path: Path) -> list[str]:
+    """The images that a list names, each once; InputError if two lines would name the same."""
+    lines: dict[str, str] = {}
+    for line in utils.read_lines(path):
+        name = image_of(line)
+        if not name:
+            raise InputError(f"{path}: {line!r} names no image")
+        if lines.setdefault(name, line) != line:
+            found = f"{lines[name]!r} and {line!r} both name {name!r}"
+            raise InputError(f"{path}: {found}: ids have no folders, extensions or blanks")
+    return [*lines]
+
+
 def acdc_ids(lists: dict[str, list[str]], samples: list[Sample]) -> dict[str, list[str]]:
     """The ids of ACDC's slices that lists of frames and slices name.
 
@@ -91,7 +104,7 @@ def make_split(argv: list[str]) -> int:
     files = {role: path for role in ROLES if (path := getattr(args, role))}
     lists = {}
     for role, path in files.items():
-        lists[role] = list(dict.fromkeys(map(image_of, utils.read_lines(path))))
+        lists[role] = read_list(path)
         if not lists[role]:
             raise InputError(f"--{role} {path}: lists no image")
     samples = []
@@ -110,7 +123,7 @@ def make_split(argv: list[str]) -> int:
         by_id = {sample.id: sample for sample in samples}
         check_groups(args.out, {role: map(by_id.get, ids) for role, ids in lists.items()})
         lists = {role: whole_exams(ids, samples) for role, ids in lists.items()}
-    utils.make_folder(args.out.parent, "--out")
+    utils.check_output(args.out, "--out")
     rows = [f" {json.dumps(role)}: {json.dumps(names)}" for role, names in lists.items()]
     utils.write_atomically(args.out, "{\n" + ",\n".join(rows) + "\n}\n")
     counts = ", ".join(f"{len(names):,} {role}" for role, names in lists.items())

@@ -260,6 +260,9 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
             n_more = counted(len(before) - len(augmented), "image")
             print(f"kept {path}: {n_more} more than SBD's masks here, which may be incomplete")
         elif before != {*augmented}:
+            if before:
+                n_others = len(before.symmetric_difference(augmented))
+                print(f"{path}: replaced, it differed in {counted(n_others, 'image')}")
             utils.write_atomically(path, "\n".join([*augmented, ""]))
     elif "train_aug" not in ids:
         remedy = f"use --download, or get {SBDataset.url} and pass it to --from"

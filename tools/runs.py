@@ -155,20 +155,22 @@ def checked(run: RunRecord) -> RunRecord:
     _ = (run.versions.get("commit") or "").encode()
     counts = [run.split[role] for role in ROLES]
     counts += [run.settings[key] for key in ("seed", "epochs", "ratio")]
-    numbers = []
+    shares, distances = [], []
     scored = [run.dataset["classes"][k] for k in run.dataset["scored"]]
     for line in run.evaluations:
         counts += [line["epoch"], line["step"]]
-        numbers.append(line["miou"])
-        numbers += [line["iou"][name] for name in scored]
+        shares += [line["miou"], *(line["iou"][name] for name in scored)]
     if "all" in run.volumes:
         scores = run.volumes["all"]
-        numbers += [scores["mean"][key] for key in ("dice", "hd95_mm", "assd_mm")]
+        shares.append(scores["mean"]["dice"])
+        distances += [scores["mean"][key] for key in ("hd95_mm", "assd_mm")]
         counts += [each[key] for each in scores["classes"].values() for key in ("n", "missed")]
-    numbers = [number for number in numbers if number is not None]  # where no scored class occurs
-    for number in counts + numbers:
-        if type(number) not in (int, float) or not abs(number) < 1e12:
-            raise ValueError(f"{number!r} is not a number")
+    for values, most in (counts, 1e12), (distances, 1e12), (shares, 1):
+        for value in values:
+            if value is None and values is not counts:  # where no scored class occurs
+                continue
+            if type(value) not in (int, float) or not 0 <= value <= most:
+                raise ValueError(f"{value!r} is not a number from 0 to {most:g}")
     return run
 
 
