@@ -238,6 +238,12 @@ def read_frames(path: Path) -> np.ndarray:
     if not (np.isfinite(file.affine).all() and (np.isfinite(voxel) & (voxel > 0)).all()):
         expected = "expected positive voxel sizes and a finite affine"
         raise InputError(f"{path}: invalid header with voxel sizes {voxel.tolist()}; {expected}")
+    sizes = nibabel.affines.voxel_sizes(file.affine)
+    known = [each for each in (voxel, sizes) if not np.allclose(each, 1)]  # 1 mm: not set
+    if len(known) == 2 and not np.allclose(voxel, sizes, rtol=0.01):
+        own, other = (" x ".join(f"{size:.4g}" for size in each) for each in known)
+        found = f"voxel sizes {own} in the header (pixdim), but {other} in the affine"
+        raise InputError(f"{path}: {found}; correct one of them")
     n_frames = max(volume.shape[3:], default=1)
     has_frames = volume.ndim >= 3 and n_frames == prod(volume.shape[3:]) and volume.size
     if not has_frames or volume.dtype.kind not in "uif":

@@ -276,6 +276,7 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
             with_header(280, np.nan),
             "expected positive voxel sizes and a finite affine",
         ),  # of the affine
+        ("", with_header(80, 3), "in the header (pixdim), but 1.414 x 1.334 x 9.813 in the affine"),
         ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
         ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),
         ("", volume_of(0, 14, 3), "expected a volume (X, Y, Z)"),
