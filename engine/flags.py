@@ -119,7 +119,10 @@ def split_kind(text: str) -> str:
 def build_parser() -> Parser:
     """All flags, with the paper's defaults (Section 3.3)."""
     usage = "python main.py --training | --testing | --predict PATH... [flags]"
-    description = "Train segmentation networks with a few labeled images, test them and use them."
+    description = (
+        "Train segmentation networks with a few labeled images, test them and use them.\n"
+        "Defaults are the paper's; the dataset's TOML, --config and the command line override them."
+    )
     parser = Parser("main.py", usage=usage, description=description)
     share, weight = bounded(float, 0, 1, above=True), bounded(float, 0)
     count = bounded(int, 1, 10**9)
@@ -137,7 +140,10 @@ def build_parser() -> Parser:
     flag("--overlay", action="store_true", help="with --predict, also write masks over images")
     native = "with --testing, also score at the masks' original size"
     flag("--native-size", action="store_true", help=native)
-    part = "with --testing: score test (a folder's, ACDC's, a split file's) or val (VOC's val.txt)"
+    part = (
+        "with --testing, score other images: test is a folder's test/, ACDC's testing/ or a split "
+        "file's test list, val is VOC's val.txt"
+    )
     flag("--part", choices=["val", "test"], help=part)
     flag("--overwrite", action="store_true", help="delete the run's folder and start over")
 
@@ -196,7 +202,10 @@ def build_parser() -> Parser:
     flag("--lr", type=bounded(float, 0, above=True), default=2e-4, help="Adam's learning rate")
     betas = {"nargs": 2, "default": [0.5, 0.999], "metavar": ("B1", "B2")}
     flag("--betas", type=beta, **betas, help="Adam's betas")
-    augmented = "flip and rotate images as the orientation allows; vary contrast and brightness"
+    augmented = (
+        "vary contrast and brightness; flip and rotate as orientation in the dataset's TOML allows "
+        "(by default neither)"
+    )
     flag("--augment", action=switch, default=False, help=augmented)
     flag("--init", metavar="FILE", help="checkpoint (or run's folder) with initial weights")
     precision = "precision of the networks; losses stay fp32"

@@ -214,7 +214,8 @@ def draw_curves(runs: list[RunRecord], path: Path) -> str:
     save(figure, lines, path)
     caption = f"mIoU by step, one line per run; each panel shows {', '.join(legend)}."
     if any(name.endswith(AUGMENT) for _, name in cells):
-        caption += " Panels of experiments with --augment show Partial with it, too."
+        caption += " Panels of experiments with --augment show Partial with it, too; "
+        caption += "that of partial_augment shows it without."
     return caption
 
 
