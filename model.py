@@ -105,7 +105,7 @@ def one_hot(y: Tensor, n_classes: int, dtype: torch.dtype = torch.float32) -> Te
 
 @contextmanager
 def frozen(*networks: nn.Module) -> Iterator[None]:
-    """Eq. 9: inside, these networks are "considered as fixed"; gradients pass to their inputs."""
+    """Eq. 9: inside, these networks are fixed; gradients pass through them to their inputs."""
     parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad = False
@@ -171,7 +171,8 @@ class Method(nn.Module):
         super().__init__()
         self.n_classes, self.bf16 = n_classes, bf16
         self.adam = {"lr": lr, "betas": tuple(betas), "fused": True}
-        self.G_IS = ResNetGenerator(channels, n_classes, ngf, n_blocks, dropout)
+        self.generator = {"ngf": ngf, "n_blocks": n_blocks, "dropout": dropout}
+        self.G_IS = ResNetGenerator(channels, n_classes, **self.generator)
         self.weights = {"gen_S": 1.0}
         self.optimizers: dict[str, Optimizer] = {}
         self.sides: dict[str, nn.Module] = {}
@@ -241,7 +242,8 @@ class Method(nn.Module):
         losses = {}
         if "D" in self.sides:
             losses = self.sides["D"](x, y, x_u, fakes)
-            descend(self.optimizers["D"], sum(losses.values()), losses)  # Eq. 4 + Eq. 5
+            # Eq. 4 + Eq. 5, without the weights of Eq. 8: a factor does not change Adam's step
+            descend(self.optimizers["D"], sum(losses.values()), losses)
         return {name: term.detach() for name, term in (terms | losses).items()}
 
     def pictures(self, y: Tensor, logits: Tensor) -> dict[str, Tensor]:
@@ -294,23 +296,17 @@ class CycleGAN(Method):
         n_classes: int,
         *,
         weights: dict[str, float] | None = None,
-        ngf: int = 64,
         ndf: int = 64,
-        n_blocks: int = 9,
-        dropout: float = 0.0,
         disc_norm: str = "batch",
         disc_kernel: int = 1,
         hard_fakes: bool = False,
         pool_size: int = 0,
         **options,
     ):
-        super().__init__(
-            channels, n_classes, ngf=ngf, n_blocks=n_blocks, dropout=dropout, **options
-        )
-        K, C = n_classes, channels
-        self.G_SI = ResNetGenerator(K, C, ngf, n_blocks, dropout, tanh=True)
-        self.D_S = PixelDiscriminator(K, ndf, disc_norm, disc_kernel)
-        self.D_I = PixelDiscriminator(C, ndf, disc_norm, disc_kernel)
+        super().__init__(channels, n_classes, **options)
+        self.G_SI = ResNetGenerator(n_classes, channels, **self.generator, tanh=True)
+        self.D_S = PixelDiscriminator(n_classes, ndf, disc_norm, disc_kernel)
+        self.D_I = PixelDiscriminator(channels, ndf, disc_norm, disc_kernel)
         if unknown := {*(weights or {})} - {"gen_S", *WEIGHTS}:
             expected = ", ".join(["gen_S", *WEIGHTS])
             raise ValueError(f"weights of {sorted(unknown)}: expected some of {expected}")
@@ -329,9 +325,10 @@ class CycleGAN(Method):
         weights = {name: getattr(args, f"lambda{i}") for i, name in enumerate(WEIGHTS, 1)}
         if args.reduction == "sum":
             weights = as_sums(weights, spec.channels, *args.size)
-        options = {key: getattr(args, key) for key in ("ndf", "disc_norm", "disc_kernel")}
-        options |= {"pool_size": args.pool_size, "hard_fakes": args.disc_input == "argmax"}
-        return super().options(spec, args) | options | {"weights": weights}
+        keys = "ndf", "disc_norm", "disc_kernel", "pool_size"
+        options = {key: getattr(args, key) for key in keys}
+        options |= {"weights": weights, "hard_fakes": args.disc_input == "argmax"}
+        return super().options(spec, args) | options
 
     def active_terms(self) -> set[str]:
         """The names of the terms whose weight is not 0."""
@@ -349,10 +346,12 @@ class CycleGAN(Method):
         return self.compute(self.G_SI, y)
 
     def generator_terms(self, x, y, x_u):
-        """The terms of Eq. 8 and the fakes {"y": G_IS(x'), "x": G_SI(y)}; none of a weight of 0.
+        """The terms of Eq. 8 and the fakes {"y": G_IS(x'), "x": G_SI(y)}.
 
-        Their backward pass leaves no gradient in the discriminators. Each generator runs once on
-        both of its inputs: instance norm works image by image, so the values are the same.
+        Terms whose weight is 0, and fakes that only they need, are left out. The backward pass
+        leaves no gradient in the discriminators. x and x' pass through G_IS together, true and
+        predicted masks through G_SI: instance norm works image by image, so the values are the
+        same.
         """
         on, terms, fakes = self.active_terms(), {}, {}
         uses_x_u, uses_y = on & {"cycle_I", "disc_S"}, on & {"gen_I", "cycle_S", "disc_I"}
@@ -622,8 +621,8 @@ def distribute(model: Method, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, (NormedConv2d, NormedConvTranspose2d)):
             module.bias.requires_grad_(False)  # DDP would wait for its gradient
+    devices = [device] if device.type == "cuda" else None
     for name, side in model.sides.items():
-        devices = [device] if device.type == "cuda" else None
         wrapped = DistributedDataParallel(side, device_ids=devices, gradient_as_bucket_view=True)
         wrapped.broadcast_buffers = False  # batch norm's are equal; the argument is deprecated
         model.sides[name] = wrapped

@@ -54,8 +54,9 @@ class PixelDiscriminator(nn.Module):
 
     Three convolutions of width ndf, 2 ndf and 1. Leaky ReLU of slope 0.2 follows the first two;
     norm follows the second convolution: "batch" (the paper) or "instance" (the released code, which
-    then gives the last two convolutions a bias). The paper states neither the widths nor the (odd)
-    `kernel`: 1 is the released code's; with 3, each score depends on 7x7 pixels, with zero padding.
+    then gives the last two convolutions a bias). The paper does not state the widths, whether a
+    leaky ReLU follows the last convolution, or the (odd) `kernel`: 1 is the released code's; with
+    3, each score depends on 7x7 pixels, with zero padding.
     ValueError for another norm or an even kernel.
     """
 

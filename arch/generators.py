@@ -26,7 +26,7 @@ def init_weights(module: nn.Module) -> None:
 class NormedConv2d(nn.Conv2d):
     """A convolution before instance norm, which cancels its bias.
 
-    The bias stays a parameter, as in the paper's counts, but is left out and never trained.
+    The bias stays a parameter, as in the released code, but is left out and never trained.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -300,6 +300,11 @@ class Flags(argparse.Namespace):
         return {key: getattr(self, key) for key in all_names() if key not in hidden}
 
 
+def spelled(key: str) -> str:
+    """The flag of a key: --batch-size of batch_size."""
+    return f"--{key.replace('_', '-')}"
+
+
 def all_names() -> list[str]:
     """The names of all flags."""
     return [*itertools.chain(*build_parser().keys.values())]
@@ -318,12 +323,12 @@ def parse_args(argv: list[str]) -> Flags:
         raise InputError(f"give one of {', '.join(f'--{mode}' for mode in MODES)}")
     for key, modes in MODE_FLAGS.items():
         if key in given and given.keys().isdisjoint(modes):
-            flag, needed = key.replace("_", "-"), " or ".join(f"--{mode}" for mode in modes)
+            needed = " or ".join(map(spelled, modes))
             hint = "; --init sets a run's initial weights" if key == "checkpoint" else ""
-            raise InputError(f"--{flag} needs {needed}{hint}")
+            raise InputError(f"{spelled(key)} needs {needed}{hint}")
     for key, value in given.items():  # config.toml and split.json are UTF-8
         if isinstance(value, str) and value != value.encode(errors="ignore").decode():
-            raise InputError(f"--{key.replace('_', '-')} {value!r}: expected UTF-8")
+            raise InputError(f"{spelled(key)} {value!r}: expected UTF-8")
     args = Flags(given)
     if not args.training:
         return args
@@ -359,7 +364,7 @@ def read_table(path: Path, table: dict, known: list[str]) -> dict:
                 close = difflib.get_close_matches(key, known, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"unknown key {key!r}{hint}")
-            flag = "--" + key.replace("_", "-")
+            flag = spelled(key)
             if value is None:
                 continue
             if expected := _other_type(key, value):

@@ -16,7 +16,7 @@ import utils
 from datasets.spec import DatasetSpec, make_spec
 from datasets.splits import Split
 from engine import checkpoint
-from engine.flags import Flags
+from engine.flags import Flags, spelled
 from utils import InputError
 
 NOTE = "# python main.py --training"  # a run's config.toml begins with it
@@ -181,7 +181,7 @@ def check_kept(folder: Path, args: Flags) -> None:
                 continue
         if folder.resolve() in (path.resolve(), *path.resolve().parents):
             advice = "move it, or give --name for another folder"
-            raise InputError(f"--{key.replace('_', '-')} {path}: --overwrite deletes it; {advice}")
+            raise InputError(f"{spelled(key)} {path}: --overwrite deletes it; {advice}")
 
 
 def is_run(folder: Path) -> bool:

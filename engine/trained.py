@@ -15,7 +15,7 @@ from datasets.layouts import index, parts_of
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
 from datasets.splits import ByFile, Split, read_lists
 from engine import checkpoint
-from engine.flags import Flags, Parser, setting_names
+from engine.flags import Flags, Parser, setting_names, spelled
 from model import METHODS, Method, move
 from utils import InputError
 
@@ -126,7 +126,7 @@ def run_flags(parser: Parser) -> None:
     """Add what `load_runs` reads: RUN ... and main.py's flags of the machine."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
     for name in MACHINE:
-        parser.add_argument(f"--{name.replace('_', '-')}", help="as in main.py")
+        parser.add_argument(spelled(name), help="as in main.py")
 
 
 def load_runs(args: Namespace) -> list[Trained]:
@@ -145,10 +145,7 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
     if isinstance(args.rule, ByFile):
         asked.pop("split", None)  # the split's hash decides
     if differ := [key for key, value in asked.items() if value != fixed[key]]:
-        flags = [
-            f"--{k.replace('_', '-')} {asked[k]}, but it was trained with {fixed[k]}"
-            for k in differ
-        ]
+        flags = [f"{spelled(k)} {asked[k]}, but it was trained with {fixed[k]}" for k in differ]
         raise InputError(f"{path}: {utils.first_ten(flags)}; leave these flags out")
 
 
@@ -198,7 +195,7 @@ def find_checkpoint(args: Flags) -> Path:
         advice = "resume it, or give its last.pt as --checkpoint"
         raise InputError(f"{utils.first_ten(unfinished)}: not evaluated yet; {advice}")
     if not finished:
-        flags = "".join(f" --{key.replace('_', '-')} {args.given[key]}" for key in wanted)
+        flags = "".join(f" {spelled(key)} {args.given[key]}" for key in wanted)
         advice = f"start one with python main.py --training{flags}"
         raise InputError(f"{args.checkpoints} contains no trained run{flags}: {advice}")
     return max(finished, key=finished.get)

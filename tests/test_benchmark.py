@@ -148,10 +148,12 @@ def test_without_rounds_only_the_memory_is_measured(capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--options fp16", "--options fp16: expected fp32, tf32 or bf16[+compile]"),
+        ("--options fp32 fp16", "--options fp16: expected fp32, tf32 or bf16[+compile]"),
+        ("--device tpu9", "--device tpu9: "),
         ("--options bf16+faster", "--options bf16+faster"),
         ("--count --options bf16+compile", "--count"),
     ],
 )
-def test_wrong_flags_are_an_error_line(capsys, flags, words):
+def test_wrong_flags_are_an_error_line(monkeypatch, capsys, flags, words):
+    monkeypatch.setattr(benchmark, "Step", None)  # before any step
     assert words in error_line(capsys, *SMALL, *flags.split(), tool=benchmark.benchmark)

@@ -353,6 +353,11 @@ def test_a_run_that_failed_before_a_signal_is_not_interrupted(capsys, stub):
     assert "SIGTERM: 1 runs interrupted, 1 not started" in out
 
 
+def test_a_run_that_another_program_terminates_is_listed(capsys, stub):
+    assert experiments.run_all({"a": [["a", "0", "143"]]}, Path(), 1, []) == 1
+    assert "failed: a: exit code 143" in capsys.readouterr().out
+
+
 def test_the_tool_is_a_program():
     line = [sys.executable, str(Path(experiments.__file__)), "list", "--table", "2"]
     result = subprocess.run(line, capture_output=True, text=True, check=True)

@@ -434,6 +434,7 @@ def test_vocs_and_cityscapes_names_have_their_official_spelling_whatever_an_arch
 
 def test_an_archive_without_the_layout_is_said_to_hold_what_it_holds(root, tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as target:
+        target.writestr("scans/", b"")
         for number in range(3):
             target.writestr(f"scans/{number}.dcm", b"")
     line = error_line(capsys, "acdc", "--root", root, "--from", tmp_path / "other.zip")

@@ -247,7 +247,7 @@ def test_scores_of_whole_volumes_are_over_the_seeds_that_have_them():
         folder = make_run("partial", seed)
         results_of(folder).mkdir(parents=True)
         mean = {"dice": dice, "hd95_mm": 12.0 + seed, "assd_mm": None}
-        classes = {"a": {"n": 20, "missed": 3 + seed}, "b": {"n": 20, "missed": 0}}
+        classes = {"a": {"n": 22, "missed": 3 + seed, "invented": 2}, "b": {"n": 20, "missed": 0}}
         scores = {"all": {"mean": mean, "classes": classes}}
         write_test(folder, volumes={} if dice is None else scores)
     row = table_of(report_of(), "### Scores of whole volumes")["partial, 10%"]
@@ -387,6 +387,9 @@ def test_a_wrong_command_is_one_error_line(capsys, line, named):
         (("evaluations", -1, "epoch"), None),
         (("split", "labeled"), "3"),
         (("versions", "commit"), 7),
+        (("dataset", "name"), 7),
+        (("dataset", "name"), ["acdc"]),
+        (("dataset", "name"), "../acdc"),
         (("settings", "seed"), "0"),
         (("volumes", "all", "mean", "dice"), {}),
         (("volumes", "all", "classes", "a", "missed"), 10**400),

@@ -14,6 +14,7 @@ import argparse
 import copy
 import gc
 import json
+import re
 import statistics
 import sys
 import time
@@ -81,11 +82,9 @@ class Step:
     """A method's training step on random images; `option` is PRECISION[+compile]."""
 
     def __init__(self, run: Flags, option: str, plain: bool = False):
-        precision, *switches = option.split("+")
-        if precision not in ("fp32", "tf32", "bf16") or switches not in ([], ["compile"]):
-            raise utils.InputError(f"--options {option}: expected fp32, tf32 or bf16[+compile]")
         self.args = args = copy.copy(run)
-        args.precision, args.compile = precision, switches == ["compile"]
+        args.precision, plus, _ = option.partition("+")
+        args.compile = bool(plus)
         self.spec = spec = load_spec(args.dataset)
         self.device = utils.pick_device(args.device, args.precision)
         utils.seed_everything(args.seed, args.deterministic)
@@ -173,8 +172,6 @@ def time_options(args: argparse.Namespace, run: Flags) -> Iterator[dict]:
 
 def count_options(args: argparse.Namespace, run: Flags) -> Iterator[dict]:
     """Operations of a plain step and of each option."""
-    run = copy.copy(run)
-    run.device = "cpu"
     yield {"step": "plain fp32", **Step(run, "fp32", plain=True).count()}
     for option in args.options:
         yield {"step": option, **Step(run, option).count()}
@@ -186,7 +183,9 @@ def text(value: str | float | dict | None) -> str:
         return f"{value['ratio']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return "n/a" if value is None else f"{value:,}" if isinstance(value, int) else value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value or "n/a"
 
 
 def benchmark(argv: list[str]) -> int:
@@ -202,13 +201,19 @@ def benchmark(argv: list[str]) -> int:
     args, argv = parser.parse_known_args(argv)
     if args.count and "+compile" in " ".join(args.options):
         raise utils.InputError("--count: operations of compiled networks cannot be counted")
+    for option in args.options:
+        if not re.fullmatch(r"(fp32|tf32|bf16)(\+compile)?", option):
+            raise utils.InputError(f"--options {option}: expected fp32, tf32 or bf16[+compile]")
     run = parse_args(["--training", *argv])
     utils.check_single_process()
     if args.json:
         utils.check_output(args.json, "--json")
+    if args.count:
+        run.device = "cpu"
+    device = utils.pick_device(run.device, run.precision)
     machine = f"{torch.get_num_threads()} CPU threads"
-    if torch.cuda.is_available() and run.device != "cpu" and not args.count:
-        machine = torch.cuda.get_device_name(run.device)
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
     size = f"{run.size[0]}x{run.size[1]}, ngf {run.ngf}, batches of {run.batch_size}"
     title = f"{run.method}, {run.dataset} {size}; {machine}, torch {torch.__version__}"
     print(title)

@@ -11,7 +11,8 @@ A term without a gradient in G_IS has no column.
 
 `cycle`: L_cycle^I (Eq. 6) on the validation images, where G_SI paints from the softmax map of
 G_IS(x), from its argmax, and from the true mask. If only the softmax map restores the image, it
-carries the image in small probabilities that the argmax does not show.
+carries the image in small probabilities that the argmax does not show. The error of an image's mean
+is beside them, for comparison.
 
 `norms`: the gradients of G_SI's first layer after masks of one class and after others. All flags
 but --steps are main.py's. Each norm trains the same networks on the same batches: ours
@@ -115,7 +116,7 @@ def of_terms(run: Trained, steps: int) -> dict[str, float]:
         terms, _ = model.generator_terms(x, y, *x_u or [None])
         for name, term in terms.items():
             parts = []
-            if term.requires_grad:  # not that of --disc-input argmax
+            if term.requires_grad:  # not disc_S of --disc-input argmax, nor semi before its start
                 weighted, options = model.weights[name] * term, {"allow_unused": True}
                 parts = torch.autograd.grad(weighted, parameters, retain_graph=True, **options)
             norm = nn.utils.get_total_norm([part for part in parts if part is not None])

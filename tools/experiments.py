@@ -8,8 +8,8 @@
 
 tools/experiments.toml lists scales and experiments. Flags of main.py after -- are added to every
 run. The same command again resumes interrupted runs. A run's folder is
-checkpoints/<scale>/<dataset>_<name>_<ratio>_s<seed>; its output is in the .log file beside it. The
-test of its last checkpoint, which follows, is in results/<scale>/.
+checkpoints/<scale>/<dataset>_<name>_<ratio>_s<seed>; its output is in the .log file beside it. Its
+last checkpoint is then tested; the scores are in results/<scale>/.
 `keep` adds finished runs to <scale>.jsonl, one line per run. `report` and `keep` write to the
 folder of the runs, or of the kept log, unless --out is given.
 """
@@ -38,7 +38,7 @@ import torch
 import utils
 from datasets.splits import ByFile
 from engine import program
-from engine.flags import Flags, Parser, bounded, parse_args
+from engine.flags import Flags, Parser, bounded, parse_args, spelled
 from engine.signals import SIGNALS
 from tools import report, runs
 from tools.plan import EXPERIMENTS, SCALES, command_flags, paper_cells, paper_scores, short_name
@@ -62,14 +62,15 @@ def select(args: argparse.Namespace, scale: str) -> list[tuple[str, str, float]]
     in_paper = {dataset for dataset, _, _ in paper_cells(None)}
     names = [name for name in EXPERIMENTS if args.names is None or name in args.names]
     if args.table:
-        names = [name for name in names if name in {name for _, _, name in cells}]
+        in_table = {name for _, _, name in cells}
+        names = [name for name in names if name in in_table]
     for dataset in [args.dataset] if args.dataset else dict.fromkeys(cell[0] for cell in cells):
         short = short_name(dataset)
         table = SCALES[scale].get("ratios", {})
         usual = table.get(short, table.get("*", []))
         fallback = [] if short in in_paper and not args.names else [0.2]
         for name in names:
-            paper = [ratio for other, ratio, of in cells if (other, of) == (short, name)]
+            paper = [cell[1] for cell in cells if cell[::2] == (short, name)]
             ratios = args.ratios or (args.table and paper) or usual or paper or fallback
             ratios = EXPERIMENTS[name].get("ratios", ratios) if ratios else []
             selected += [(dataset, name, ratio) for ratio in ratios]
@@ -203,7 +204,7 @@ def run_all(
                 result, code = job.result(folder), job.process.returncode
                 print(f"end   {job.name}: {result}", flush=True)
                 if code:
-                    by_signal = code > 128 or -code in signals
+                    by_signal = signals and (code > 128 or -code in signals)
                     (interrupted if by_signal else failed)[job.name] = result
                 elif not (job.testing or signals or is_tested(folder / job.name)):
                     begin(job.name, True, job.slot)
@@ -221,7 +222,7 @@ def run_all(
         again = "the same command" + (" without --overwrite" if overwrite else "")
         print(f"{signal.Signals(signals[0]).name}: {counts}; {again} resumes them")
         return 128 + signals[0]
-    return 1 if failed or interrupted else 0
+    return 1 if failed else 0
 
 
 # The command line
@@ -244,9 +245,8 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     asked = parse_args(["--training", *extra])
     by_file = isinstance(asked.rule, ByFile)
     if fixed := {key for key in asked.given if key in FIXED or (key == "split" and by_file)}:
-        flag = min(fixed).replace("_", "-")
         advice = "it follows from the flags before --; to set it, run main.py directly"
-        raise InputError(f"--{flag} after --: {advice}")
+        raise InputError(f"{spelled(min(fixed))} after --: {advice}")
     cells, commands = select(args, scale), {}
     if args.data_root:
         if len({dataset for dataset, _, _ in cells}) > 1:

@@ -57,15 +57,15 @@ def serialize(network: nn.Module, pixels: Tensor, suffix: str, metadata: dict[st
     """The content of a .pt2 or .onnx file, traced with `pixels` but for any batch and size."""
     height, width = (Dim(name, min=MIN_SIZE, max=16384) for name in ("height", "width"))
     shapes = {0: Dim("batch", max=65536), 2: height, 3: width}
-    program = torch.export.export(network, (pixels,), dynamic_shapes=(shapes,), strict=False)
+    traced = torch.export.export(network, (pixels,), dynamic_shapes=(shapes,), strict=False)
     if suffix == ".pt2":
         content = io.BytesIO()
         with warnings.catch_warnings():  # about the storage of weights on other devices
             warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
-            torch.export.save(program, content, extra_files=metadata)
+            torch.export.save(traced, content, extra_files=metadata)
         return content.getvalue()
     names = {"input_names": ["pixels"], "output_names": ["logits"]}
-    model = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
+    model = torch.onnx.export(traced, dynamo=True, verbose=False, **names).model_proto
     for value in model.graph.input[0], model.graph.output[0]:
         for axis, name in (0, "batch"), (2, "height"), (3, "width"):  # torch's names are formulas
             value.type.tensor_type.shape.dim[axis].dim_param = name

@@ -18,15 +18,14 @@ AUGMENT = "_augment"  # the ending of experiments with --augment
 
 
 @cache
-def paper_scores() -> dict[tuple[str, float, str], float]:
-    """mIoU of Tables 1 and 2 by dataset, share of labeled images and experiment."""
+def paper_scores(*tables: int) -> dict[tuple[str, float, str], float]:
+    """mIoU in Tables 1 and 2, or in `tables`, by dataset, share of labels and experiment."""
     scores = {}
-    for name, experiment in EXPERIMENTS.items():
-        for table in experiment.get("table1", {}), experiment.get("table2", {}):
-            for dataset, numbers in table.items():
-                scores |= {
-                    (dataset, float(ratio), name): number for ratio, number in numbers.items()
-                }
+    for table in tables or (1, 2):
+        for name, experiment in EXPERIMENTS.items():
+            for dataset, numbers in experiment.get(f"table{table}", {}).items():
+                for ratio, number in numbers.items():
+                    scores[dataset, float(ratio), name] = number
     return scores
 
 
@@ -45,13 +44,7 @@ def paper_cells(table: int | None) -> list[tuple[str, float, str]]:
     """(dataset, ratio, experiment) in a table of the paper, or in Tables 1 and 2."""
     if table in (3, 4):
         return [key for key in paper_iou() if key[0] == PLAN[f"table{table}"]["dataset"]]
-    keys = [f"table{table}"] if table else ["table1", "table2"]
-    cells = []
-    for name, experiment in EXPERIMENTS.items():
-        for key in keys:
-            for dataset, numbers in experiment.get(key, {}).items():
-                cells += [(dataset, float(ratio), name) for ratio in numbers]
-    return list(dict.fromkeys(cells))
+    return [*(paper_scores(table) if table else paper_scores())]
 
 
 def short_name(dataset: str) -> str:

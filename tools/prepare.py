@@ -89,7 +89,8 @@ def members(source: Path) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
             for member in archive.infolist():
-                yield member.filename, member.file_size, partial(archive.read, member)
+                if not member.is_dir():
+                    yield member.filename, member.file_size, partial(archive.read, member)
     elif tarfile.is_tarfile(source) or source.name.lower().endswith(ARCHIVE_SUFFIXES):
         try:
             with tarfile.open(source) as archive:
@@ -287,7 +288,7 @@ def verify(spec: DatasetSpec, root: Path, workers: int) -> None:
         bar = tqdm(results, f"reading {spec.name}", len(samples), unit=" images", disable=None)
         for sample, result in zip(samples, bar, strict=True):
             if isinstance(result, str):
-                errors[result] = sample  # one for all slices of a volume
+                errors[result] = None  # once for all slices of a volume
             else:
                 pixels[sample.part] += result
 

@@ -94,7 +94,7 @@ def difference_rows(runs: list[RunRecord], scale: str) -> list[dict]:
             overlap = n_val / sum(split["labeled"] + split["unlabeled"] for split in splits)
             for epoch in "last", "best":
                 values = [getattr(run, epoch) - getattr(pair, epoch) for run, pair in pairs]
-                row[epoch], _ = mean_and_sd(values)
+                row[epoch] = statistics.mean(values)
                 for end, correction in {"": 0.0, "_corrected": overlap}.items():
                     low, high = interval(values, correction)
                     row |= {f"{epoch}_low{end}": low, f"{epoch}_high{end}": high}
@@ -129,7 +129,8 @@ def volume_rows(runs: list[RunRecord]) -> list[dict]:
             continue
         row = head(group[0]) | {"n": len(tests)}
         classes = [scores for test in tests for scores in test["classes"].values()]
-        n_missed, n = (sum(scores[key] for scores in classes) for key in ("missed", "n"))
+        n_missed = sum(scores["missed"] for scores in classes)
+        n = sum(scores["n"] - scores.get("invented", 0) for scores in classes)
         row["missed"] = n_missed / n if n else None  # no volume is complete under --split image
         for measure in VOLUME_MEASURES:
             means = (test["mean"][measure] for test in tests)
@@ -262,7 +263,7 @@ def section(dataset: str, runs: list[RunRecord], *tables: list[dict]) -> str:
 
 
 def page(
-    scale: str, runs: list[RunRecord], tables: list[list[dict]], figures: dict[str, dict]
+    scale: str, runs: list[RunRecord], tables: list[list[dict]], captions: dict[str, dict]
 ) -> str:
     """The report, from the rows of its tables and the captions of each dataset's figures."""
     text = f"""# Results: {scale}
@@ -278,9 +279,9 @@ chosen on the validation images. Written by `tools/experiments.py report` from {
     if any(r.settings["method"] == "meanteacher" and "any_orientation" in r.dataset for r in runs):
         text += "`meanteacher` runs of this page flipped and rotated images inside the method, "
         text += "as no flag does today.\n\n"
-    for dataset in dict.fromkeys(run.dataset["name"] for run in runs):
+    for dataset, figures in captions.items():
         text += section(dataset, [run for run in runs if run.dataset["name"] == dataset], *tables)
-        for name, caption in figures[dataset].items():
+        for name, caption in figures.items():
             text += f"{caption}\n\n![{caption}]({name})\n\n"
     return text.rstrip() + "\n"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import utils
 from datasets.spec import read_toml
 from datasets.splits import ROLES
-from engine.flags import all_names, build_parser, setting_names
+from engine.flags import all_names, build_parser, setting_names, spelled
 from tools.plan import DATASETS, EXPERIMENTS, SCALES, planned
 from utils import InputError
 
@@ -30,11 +30,11 @@ def as_flags(settings: dict) -> list[str]:
     """Settings as words of a command line."""
     words = []
     for key, value in settings.items():
-        flag = key.replace("_", "-")
+        flag = spelled(key)
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(flag if value else f"--no-{flag[2:]}")
         else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
     return words
 
 
@@ -90,8 +90,9 @@ class RunRecord:
     @property
     def labels(self) -> str:
         """What is labeled: '10%', or '8 exams'."""
-        ratio = self.settings["ratio"]
-        return f"{self.n_exams} exams" if self.n_exams and ratio < 1 else f"{100 * ratio:g}%"
+        if self.n_exams and self.settings["ratio"] < 1:
+            return utils.counted(self.n_exams, "exam")
+        return f"{100 * self.settings['ratio']:g}%"
 
 
 def read_folder(folder: Path) -> RunRecord:
@@ -105,8 +106,8 @@ def read_folder(folder: Path) -> RunRecord:
         dataset = config.pop("dataset")
         settings = {key: value for key, value in config.items() if key not in NO_SETTING}
         ratio = f"{settings['ratio']:g}" if "ratio" in settings else ""  # none with a split file
-        name = rf"{re.escape(dataset['name'])}_(.+)_{ratio}_s{settings['seed']}"
-        match = re.fullmatch(name, folder.name) if ratio else None
+        pattern = rf"{re.escape(dataset['name'])}_(.+)_{ratio}_s{settings['seed']}"
+        match = re.fullmatch(pattern, folder.name) if ratio else None
         path = folder / "metrics.jsonl"
         lines = []
         for text in utils.read_lines(path) if path.is_file() else []:
@@ -120,19 +121,16 @@ def read_folder(folder: Path) -> RunRecord:
         versions = {key: manifest[key] for key in VERSIONS if key in manifest}
         path = results_of(folder) / "metrics.json"
         test = json.loads(utils.read_text(path)) if path.is_file() else {}
-        # the scores of another network of the same name would differ
-        is_last = lines and test.get("epoch") == lines[-1]["epoch"] and is_near(test, lines[-1])
+        is_last = False
+        if lines and test.get("epoch") == lines[-1]["epoch"]:
+            difference = (test["miou"] or 0) - (lines[-1]["miou"] or 0)
+            is_last = abs(difference) < 1e-3  # rounding; another network of this name differs more
         path, name = folder, match[1] if match and match[1] in EXPERIMENTS else ""
         volumes = test.get("volumes", {}) if is_last else {}
         run = RunRecord(name, folder.name, settings, dataset, lines, versions, split, volumes)
         return checked(run) if name else run
     except (OSError, *MALFORMED) as error:
         raise InputError(f"{path}: not as main.py writes it ({error!r})") from error
-
-
-def is_near(test: dict, evaluation: dict) -> bool:
-    """Whether both have the same mIoU, up to rounding."""
-    return abs((test["miou"] or 0) - (evaluation["miou"] or 0)) < 1e-3
 
 
 def results_of(folder: Path) -> Path:
@@ -150,6 +148,8 @@ def checked(run: RunRecord) -> RunRecord:
         flags, commit = as_flags(dict.fromkeys(dropped, True)), run.versions.get("commit")
         what = f"{' '.join(flags)} no longer exist"
         raise InputError(f"{run.run}: {what}; read it with commit {commit or 'of its time'}")
+    if not utils.is_folder_name(run.dataset["name"]):
+        raise ValueError(f"{run.dataset['name']!r} is not the name of a dataset")
     run = replace(run, settings=PAPER | run.settings)
     _ = run.place, run.finished, run.labels, run.split["hash"]
     _ = (run.versions.get("commit") or "").encode()
@@ -164,7 +164,8 @@ def checked(run: RunRecord) -> RunRecord:
         scores = run.volumes["all"]
         shares.append(scores["mean"]["dice"])
         distances += [scores["mean"][key] for key in ("hd95_mm", "assd_mm")]
-        counts += [each[key] for each in scores["classes"].values() for key in ("n", "missed")]
+        for each in scores["classes"].values():
+            counts += [each["n"], each["missed"], each.get("invented", 0)]
     for values, most in (counts, 1e12), (distances, 1e12), (shares, 1):
         for value in values:
             if value is None and values is not counts:  # where no scored class occurs
@@ -213,8 +214,8 @@ def check_settings(runs: list[RunRecord], scale: str, source: Path) -> None:
         settings = planned(dataset, name, scale)
         for key, expected in settings.items():
             if run.settings[key] != expected:
-                flag, found = f"--{key.replace('_', '-')}", run.settings[key]
-                wrong.append(f"{run.run}: {flag} is {found}, expected {expected}")
+                found = f"{spelled(key)} is {run.settings[key]}"
+                wrong.append(f"{run.run}: {found}, expected {expected}")
         others = [key for key in PAPER if key not in {*settings, "seed", "ratio"}]
         shared = {(key,): run.settings[key] for key in others}
         shared |= {(f"[dataset] {key}",): run.dataset.get(key) for key in DATASET_KEYS}
