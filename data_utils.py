@@ -54,8 +54,8 @@ class Stored(Dataset):
         mask = torch.from_numpy(self.cache.masks[self.rows[i]].copy())
         return mask.masked_fill_(mask == IGNORE, self.ignored_class)
 
-    def masks(self) -> Iterator[tuple[Sample, np.ndarray]]:
-        """The samples and their masks, with ignored pixels."""
+    def cached_masks(self) -> Iterator[tuple[Sample, np.ndarray]]:
+        """The samples and their masks as cached, IGNORE kept."""
         for sample, row in zip(self.samples, self.rows, strict=True):
             yield sample, self.cache.masks[row]
 
@@ -223,18 +223,16 @@ class Data:
     @cached_property
     def axes(self) -> list[str]:
         """Where the axes of the volumes point (files.axes_of), without duplicates."""
-        samples = self.split.labeled + self.split.unlabeled + self.split.val
-        return sorted({axes_of(path) for path in volumes_of(samples)})
+        return sorted({axes_of(path) for path in volumes_of(self.split.samples)})
 
     @property
     def n_groups(self) -> int:
         """The number of images or exams with masks."""
-        samples = self.split.labeled + self.split.unlabeled + self.split.val
-        return len({sample.group for sample in samples if sample.mask is not None})
+        return len({sample.group for sample in self.split.samples if sample.mask is not None})
 
     def masks(self) -> list[tuple[Sample, np.ndarray]]:
         """The labeled and the validation masks, with their samples."""
-        return [*self.labeled.masks(), *self.val.masks()]
+        return [*self.labeled.cached_masks(), *self.val.cached_masks()]
 
 
 def training_batches(
@@ -249,10 +247,17 @@ def training_batches(
 def load_data(
     args, spec: DatasetSpec, expected_split: str | None = None, uses_unlabeled: bool = False
 ) -> Data:
-    """Index --data-root, split it as the flags say, and open its cache.
+    """load_split, then open_data."""
+    return open_data(args, spec, load_split(args, spec, expected_split, uses_unlabeled))
 
-    InputError if files are missing, unusable or too few (none unlabeled where the method uses
-    them), or if the split does not have the expected hash (a checkpoint's).
+
+def load_split(
+    args, spec: DatasetSpec, expected_split: str | None = None, uses_unlabeled: bool = False
+) -> Split:
+    """Index --data-root and split it as the flags say.
+
+    InputError if files are missing or too few (none unlabeled where the method uses them), or if
+    the split does not have the expected hash (a checkpoint's).
     """
     rule = args.rule
     samples = index(spec, Path(args.data_root), rule.kind)
@@ -263,7 +268,7 @@ def load_data(
     if expected_split is not None:
         check_split(args, split, expected_split)
     utils.check_same(split.ids(), "the split's images")
-    return open_data(args, spec, split)
+    return split
 
 
 def check_split(args, split: Split, expected: str) -> None:
@@ -280,8 +285,8 @@ def check_split(args, split: Split, expected: str) -> None:
 
 
 def open_data(args, spec: DatasetSpec, split: Split) -> Data:
-    """Open the cache of a split's images."""
-    used = sorted(split.labeled + split.unlabeled + split.val, key=lambda sample: sample.id)
+    """Open the cache of a split's images; InputError names unusable files."""
+    used = sorted(split.samples, key=lambda sample: sample.id)
     with utils.first_process_first():
         cache = open_cache(spec, used, tuple(args.size), Path(args.cache), args.workers)
     ignored_class = 0 if args.ignored == "background" else IGNORE

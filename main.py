@@ -2,8 +2,8 @@
 
 python main.py --training | --testing | --predict PATH...
 
-Flags also come from TOML files: the parser's defaults (the paper's), config/<dataset>.toml,
---config FILE, the command line. Later ones override earlier ones.
+Flags come from the parser's defaults (the paper's), config/<dataset>.toml, --config FILE and the
+command line; later ones override earlier ones.
 """
 
 if __name__ == "__main__":  # importing torch takes seconds; handle signals from the start
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import utils
-from data_utils import Batches, Data, load_data, training_batches
+from data_utils import Batches, Data, load_split, open_data, training_batches
 from datasets import labels
 from datasets.spec import ORIENTATIONS, DatasetSpec, load_spec
 from engine import predict, program, signals, trained
@@ -36,10 +36,11 @@ def train(args: Flags) -> int:
     device, spec = connect(args), load_spec(args.dataset)
     model = build_model(args, spec, device)
     with open_folder(args, spec) as folder:
-        data = load_data(args, spec, folder.split_hash, model.uses_unlabeled)
+        split = load_split(args, spec, folder.split_hash, model.uses_unlabeled)
         if message := folder.finished(args.epochs):
             print(message)
             return 0
+        data = open_data(args, spec, split)
         describe(args, spec, data, device, folder.path)
         check_masks(spec, data)
         with Run(args, spec, data, model, folder) as run:  # begins the folder or restores last.pt
@@ -119,10 +120,10 @@ def check_masks(spec: DatasetSpec, data: Data) -> None:
     InputError if the labeled or the validation masks contain fewer than two classes, or if masks
     follow two conventions.
     """
-    labels.check_classes(data.labeled.masks(), spec, data.labeled.ignored_class)
+    labels.check_classes(data.labeled.cached_masks(), spec, data.labeled.ignored_class)
     labels.check_ignored(data.masks(), spec, data.unlabeled.samples)
     advice = "choose images that have objects, with --split FILE or another --seed"
-    labels.check_classes(data.val.masks(), spec, role="validation", advice=advice)
+    labels.check_classes(data.val.cached_masks(), spec, role="validation", advice=advice)
 
 
 # The command line

@@ -74,7 +74,7 @@ def is_file(path: Path) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """InputError for what is there but is no file, such as a pipe, which would block its reader."""
+    """InputError if a path exists but is no regular file: a pipe would block its reader."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a regular file")
 
@@ -135,7 +135,10 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 
 def pick_device(name: str | None, precision: str) -> torch.device:
-    """The device of that name, by default a GPU if there is one; sets the precision of products."""
+    """The device of that name, by default a GPU if there is one.
+
+    Sets the precision of matrix products and convolutions.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     name = f"cuda:{local_rank()}" if name == "cuda" else name  # set_device needs the number
     try:
@@ -164,7 +167,7 @@ def compile_networks(model: nn.Module) -> None:
 
 
 def from_environment(name: str, least: int = 0) -> int:
-    """A number that torchrun sets, by default the least; InputError if it is none."""
+    """An integer that torchrun sets, `least` if unset; InputError if it is invalid."""
     text = os.environ.get(name) or str(least)
     if not (text.isdecimal() and least <= int(text) < 2**31):
         raise InputError(f"environment: {name} is {text!r}; unset it, or start with torchrun")
@@ -273,28 +276,6 @@ def first_process_first() -> Iterator[None]:
     yield
     if not local_rank():
         dist.barrier(group)
-
-
-def failure(error: Exception) -> str | None:
-    """A message for a failure of the machine; None for a bug in the program."""
-    signs = "out of memory", "not enough memory", "allocate memory", "size calculation overflow"
-    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
-        return (
-            "out of memory; in training, halving --batch-size or the area of --size halves it, "
-            "--ngf 32 instead of 64 cuts it to two thirds, --precision bf16 to three quarters"
-        )
-    if str(error).startswith("DataLoader worker (pid"):
-        advice = "if it ran out of memory, give fewer --workers; checkpoints are intact"
-        return f"a process that loads images ended: {str(error).partition('. ')[0]}; {advice}"
-    if str(error).startswith("DataLoader timed out"):
-        found = str(error).replace("DataLoader timed out", "loading a batch of images timed out")
-        return f"{found}; unless the process was suspended, check the disk; checkpoints are intact"
-    if "InvalidCxxCompiler" in str(error) or "Failed to find C compiler" in str(error):
-        return "--compile: found no C++ compiler; install g++, or train without --compile"
-    if isinstance(error, dist.DistError) or "gloo/" in str(error):
-        found = (str(error) or type(error).__name__).splitlines()[0]
-        return f"the connection between the processes failed ({found}); checkpoints are intact"
-    return None
 
 
 # Files

@@ -25,10 +25,18 @@ from datasets import files
 from datasets.phantom import draw_phantom
 from datasets.spec import DatasetSpec, Sample, Slice
 from datasets.workers import image_loader, loaded
-from utils import PATIENCE, InputError, counted, exclusive, first_ten, make_folder, writing
+from utils import (
+    PATIENCE,
+    InputError,
+    check_regular,
+    counted,
+    exclusive,
+    first_ten,
+    make_folder,
+    writing,
+)
 
 TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
-READERS = (files, draw_phantom)  # with decode() and resize(), the code that the key covers
 
 
 def resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -51,7 +59,7 @@ def decode(sample: Sample, spec: DatasetSpec, size: tuple[int, int]) -> tuple[Te
 
 
 class Decoder(Dataset):
-    """Item i writes sample i into the files of a cache; it is the error, or files.colors_of().
+    """Item i writes sample i into a cache's files and returns its error or files.colors_of().
 
     Worker processes thus send back no pixels, however many slices a volume has.
     """
@@ -92,11 +100,12 @@ class Cache:
     rows: dict[str, int]
 
     def __reduce__(self):  # a worker process that is not forked maps the files itself
-        return _reopen, (Path(self.images.filename).parent, self.rows)
+        return _map_cache, (Path(self.images.filename).parent, self.rows)
 
 
-def _reopen(home: Path, rows: dict[str, int]) -> Cache:
-    return Cache(*_map_cache(home), rows)
+def _map_cache(home: Path, rows: dict[str, int]) -> Cache:
+    images, masks = (np.load(home / f"{name}.npy", mmap_mode="r") for name in ("images", "masks"))
+    return Cache(images, masks, rows)
 
 
 def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -> str:
@@ -117,7 +126,7 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
 
     stamps = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
     labels = spec.channels, spec.lookup().tolist()
-    code = [inspect.getsource(reader) for reader in (*READERS, decode, resize)]
+    code = [inspect.getsource(reader) for reader in (files, draw_phantom, decode, resize)]
     content = json.dumps([stamps, labels, list(size), code])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -129,19 +138,19 @@ def open_cache(
 
     InputError names the unusable files (the first ten, then the count).
     """
+    rows = {sample.id: row for row, sample in enumerate(samples)}
     home = folder / f"{spec.name}_{size[0]}x{size[1]}_{cache_key(spec, samples, size)}"
-    arrays = _map_cache(home)
-    if arrays is None:
-        make_folder(folder, "--cache")
-        with _temporary_folder(folder, home.name) as partial:
-            _fill_cache(partial, spec, samples, size, workers)
-            home.mkdir(exist_ok=True)
-            for file in partial.iterdir():  # other runs may be storing equal files
-                with file.open("rb") as stored:  # on the disk before it gets its name
-                    os.fsync(stored.fileno())
-                file.replace(home / file.name)
-        arrays = _map_cache(home)
-    return Cache(*arrays, {sample.id: row for row, sample in enumerate(samples)})
+    with suppress(OSError, ValueError, EOFError):  # missing or damaged
+        return _map_cache(home, rows)
+    make_folder(folder, "--cache")
+    with _temporary_folder(folder, home.name) as partial:
+        _fill_cache(partial, spec, samples, size, workers)
+        home.mkdir(exist_ok=True)
+        for file in partial.iterdir():  # other runs may be storing equal files
+            with file.open("rb") as stored:  # on the disk before it gets its name
+                os.fsync(stored.fileno())
+            file.replace(home / file.name)
+    return _map_cache(home, rows)
 
 
 @contextmanager
@@ -161,19 +170,13 @@ def _temporary_folder(parent: Path, name: str) -> Iterator[Path]:
         yield folder
 
 
-def _map_cache(home: Path) -> list[np.ndarray] | None:
-    """Images and masks, memory-mapped; None if they are missing or damaged."""
-    try:
-        return [np.load(home / file, mmap_mode="r") for file in ("images.npy", "masks.npy")]
-    except (OSError, ValueError, EOFError):
-        return None
-
-
 def _needs_float(source: Path | Slice | int, spec: DatasetSpec) -> bool:
+    """Whether an image has more than 8 bits; decoding reports broken files."""
     if spec.layout == "folder" and isinstance(source, Path):
-        # decoding reports broken files
-        with suppress(Exception), Image.open(source) as image:
-            return files.is_deep(image)
+        with suppress(Exception):
+            check_regular(source)  # opening a pipe would wait for its writer
+            with Image.open(source) as image:
+                return files.is_deep(image)
     return isinstance(source, Slice)
 
 
@@ -209,8 +212,7 @@ def _fill_cache(
                 collate_fn=list,
             )
             items = itertools.chain.from_iterable(loaded(decoded))
-            text = {"desc": f"decoding {spec.name}", "unit": " images"}
-            bar = tqdm(items, total=len(samples), disable=None, **text)
+            bar = tqdm(items, f"decoding {spec.name}", len(samples), unit=" images", disable=None)
             for volume, sample, item in zip(volumes, samples, bar, strict=True):
                 if isinstance(item, InputError):
                     problems.setdefault(str(volume), str(item))

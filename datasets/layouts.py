@@ -27,9 +27,9 @@ def is_hidden(path: Path) -> bool:
 
 
 def right_name(folder: Path, at_root: bool) -> str:
-    """The name that a folder of the layout "folder" should have; "" if it has it, or is another.
+    """The correct name of a misspelled folder such as Image/; "" if it is right or unrelated.
 
-    One that is named like val/ or test/ counts if it contains images/.
+    A folder that should be val/ or test/ counts only if it contains images/.
     """
     lower = folder.name.lower()
     name = IMAGE_FOLDERS.get(lower) or (at_root and PART_FOLDERS.get(lower)) or folder.name
@@ -45,7 +45,7 @@ def voc_homes(root: Path) -> tuple[Path, ...]:
 
 
 def voc_home(root: Path, folder: str) -> Path:
-    """VOC2012 with that folder."""
+    """The VOC2012 folder that contains `folder`; InputError if there is none."""
     home = next((h for h in voc_homes(root) if (h / folder).is_dir()), None)
     if home is None:
         expected = f"VOC2012 (a folder with {folder})"

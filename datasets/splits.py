@@ -53,6 +53,11 @@ class Split:
         exams = [{sample.group for sample in role} for role in (self.labeled, self.unlabeled)]
         return "exam" if len(exams[0]) < len(self.labeled) and not exams[0] & exams[1] else "image"
 
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """All samples that a run uses."""
+        return self.labeled + self.unlabeled + self.val
+
     def summary(self, unit: str | None = None) -> str:
         """'8 of 75 exams labeled (152 slices), 67 unlabeled (1,282), 25 for validation (468)'."""
         by_exam = (unit or self.unit()) == "exam"

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils import TrainingError, reason
+from utils import PATIENCE, TrainingError, reason
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 LONGEST = 1800  # seconds without a batch after which a process or its disk counts as hung
@@ -94,5 +94,5 @@ def workers_ended() -> Iterator[None]:
             for worker in workers:
                 worker.kill()
             for worker in workers:
-                worker.join()
+                worker.join(PATIENCE)  # one that waits for a hung disk does not end
             signal.signal(signal.SIGCHLD, handler)

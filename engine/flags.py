@@ -125,7 +125,7 @@ def build_parser() -> Parser:
     )
     parser = Parser("main.py", usage=usage, description=description)
     share, weight = bounded(float, 0, 1, above=True), bounded(float, 0)
-    count = bounded(int, 1, 10**9)
+    count = bounded(int, 1)
     size, beta = bounded(int, MIN_SIZE, 16384), bounded(float, 0, 0.9999)
     switch = argparse.BooleanOptionalAction
 
@@ -232,9 +232,8 @@ def build_parser() -> Parser:
     flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help=fakes)
     pool = "earlier predictions and generated images kept for the discriminators; released: 50"
     flag("--pool-size", type=bounded(int, 0), default=0, metavar="N", help=pool)
-    norms = ["batch", "instance"]
     norm = "norm layers of the discriminators; released: instance"
-    flag("--disc-norm", default="batch", choices=norms, help=norm)
+    flag("--disc-norm", default="batch", choices=["batch", "instance"], help=norm)
     chance = "dropout in the generators' residual blocks; released: 0.5"
     flag("--dropout", type=bounded(float, 0, 0.99), default=0.0, metavar="P", help=chance)
 
@@ -300,7 +299,7 @@ class Flags(argparse.Namespace):
         return {key: getattr(self, key) for key in all_names() if key not in hidden}
 
 
-def spelled(key: str) -> str:
+def flag_of(key: str) -> str:
     """The flag of a key: --batch-size of batch_size."""
     return f"--{key.replace('_', '-')}"
 
@@ -323,12 +322,12 @@ def parse_args(argv: list[str]) -> Flags:
         raise InputError(f"give one of {', '.join(f'--{mode}' for mode in MODES)}")
     for key, modes in MODE_FLAGS.items():
         if key in given and given.keys().isdisjoint(modes):
-            needed = " or ".join(map(spelled, modes))
+            needed = " or ".join(map(flag_of, modes))
             hint = "; --init sets a run's initial weights" if key == "checkpoint" else ""
-            raise InputError(f"{spelled(key)} needs {needed}{hint}")
+            raise InputError(f"{flag_of(key)} needs {needed}{hint}")
     for key, value in given.items():  # config.toml and split.json are UTF-8
         if isinstance(value, str) and value != value.encode(errors="ignore").decode():
-            raise InputError(f"{spelled(key)} {value!r}: expected UTF-8")
+            raise InputError(f"{flag_of(key)} {value!r}: expected UTF-8")
     args = Flags(given)
     if not args.training:
         return args
@@ -364,7 +363,7 @@ def read_table(path: Path, table: dict, known: list[str]) -> dict:
                 close = difflib.get_close_matches(key, known, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise InputError(f"unknown key {key!r}{hint}")
-            flag = spelled(key)
+            flag = flag_of(key)
             if value is None:
                 continue
             if expected := _other_type(key, value):

@@ -16,11 +16,11 @@ import utils
 from datasets.spec import DatasetSpec, make_spec
 from datasets.splits import Split
 from engine import checkpoint
-from engine.flags import Flags, spelled
+from engine.flags import Flags, flag_of
+from engine.logs import EVENTS
 from utils import InputError
 
 NOTE = "# python main.py --training"  # a run's config.toml begins with it
-EVENTS = "events.out.tfevents"
 TOGETHER = "eval_every", "log_every"  # flags that control when processes synchronize
 PROGRESS = ("epoch", "step", "evaluated", "best")  # of a run, kept in last.pt
 
@@ -40,10 +40,9 @@ class RunFolder:
 
     def finished(self, epochs: int) -> str | None:
         """The message for a run that has finished all `epochs`; None if it has not."""
-        progress = self.state["progress"] if self.state else {}
-        if progress.get("evaluated") != epochs:
+        if not self.state or self.state["progress"]["evaluated"] != epochs:
             return None
-        best = progress["best"]
+        best = self.state["progress"]["best"]
         result = f"best mIoU {best['miou']:.4f} at epoch {best['epoch']}"
         return f"{self.path} is finished after {utils.counted(epochs, 'epoch')}: {result}"
 
@@ -175,13 +174,14 @@ def check_kept(folder: Path, args: Flags) -> None:
     """InputError if --overwrite would delete files that the new run reads."""
     for key in ("init", "config", "dataset", "split", "data_root", "cache"):
         path = Path(getattr(args, key) or folder.parent).absolute()
-        if key in ("dataset", "split"):  # names, too, and files that the new run writes again
-            own = path.parent.resolve() == folder.resolve()
-            if not utils.is_file(path) or (own and path.name in ("config.toml", "split.json")):
-                continue
-        if folder.resolve() in (path.resolve(), *path.resolve().parents):
-            advice = "move it, or give --name for another folder"
-            raise InputError(f"{spelled(key)} {path}: --overwrite deletes it; {advice}")
+        with utils.naming(path):
+            if key in ("dataset", "split"):  # names, too, and files that the new run writes again
+                own = path.parent.resolve() == folder.resolve()
+                if not path.is_file() or (own and path.name in ("config.toml", "split.json")):
+                    continue
+            if folder.resolve() in (path.resolve(), *path.resolve().parents):
+                advice = "move it, or give --name for another folder"
+                raise InputError(f"{flag_of(key)} {path}: --overwrite deletes it; {advice}")
 
 
 def is_run(folder: Path) -> bool:

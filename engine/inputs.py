@@ -23,6 +23,8 @@ from datasets.files import (
 )
 from utils import InputError, first_ten, naming, reason
 
+RESULTS_NOTE = "checkpoint.txt"  # in a folder of results: whose they are
+
 
 def visible_files(folder: Path) -> list[Path]:
     """The files under a folder and in folders that it links to, except hidden ones."""
@@ -66,7 +68,7 @@ def find_pictures(paths: list[Path]) -> tuple[dict[Path, Path], list[str]]:
         if not exists:
             raise InputError(f"--predict {path}: no such file or folder")
         inside = visible_files(path) if path.is_dir() else [path]
-        masks = {f.parent: "results of a run" for f in inside if f.name == "checkpoint.txt"}
+        masks = {f.parent: "results of a run" for f in inside if f.name == RESULTS_NOTE}
         for folder in {folder for file in inside for folder in file.parents}:
             below = path in folder.parents
             if below and folder.name == "masks" and folder.with_name("images").is_dir():

@@ -23,6 +23,7 @@ import utils
 from utils import InputError, naming, writing
 
 OTHER_REPOSITORY = "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR"  # of git hooks
+EVENTS = "events.out.tfevents"  # beginning of the names of TensorBoard's files
 SECONDS_BETWEEN_LINES = 60  # when standard error is not a terminal
 
 
@@ -135,7 +136,7 @@ class EventLog:
     """
 
     def __init__(self, folder: Path, first_step: int):
-        self.path = folder / "events.out.tfevents"
+        self.path = folder / EVENTS
         with writing(self.path, 0):
             self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         if first_step:

@@ -84,9 +84,9 @@ def format_means(metrics: dict) -> str:
     """The mean IoU on one line, with the others where they differ, and a warning."""
     line = f"mIoU {metrics['miou'] or 0:.4f}"
     for key, title in OTHER_MEANS.items():
-        if metrics.get(key, metrics["miou"]) != metrics["miou"]:
+        if metrics[key] != metrics["miou"]:
             line += f", {title} {metrics[key] or 0:.4f}"
-    if name := metrics.get("constant"):
+    if name := metrics["constant"]:
         line += f", predicts only {name}"
     return line
 
@@ -98,9 +98,7 @@ def format_metrics(metrics: dict) -> str:
         cells = ("-" if value is None else f"{100 * value:.2f}" for value in values)
         return f"{title:{width}}" + "".join(map(str.rjust, cells, (7, 15)))
 
-    others = {
-        f"mIoU, {title}": metrics.get(key, metrics["miou"]) for key, title in OTHER_MEANS.items()
-    }
+    others = {f"mIoU, {title}": metrics[key] for key, title in OTHER_MEANS.items()}
     width = max(map(len, [*metrics["iou"], *others]))
     lines = [f"{'class':{width}}    IoU  Dice (pooled)"]
     lines += [row(name, iou, metrics["dice"][name]) for name, iou in metrics["iou"].items()]
@@ -110,7 +108,7 @@ def format_metrics(metrics: dict) -> str:
         lines.append(row("without background", *means))
     lines += [row(title, value) for title, value in others.items() if value != metrics["miou"]]
     lines.append(row("pixel accuracy", metrics["pixel_accuracy"]))
-    if name := metrics.get("constant"):
+    if name := metrics["constant"]:
         miou = metrics["miou"] or 0
         lines.append(f"predicts only {name}, which scores mIoU {miou:.3f}")
     return "\n".join(lines)

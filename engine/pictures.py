@@ -14,7 +14,6 @@ from datasets.spec import DatasetSpec
 from datasets.writers import flat_palette
 from utils import IGNORE, write_atomically
 
-Palette = tuple[tuple[int, int, int], ...]
 SMALLEST = 128  # height and width in pixels below which a picture is enlarged
 GAP = 4  # pixels between pictures
 WORDS = {  # for the paper's symbols
@@ -27,7 +26,7 @@ WORDS = {  # for the paper's symbols
 }
 
 
-def colorize(mask: Tensor, palette: Palette) -> Tensor:
+def colorize(mask: Tensor, palette: tuple[tuple[int, int, int], ...]) -> Tensor:
     """Masks (B, H, W) to colors (B, 3, H, W) in [0, 1]."""
     table = torch.tensor(flat_palette(palette), device=mask.device).view(256, 3) / 255
     return table[mask.long()].permute(0, 3, 1, 2)

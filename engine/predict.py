@@ -21,10 +21,7 @@ from engine.pictures import picture_grid, save_overlay, save_picture
 from engine.results import (
     add_volumes,
     check_data_root,
-    count_older,
-    merged,
-    note_sources,
-    remove_overlays,
+    prepare_predictions,
     remove_scores,
     results_folder,
     writing_alone,
@@ -52,7 +49,7 @@ def mask_at(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def score(trained: Trained) -> int:
     """--testing: write metrics.json, masks/ and panels/ of a checkpoint's validation images.
 
-    Those of --part go to a folder of that name.
+    Also volumes.csv where images are slices. Those of --part go to a folder of that name.
     """
     args, spec, data = trained.args, trained.spec, trained.data()
     dtype = trained.image_dtype
@@ -87,7 +84,7 @@ def write_scores(trained: Trained, data: Data, folder: Path) -> None:
                 remove_scores(folder)
             in_volume = isinstance(sample.image, Slice)
             if args.native_size or in_volume:
-                truth = torch.from_numpy(files.read_sample(sample, spec)[1])
+                truth = torch.from_numpy(files.read_labels(sample, spec))
                 mask = mask_at(logits[i], truth.shape).cpu()
                 native.update(mask, truth)
                 if in_volume:
@@ -141,7 +138,7 @@ def print_values(spec: DatasetSpec) -> None:
 
 
 def plane_name(i: int, n_planes: int, depth: int) -> str:
-    """The file of the overlay of plane i of a volume: frame, if there is time, and slice."""
+    """The file name of plane i's overlay: its frame, if there are several, and its slice."""
     frame = f"t{i // depth:02d}_" if n_planes > depth else ""
     return f"{frame}s{i % depth:02d}.png"
 
@@ -161,15 +158,8 @@ def predict(trained: Trained) -> int:
         skipped = f"; skipped {utils.first_ten(other)}" if other else ""
         raise InputError(f"--predict: found no images or NIfTI volumes{skipped}")
     folder = results_folder(args.results, trained.path) / "predict"
-    utils.make_folder(folder / "masks", "--results")
     contents = PredictedVolumes(spec)
-    if any(map(files.is_volume, found)):
-        merged(folder / "volumes.csv", contents)  # an unreadable table is an error now
-    note_sources(folder, found)
-    if n_older := count_older(folder / "masks", found, trained.path):
-        masks, cause = utils.counted(n_older, "mask"), "earlier weights may have made them"
-        print(f"{folder}: has {masks} of other files, older than {trained.path}: {cause}")
-    remove_overlays(folder / "overlays", found)
+    prepare_predictions(folder, found, trained.path, contents)
 
     def planes() -> Iterator[tuple[Path, int, int, Tensor]]:
         for path in tqdm(found, desc="predicting", unit=" files", disable=None):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import utils
 from datasets import writers
+from datasets.files import is_volume
+from engine.inputs import RESULTS_NOTE
 from engine.volumes import PredictedVolumes
 from utils import InputError
 
@@ -27,7 +29,7 @@ def results_folder(results: str, checkpoint: Path) -> Path:
     folder = Path(results) / (run.name if run.is_dir() else run.name.removesuffix(".pt"))
     advice = "give another folder as --results"
     utils.make_folder(folder, "--results")
-    note = folder / "checkpoint.txt"
+    note = folder / RESULTS_NOTE
     if note.is_file():
         before = Path(utils.read_text(note).strip())
         if before.exists() and run_of(before) != run:
@@ -78,10 +80,11 @@ def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
     with utils.exclusive(folder, utils.PATIENCE):  # other commands may predict at the same time
         with utils.naming(note):
             before = dict(json.loads(utils.read_text(note))) if note.is_file() else {}
+            others = {mask: Path(source) for mask, source in before.items()}
         sources = {**before}
         for file, place in found.items():
             mask, source = str(writers.prediction_file(place, file)), str(file.resolve())
-            other = Path(before.get(mask, source))
+            other = others.get(mask, Path(source))
             if str(other) != source and (other.exists() or (folder / "masks" / mask).exists()):
                 clashes.append(f"{mask} is the mask of {before[mask]}")
             sources[mask] = source
@@ -93,7 +96,7 @@ def note_sources(folder: Path, found: Mapping[Path, Path]) -> None:
 
 
 def count_older(folder: Path, found: Mapping[Path, Path], checkpoint: Path) -> int:
-    """The number of masks in a folder, but for those of `found`, from before a checkpoint."""
+    """The number of masks in a folder that are older than a checkpoint, except those of `found`."""
     made = checkpoint.stat().st_mtime_ns
     renewed = {folder / writers.prediction_file(place, file) for file, place in found.items()}
     others = [path for path in folder.rglob("*") if path.is_file() and path not in renewed]
@@ -112,6 +115,24 @@ def add_volumes(folder: Path, contents: PredictedVolumes) -> None:
     table = folder / "volumes.csv"
     with utils.exclusive(folder, utils.PATIENCE):
         utils.write_atomically(table, merged(table, contents))
+
+
+def prepare_predictions(
+    folder: Path, found: Mapping[Path, Path], checkpoint: Path, contents: PredictedVolumes
+) -> None:
+    """Prepare a folder for the masks of `found`, which has their output paths.
+
+    InputError if masks of other files would be replaced, or volumes.csv cannot be read. Prints how
+    many masks of other files are older than the checkpoint.
+    """
+    utils.make_folder(folder / "masks", "--results")
+    if any(map(is_volume, found)):
+        merged(folder / "volumes.csv", contents)  # an unreadable table is an error now
+    note_sources(folder, found)
+    if n_older := count_older(folder / "masks", found, checkpoint):
+        masks, cause = utils.counted(n_older, "mask"), "earlier weights may have made them"
+        print(f"{folder}: has {masks} of other files, older than {checkpoint}: {cause}")
+    remove_overlays(folder / "overlays", found)
 
 
 def remove_overlays(folder: Path, found: Mapping[Path, Path]) -> None:

@@ -1,6 +1,7 @@
 """A trained run: find its checkpoint and load its networks."""
 
 import itertools
+import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from datasets.layouts import index, parts_of
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
 from datasets.splits import ByFile, Split, read_lists
 from engine import checkpoint
-from engine.flags import Flags, Parser, setting_names, spelled
+from engine.flags import Flags, Parser, flag_of, setting_names
 from model import METHODS, Method, move
 from utils import InputError
 
@@ -24,7 +25,7 @@ MACHINE = "data_root", "cache", "device"  # flags of main.py that tools have, to
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint's networks, and its settings with those flags that may differ."""
+    """A checkpoint's networks, and its settings overridden by the flags that may differ."""
 
     path: Path
     state: dict
@@ -72,7 +73,7 @@ class Trained:
         args, spec, part, lists = self.args, self.spec, self.args.part, self.lists()
         rule, root = args.rule, Path(args.data_root)
         used = {*itertools.chain(*lists.values())}
-        is_own = root.resolve() == Path(self.state["data_root"]).resolve()
+        is_own = os.path.realpath(root) == os.path.realpath(self.state["data_root"])
         if not is_own:
             everywhere = index(spec, root, "file")
             names = {name for s in everywhere for name in s.names}
@@ -126,7 +127,7 @@ def run_flags(parser: Parser) -> None:
     """Add what `load_runs` reads: RUN ... and main.py's flags of the machine."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
     for name in MACHINE:
-        parser.add_argument(spelled(name), help="as in main.py")
+        parser.add_argument(flag_of(name), help="as in main.py")
 
 
 def load_runs(args: Namespace) -> list[Trained]:
@@ -145,7 +146,7 @@ def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> No
     if isinstance(args.rule, ByFile):
         asked.pop("split", None)  # the split's hash decides
     if differ := [key for key, value in asked.items() if value != fixed[key]]:
-        flags = [f"{spelled(k)} {asked[k]}, but it was trained with {fixed[k]}" for k in differ]
+        flags = [f"{flag_of(k)} {asked[k]}, but it was trained with {fixed[k]}" for k in differ]
         raise InputError(f"{path}: {utils.first_ten(flags)}; leave these flags out")
 
 
@@ -195,7 +196,7 @@ def find_checkpoint(args: Flags) -> Path:
         advice = "resume it, or give its last.pt as --checkpoint"
         raise InputError(f"{utils.first_ten(unfinished)}: not evaluated yet; {advice}")
     if not finished:
-        flags = "".join(f" {spelled(key)} {args.given[key]}" for key in wanted)
+        flags = "".join(f" {flag_of(key)} {args.given[key]}" for key in wanted)
         advice = f"start one with python main.py --training{flags}"
         raise InputError(f"{args.checkpoints} contains no trained run{flags}: {advice}")
     return max(finished, key=finished.get)

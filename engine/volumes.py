@@ -286,10 +286,9 @@ class PredictedVolumes:
             cells = []
             for name, values in by_class.items():
                 low, high = f"{min(values):.1f}", f"{max(values):.1f}"
-                cells.append(
-                    f"{name} {low} ml" if len(values) == 1 else f"{name} {low} to {high} ml"
-                )
-            n_frames = len(values)
-            cells += [f"{n_frames} frames"] if n_frames > 1 else []
+                span = low if len(values) == 1 else f"{low} to {high}"
+                cells.append(f"{name} {span} ml")
+            if (n_frames := len(next(iter(by_class.values())))) > 1:
+                cells.append(f"{n_frames} frames")
             lines.append(f"{path}: {', '.join(cells)}")
         return "\n".join(lines)

@@ -302,6 +302,15 @@ def test_a_mask_whose_geometry_changed_is_checked_again(tmp_path):
     assert "its geometry differs from its image's" in message
 
 
+def test_a_pipe_among_the_images_of_a_folder_is_named_and_not_waited_for(tmp_path):
+    spec = folder_spec()
+    samples = index(spec, make_folder(tmp_path, 4))
+    samples[0].image.unlink()
+    os.mkfifo(samples[0].image)
+    message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
+    assert f"{samples[0].image}: not a regular file" in message
+
+
 @pytest.mark.parametrize("value", [-1024.0, 1000.0, 1e5])
 def test_a_constant_stays_one_at_another_size(value):
     x = resize(torch.full((1, 512, 300), value), (200, 256))

@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from conftest import make_acdc, make_tiny, write_volume
+from conftest import error_of, make_acdc, make_tiny, write_volume
 from PIL import Image
 from runs import SIMPLE, TINY, edit_checkpoint, error_line, load_with, run, split_ids, tiny_on
 
@@ -390,6 +390,14 @@ def test_commands_that_start_together_note_all_sources(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     assert json.loads((tmp_path / "files.json").read_text()).keys() == {"a.png", "b.png"}
+
+
+def test_damaged_notes_of_sources_are_an_error(tmp_path):
+    (tmp_path / "masks").mkdir()
+    for content in '{"a.png": 7}', "[1]":
+        (tmp_path / "files.json").write_text(content)
+        message = error_of(note_sources, tmp_path, {tmp_path / "a.png": Path("a")})
+        assert message.startswith(f"{tmp_path / 'files.json'}: ")
 
 
 def test_the_volumes_of_an_interrupted_call_are_those_of_its_masks(monkeypatch, trained):

@@ -387,6 +387,13 @@ def test_a_finished_run_changes_nothing_under_other_flags_of_the_machine_and_fil
     assert last.stat().st_mtime_ns == before
 
 
+def test_a_finished_run_says_so_without_its_cache_and_without_making_it_again(capsys, trained):
+    shutil.rmtree("data/cache")
+    assert run("--training", *SUPERVISED) == 0
+    assert "is finished after 1 epoch: best mIoU" in capsys.readouterr().out
+    assert not Path("data/cache").exists()
+
+
 def test_a_run_resumed_within_an_epoch_is_evaluated_at_its_end_under_any_eval_every():
     flags = ["--training", *SUPERVISED, "--epochs", "3"]
     assert run(*flags, "--name", "whole") == 0

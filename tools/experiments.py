@@ -38,7 +38,7 @@ import torch
 import utils
 from datasets.splits import ByFile
 from engine import program
-from engine.flags import Flags, Parser, bounded, parse_args, spelled
+from engine.flags import Flags, Parser, bounded, flag_of, parse_args
 from engine.signals import SIGNALS
 from tools import report, runs
 from tools.plan import EXPERIMENTS, SCALES, command_flags, paper_cells, paper_scores, short_name
@@ -246,7 +246,7 @@ def run(args: argparse.Namespace, scale: str, extra: list[str]) -> int:
     by_file = isinstance(asked.rule, ByFile)
     if fixed := {key for key in asked.given if key in FIXED or (key == "split" and by_file)}:
         advice = "it follows from the flags before --; to set it, run main.py directly"
-        raise InputError(f"{spelled(min(fixed))} after --: {advice}")
+        raise InputError(f"{flag_of(min(fixed))} after --: {advice}")
     cells, commands = select(args, scale), {}
     if args.data_root:
         if len({dataset for dataset, _, _ in cells}) > 1:

@@ -16,11 +16,11 @@ from pathlib import Path
 import utils
 from datasets.layouts import index
 from datasets.spec import Sample, load_spec
-from datasets.splits import check_groups
+from datasets.splits import ROLES, check_groups
 from engine.flags import Parser
 from utils import InputError, counted, first_ten
 
-ROLES = "labeled", "unlabeled", "val", "test"
+LISTS = *ROLES, "test"
 ENDINGS = r"(_leftImg8bit)?(\.(jpe?g|png|h5|npz|nii(\.gz)?))?$"
 ACDC = re.compile(r"(patient\d+)_frame(\d+)(?:_slice_(\d+))?")
 
@@ -91,7 +91,7 @@ def make_split(argv: list[str]) -> int:
     """`prepare.py split`: write lists of labeled, unlabeled, validation and test images as one."""
     parser = Parser("prepare.py split", description=__doc__)
     flag = parser.add_argument
-    for role in ROLES:
+    for role in LISTS:
         optional = "optional: " if role == "test" else ""
         about = f"{optional}the list of {role} images"
         flag(f"--{role}", type=Path, metavar="FILE", required=not optional, help=about)
@@ -101,12 +101,12 @@ def make_split(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.out.suffix != ".json":
         raise InputError(f"--out {args.out}: the name must end in .json")
-    files = {role: path for role in ROLES if (path := getattr(args, role))}
     lists = {}
-    for role, path in files.items():
-        lists[role] = read_list(path)
-        if not lists[role]:
-            raise InputError(f"--{role} {path}: lists no image")
+    for role in LISTS:
+        if path := getattr(args, role):
+            lists[role] = read_list(path)
+            if not lists[role]:
+                raise InputError(f"--{role} {path}: lists no image")
     samples = []
     if any(ACDC.fullmatch(name) for names in lists.values() for name in names):
         samples = index(load_spec("acdc"), args.root, "file")

@@ -9,7 +9,7 @@ from pathlib import Path
 import utils
 from datasets.spec import read_toml
 from datasets.splits import ROLES
-from engine.flags import all_names, build_parser, setting_names, spelled
+from engine.flags import all_names, build_parser, flag_of, setting_names
 from tools.plan import DATASETS, EXPERIMENTS, SCALES, planned
 from utils import InputError
 
@@ -30,7 +30,7 @@ def as_flags(settings: dict) -> list[str]:
     """Settings as words of a command line."""
     words = []
     for key, value in settings.items():
-        flag = spelled(key)
+        flag = flag_of(key)
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
@@ -214,7 +214,7 @@ def check_settings(runs: list[RunRecord], scale: str, source: Path) -> None:
         settings = planned(dataset, name, scale)
         for key, expected in settings.items():
             if run.settings[key] != expected:
-                found = f"{spelled(key)} is {run.settings[key]}"
+                found = f"{flag_of(key)} is {run.settings[key]}"
                 wrong.append(f"{run.run}: {found}, expected {expected}")
         others = [key for key in PAPER if key not in {*settings, "seed", "ratio"}]
         shared = {(key,): run.settings[key] for key in others}
