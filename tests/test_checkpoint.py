@@ -26,6 +26,23 @@ def test_checkpoint_gives_back_tensors_and_plain_values(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("turned", "method", "expected"),
+    [
+        (True, "meanteacher", ("any", True)),  # which turned its images itself
+        (True, "cyclegan", ("any", False)),
+        (False, "meanteacher", ("fixed", False)),
+    ],
+)
+def test_a_checkpoint_from_before_augment_keeps_what_its_run_did(
+    tmp_path, turned, method, expected
+):
+    old = {"dataset": {"any_orientation": turned}, "settings": {"method": method}}
+    checkpoint.save(tmp_path / "a.pt", {**PARTS, **old})
+    state = checkpoint.load(tmp_path / "a.pt")
+    assert (state["dataset"]["orientation"], state["settings"]["augment"]) == expected
+
+
+@pytest.mark.parametrize(
     ("part", "wrong", "lacking"),
     [
         *((part, [1], part) for part in PARTS),

@@ -10,7 +10,7 @@ from arch.norm import InstanceNorm2d
 from data_utils import Batches, load_data, normalize
 from engine.flags import Flags
 from engine.trained import load
-from model import CycleGAN
+from model import CycleGAN, Supervised
 from tools import diagnose
 from utils import InputError
 
@@ -47,14 +47,12 @@ def test_norms_may_take_more_steps_than_an_epoch_has(in_tmp, monkeypatch):
     assert len(steps) == 2 * 25
 
 
-def test_terms_may_take_more_steps_than_an_epoch_has(in_tmp, monkeypatch):
-    flags = "--training --dataset tiny.toml --size 16 16 --ngf 2 --ndf 2 --n-blocks 0 --epochs 1"
-    assert main.main([*flags.split(), "--name", "ours"]) == 0
-    batches, terms = [], CycleGAN.generator_terms
+def test_terms_may_take_more_steps_than_an_epoch_has(trained, monkeypatch):
+    batches, terms = [], Supervised.generator_terms
     monkeypatch.setattr(
-        CycleGAN, "generator_terms", lambda *batch: batches.append(1) or terms(*batch)
+        Supervised, "generator_terms", lambda *batch: batches.append(1) or terms(*batch)
     )
-    assert diagnose.diagnose(["terms", "checkpoints/ours", "--steps", "25"]) == 0
+    assert diagnose.diagnose(["terms", str(trained), "--steps", "25"]) == 0
     assert len(batches) == 25
 
 
@@ -151,8 +149,6 @@ def test_the_cycles_errors_are_those_of_images_painted_from_each_kind_of_mask(in
     assert cells == ["checkpoints/ours", *(f"{error:.3f}" for error in found)]
 
 
-def test_a_method_without_an_image_cycle_is_an_error(in_tmp):
-    flags = "--training --dataset tiny.toml --size 16 16 --ngf 2 --n-blocks 0 --epochs 1"
-    assert main.main([*flags.split(), "--method", "supervised", "--name", "partial"]) == 0
-    with pytest.raises(InputError, match="partial.*supervised has no image cycle"):
-        diagnose.diagnose(["cycle", "checkpoints/partial"])
+def test_a_method_without_an_image_cycle_is_an_error(trained):
+    with pytest.raises(InputError, match="best.pt.*supervised has no image cycle"):
+        diagnose.diagnose(["cycle", str(trained)])

@@ -1,5 +1,7 @@
 """The commands, examples and links of README.md and docs/ work; the map names every file."""
 
+import argparse
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -21,7 +23,7 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-COMMAND = re.compile(r"^(?:python|torchrun) .*?((?:main|tools/experiments)\.py.*)", re.MULTILINE)
+COMMAND = re.compile(r"^(?:python|torchrun) .*?((?:main|tools/\w+)\.py.*)", re.MULTILINE)
 COMMANDS = dict.fromkeys(COMMAND.findall("\n".join(TEXTS.values())))
 
 
@@ -34,15 +36,30 @@ def examples(tmp_path, monkeypatch):
             Path(re.match(r"# (\w+\.toml)", block)[1]).write_text(block)
 
 
+class Understood(Exception):
+    """A tool's parser has accepted a command line."""
+
+
+def parse_only(parser, argv, namespace=None):
+    argparse.ArgumentParser.parse_args(parser, argv, namespace)
+    raise Understood
+
+
 @pytest.mark.parametrize("line", COMMANDS)
-def test_every_command_is_understood(line, examples):
+def test_every_command_is_understood(line, examples, monkeypatch):
     line = line.partition(" > ")[0].replace("config/", f"{ROOT}/config/")
-    script, *flags = shlex.split(line, comments=True)
+    script, *words = shlex.split(line, comments=True)
     if script == "main.py":
-        parse_args(flags)
-        return
-    args = experiments.build_parser().parse_args(flags)
-    assert args.action not in ("list", "run") or experiments.select(args, args.scale or "paper")
+        parse_args(words)
+    elif script == "tools/experiments.py":
+        args = experiments.build_parser().parse_args(words)
+        assert args.action not in ("list", "run") or experiments.select(args, args.scale or "paper")
+    else:
+        tool = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        command = words.pop(0) if script == "tools/diagnose.py" else Path(script).stem
+        monkeypatch.setattr(flags.Parser, "parse_args", parse_only)
+        with pytest.raises(Understood):
+            getattr(tool, command)(words)
 
 
 def test_toml_examples_describe_what_main_accepts(examples):

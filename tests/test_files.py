@@ -262,7 +262,8 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
     ("suffix", "breakage", "reason"),
     [
         ("", Path.unlink, "No such file"),
-        ("", lambda p: p.write_bytes(b""), ""),
+        ("", lambda p: p.write_bytes(b""), "Empty file"),
+        ("", lambda p: write_volume(p, np.zeros((18, 14, 3), np.complex64)), "of complex64: "),
         ("", without_checksum, "CRC"),
         ("", with_value(np.nan, np.float32), "slice 1 contains values"),
         ("", with_value(1e300, np.float64), "not finite, or beyond 1e+30"),
@@ -318,13 +319,14 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_pictures_and_volumes_are_found_in_folders_and_other_files_listed(tmp_path):
-    touch(tmp_path, *"a.png b/a.jpg b/c.nii.gz D.NII notes.pdf ._a.png b/.nii.gz".split())
+    touch(tmp_path, *"a.png b/a.jpg b/c.nii.gz D.NII notes.pdf scan.h5 ._a.png b/.nii.gz".split())
     touch(tmp_path, "a.nii")  # whose mask is a.nii.gz, not a.png
     found, other = inputs.find_pictures([tmp_path, tmp_path / "b" / "c.nii.gz"])
     places = {str(file.relative_to(tmp_path)): str(place) for file, place in found.items()}
     expected = {"a.png": "a", "b/a.jpg": "b/a", "b/c.nii.gz": "b/c", "D.NII": "D", "a.nii": "a"}
     assert places == expected
-    assert other == [f"{tmp_path / 'notes.pdf'}: neither an image nor a NIfTI volume"]
+    neither = "neither an image nor a NIfTI volume"
+    assert other == [f"{tmp_path / name}: {neither}" for name in ("notes.pdf", "scan.h5")]
 
 
 def test_masks_beside_images_are_listed_as_one_folder_and_a_folder_given_by_name_is_read(tmp_path):
@@ -530,6 +532,7 @@ def test_several_pages_are_an_error_of_images_and_masks_that_names_their_number(
         ("a.png", {"format": "JPEG", "quality": 100}, "JPEG"),
         ("a.webp", {"lossless": True}, "WEBP"),
         ("a.tif", {"compression": "jpeg"}, "TIFF with JPEG compression"),
+        ("a.jp2", {}, "JPEG2000"),
     ],
 )
 def test_a_mask_in_a_lossy_format_is_an_error_that_names_it(tmp_path, name, options, format_name):

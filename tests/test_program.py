@@ -1,6 +1,7 @@
 """A command as a program: errors as one line, exit codes."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -89,6 +90,8 @@ def test_an_error_that_names_a_file_of_two_lines_is_one_line(capsys, tmp_path):
     assert capsys.readouterr().err == f"error: {tmp_path}/a\\nb.txt: No such file or directory\n"
     with pytest.raises(InputError, match="damaged$"), utils.naming(file):
         raise ValueError("damaged\nhere")
+    with pytest.raises(MemoryError), utils.naming(file):  # no fault of the file
+        raise MemoryError
 
 
 def test_a_failure_that_a_signal_causes_is_no_defect(capsys, monkeypatch):
@@ -100,6 +103,14 @@ def test_a_failure_that_a_signal_causes_is_no_defect(capsys, monkeypatch):
     assert program.execute(failing, []) == 128 + signal.SIGINT
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: SIGINT: stopped within a step; checkpoints are intact"
+
+
+@pytest.mark.parametrize("tool", "prepare experiments export figures benchmark diagnose".split())
+def test_a_tool_ends_with_the_exit_code(monkeypatch, tool):
+    monkeypatch.setattr("engine.signals.install", lambda: None)
+    monkeypatch.setattr(sys, "argv", [tool, "--unknown"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(Path(main.__file__).parent / f"tools/{tool}.py"), run_name="__main__")
 
 
 def test_any_file_name_can_be_printed():

@@ -44,6 +44,15 @@ RESULTS = Path(main.__file__).parent / "docs" / "results"
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
+RENDER = figures.save
+
+
+@pytest.fixture(autouse=True)
+def unrendered(monkeypatch):
+    """Draw figures but leave their files empty: rendering takes most of a report's time."""
+    monkeypatch.setattr(figures, "save", lambda _figure, _handles, path: path.touch())
+
+
 def run(line: str) -> int:
     return runs.run(*line.split(), tool=experiments)
 
@@ -536,7 +545,8 @@ def test_a_linked_folder_has_the_scale_of_its_own_name():
 # Kept logs
 
 
-def test_a_report_from_a_kept_log_is_the_same_bytes():
+def test_a_report_from_a_kept_log_is_the_same_bytes(monkeypatch):
+    monkeypatch.setattr("tools.figures.save", RENDER)
     for seed in 0, 1:
         make_run("partial", seed, [0.5, 0.6 + seed / 10])
         make_run("ours_argmax", seed, [0.5, 0.7 - seed / 10])

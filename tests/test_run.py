@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_folder, same
+from conftest import add_acdc_testing, make_folder, same
 from runs import (
     SIMPLE,
     SUPERVISED,
@@ -84,6 +85,9 @@ def test_a_run_trains_and_is_tested(capsys, monkeypatch, method):
     lines = evaluations(name)
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 2), (2, 4)]
     assert list(lines[0]["losses"]) == TERMS[method]
+    steps = [value for _, value in curve(folder)]
+    means = [sum(steps[:2]) / 2, sum(steps[2:]) / 2]  # since the evaluation before
+    assert [line["losses"]["gen_S"] for line in lines] == pytest.approx(means)
     ids = split_ids(name)
     assert [len(ids[role]) for role in ("labeled", "unlabeled", "val")] == [10, 10, 4]
     state = checkpoint.load(folder / "best.pt")
@@ -95,7 +99,10 @@ def test_a_run_trains_and_is_tested(capsys, monkeypatch, method):
     places = [line.partition(": gen_S ")[0] for line in printed.splitlines() if ", step " in line]
     assert places == [f"epoch {epoch}/2, step {step}/2" for epoch in "12" for step in "12"]
     means = "mIoU {miou:.4f}"  # the other two are equal
-    assert all(means.format(**line) in printed for line in lines)
+    for line in lines:
+        losses = ", ".join(f"{name} {value:.3f}" for name, value in line["losses"].items())
+        title = rf"epoch {line['epoch']}/2, [\d.]+ images/s: {means.format(**line)}.*, {losses}\n"
+        assert re.search(title, printed)
     assert f"after the last epoch {means.format(**lines[-1])}" in printed
     best = max(lines, key=lambda line: line["miou"])
     assert f"best mIoU {best['miou']:.4f} after epoch {best['epoch']}" in printed
@@ -126,6 +133,11 @@ def test_evaluations_come_every_so_many_epochs_and_at_the_end_and_tensorboard_sh
         (line["step"], pytest.approx(line["miou"])) for line in lines
     ]
     assert [step for step, _ in curve("checkpoints/one")] == [5, 10]
+    rates = [(5, pytest.approx(2e-4 * 2 / 3)), (10, pytest.approx(2e-4 / 3))]
+    assert curve("checkpoints/one", "lr") == rates
+    for kind in "iou", "dice":
+        expected = [(line["step"], pytest.approx(line[kind]["background"])) for line in lines]
+        assert curve("checkpoints/one", f"{kind}/background") == expected
     events = EventAccumulator("checkpoints/one").Reload()
     assert [event.step for event in events.Images("validation")] == [8, 12]
     text = events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -144,6 +156,7 @@ def test_ones_own_images_need_a_few_lines_of_toml(capsys):
     assert run("--training", *flags) == 0
     printed = capsys.readouterr().out
     assert "8 of 12 images labeled, 4 unlabeled, 2 for validation" in printed
+    assert "seed 0, 1 epoch of 2 steps\n" in printed
     assert "labeled mask" not in printed
     assert run("--testing") == 0
     masks = Path("results/own_cyclegan_1_s0/masks")
@@ -199,6 +212,15 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
     for name in "own_supervised_mine_s0", "own_supervised_0.5_s0":
         error = error_line(capsys, *part, "--name", name, "--split", "other.json")
         assert "--split other.json: lists other images than the run started with" in error
+
+
+@pytest.mark.parametrize(("dataset", "part", "n"), [("voc", "val", 1), ("acdc", "test", 8)])
+def test_vocs_val_txt_and_acdcs_testing_are_scored_by_part(capsys, voc, acdc, dataset, part, n):
+    root = {"voc": voc, "acdc": add_acdc_testing(acdc, 2)}[dataset]
+    flags = [*tiny_on(dataset), *SUPERVISED[len(TINY) :], "--ratio", "0.5", "--data-root", root]
+    assert run("--training", *flags) == 0
+    assert run("--testing", "--part", part) == 0
+    assert f"on {n} {part} images of {dataset}" in capsys.readouterr().out
 
 
 def test_a_run_whose_images_got_masks_is_tested_with_its_own_split(capsys):
@@ -335,6 +357,7 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_never_was(
     flags = [*TINY, "--epochs", "2", "--dropout", "0.5", "--pool-size", "3", "--lr", "0.01"]
     flags += ["--method", method, "--device", device, "--deterministic", "--augment"]
     assert run("--training", *flags, "--name", "whole") == 0
+    assert torch.are_deterministic_algorithms_enabled()
     steps = record_steps(monkeypatch, method, lambda *_: None)
     flags += ["--name", "cut"]
     interrupt(2, *flags)
@@ -382,15 +405,10 @@ def test_a_finished_run_changes_nothing_under_other_flags_of_the_machine_and_fil
     last = trained.with_name("last.pt")
     before = last.stat().st_mtime_ns
     flags = "--device cpu --compile --workers 1 --data-root moved --eval-every 7"
+    shutil.rmtree("data/cache")
     assert run("--training", *SUPERVISED, *flags.split()) == 0
     assert "is finished after 1 epoch: best mIoU" in capsys.readouterr().out
     assert last.stat().st_mtime_ns == before
-
-
-def test_a_finished_run_says_so_without_its_cache_and_without_making_it_again(capsys, trained):
-    shutil.rmtree("data/cache")
-    assert run("--training", *SUPERVISED) == 0
-    assert "is finished after 1 epoch: best mIoU" in capsys.readouterr().out
     assert not Path("data/cache").exists()
 
 
@@ -568,13 +586,14 @@ def test_a_run_that_is_killed_again_and_again_can_be_locked():
         holder.join()
 
 
-@pytest.mark.parametrize("key", ["init", "config", "split", "data-root", "cache"])
+@pytest.mark.parametrize("key", ["init", "config", "dataset", "split", "data-root", "cache"])
 def test_overwrite_does_not_delete_what_the_new_run_reads(capsys, trained, key):
     lists = json.loads((SIMPLE / "split.json").read_text())
     (SIMPLE / "mine.toml").write_text("lr = 0.01")
     (SIMPLE / "old").mkdir()
     (SIMPLE / "old/split.json").write_text(json.dumps(lists))
     values = {"init": trained, "config": SIMPLE / "mine.toml", "split": SIMPLE / "old/split.json"}
+    values["dataset"] = shutil.copy("tiny.toml", SIMPLE / "own.toml")
     path = values.get(key, SIMPLE / "data")
     flags = [*SUPERVISED, "--name", SIMPLE.name, "--overwrite", f"--{key}", path]
     before = names(SIMPLE)
@@ -827,6 +846,8 @@ def test_a_repository_around_the_program_has_another_commit():
     Path("program").mkdir()
     assert commit_of(Path("program").resolve()) is None
     assert len(commit_of(Path.cwd())) == 40
+    subprocess.run([*git, "add", "tiny.toml"], check=True)
+    assert commit_of(Path.cwd()).endswith("-dirty")
 
 
 def test_the_manifest_names_command_versions_and_machine_and_keeps_what_it_held(monkeypatch):

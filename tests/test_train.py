@@ -22,6 +22,10 @@ from runs import (
 )
 
 import model
+from data_utils import load_data
+from datasets.spec import load_spec
+from engine.flags import parse_args
+from engine.metrics import ConfusionMatrix
 from engine.signals import stop
 from engine.train import evaluate
 from model import METHODS
@@ -31,10 +35,17 @@ from utils import IGNORE
 pytestmark = pytest.mark.usefixtures("in_tmp")
 
 
-def test_methods_train_and_know_how_much_of_the_run_is_done(monkeypatch):
-    seen = record_steps(monkeypatch, "advsemi", lambda model, *_: (model.training, model.progress))
-    assert run("--training", *TINY, "--method", "advsemi", "--epochs", "2") == 0
-    assert seen == [(True, step / 8) for step in range(8)]
+@pytest.mark.parametrize("augment", [False, True])
+def test_images_come_in_the_order_of_seed_and_epoch_and_are_augmented_if_asked_for(
+    monkeypatch, augment
+):
+    seen = record_steps(monkeypatch, "supervised", lambda model, x, y: y)
+    flags = ["--training", *TINY, "--method", "supervised", "--epochs", "2", "--seed", "3"]
+    assert run(*flags, *["--augment"] * augment) == 0
+    train = load_data(parse_args(flags), load_spec("tiny.toml")).train
+    items = [rows for epoch in (0, 1) for rows in train.epoch(3, epoch, 5)]
+    expected = torch.stack([train[rows][1] for rows in items]).long()
+    assert torch.equal(torch.cat(seen), expected) != augment
 
 
 # Evaluation
@@ -93,32 +104,44 @@ def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_evaluates_aga
 @pytest.mark.parametrize(
     ("ignored", "labels"), [("skip", {3, 7, IGNORE}), ("background", {0, 3, 7})]
 )
-def test_ignored_pixels_may_train_as_background_and_are_never_scored(monkeypatch, ignored, labels):
+def test_ignored_pixels_may_train_as_background_and_are_never_scored(
+    capsys, monkeypatch, ignored, labels
+):
     root = make_voc(Path("voc"), 8)
     for path in (root / "VOCdevkit/VOC2012/SegmentationClassAug").iterdir():
         values = np.array(Image.open(path))
         classes = np.where(np.arange(values.shape[1]) < 9, 3, 7)
         write_indexed(path, np.where(values == 255, 255, classes))
+    truths, update = set(), ConfusionMatrix.update
+
+    def recorded(self, prediction, truth):
+        truths.update(truth.unique().tolist())
+        update(self, prediction, truth)
+
+    monkeypatch.setattr(ConfusionMatrix, "update", recorded)
     seen = record_steps(monkeypatch, "supervised", lambda model, x, y: {*y.unique().tolist()})
     flags = [*tiny_on("voc"), "--method", "supervised", "--epochs", "1", "--ratio", "0.5"]
     assert run("--training", *flags, "--ignored", ignored, "--data-root", root) == 0
     assert set.union(*seen) == labels
-    (line,) = evaluations("voc_supervised_0.5_s0")
-    assert line["iou"]["background"] in (None, 0)  # no pixel's truth
+    assert truths == {3, 7, IGNORE}
+    lacks_background = "no labeled mask contains background" in capsys.readouterr().out
+    assert lacks_background == (ignored == "skip")
 
 
 # The learning rate
 
 
 def test_learning_rates_follow_the_schedule(monkeypatch):
-    def rates(model, x, y) -> list[float]:
-        return [optimizer.param_groups[0]["lr"] for optimizer in model.optimizers.values()]
+    def state(model, x, y) -> tuple:
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in model.optimizers.values()]
+        return model.training, model.progress, rates
 
-    seen = record_steps(monkeypatch, "advsemi", rates)
+    seen = record_steps(monkeypatch, "advsemi", state)
     flags = ["--method", "advsemi", "--epochs", "4", "--lr", "0.1"]
     assert run("--training", *TINY, *flags) == 0
     factors = [1] * 8 + [2 / 3] * 4 + [1 / 3] * 4  # 4 steps per epoch; from epoch 1 to 0 at 4
-    assert seen == [[pytest.approx(0.1 * factor)] * 2 for factor in factors]
+    rates = [[pytest.approx(0.1 * factor)] * 2 for factor in factors]
+    assert seen == [(True, step / 16, rates[step]) for step in range(16)]
 
 
 # Losses that are not finite

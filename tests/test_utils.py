@@ -73,7 +73,7 @@ def test_failing_write_leaves_the_old_file_whole(tmp_path, monkeypatch, step):
 
 
 def test_file_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    path, seen = tmp_path / "a", []
+    path, seen = tmp_path / ("a" * 255), []
 
     def fsync(file):
         seen.append((os.fstat(file).st_size, path.exists()))

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 from pathlib import Path
 
 import nibabel
@@ -109,7 +110,8 @@ def test_summary_counts_missed_and_invented_apart_and_averages_the_others(tmp_pa
     small[0, 0, 0], large[0, 0, :3] = 1, 1
     pairs = {"a_1": (small, small), "a_2": (small, large), "b_1": (small, nothing)}
     pairs |= {"c_1": (nothing, small), "c_2": (nothing, small), "d_1": (nothing, nothing)}
-    summary = volume_scores(tmp_path, pairs).summary()
+    scores = volume_scores(tmp_path, pairs)
+    summary = scores.summary()
     assert (summary["n_volumes"], summary["n_exams"]) == (6, 4)
     tree, cat = (summary["all"]["classes"][name] for name in ("tree", "cat"))
     assert (tree["n"], tree["missed"], tree["invented"]) == (5, 1, 2)
@@ -119,6 +121,11 @@ def test_summary_counts_missed_and_invented_apart_and_averages_the_others(tmp_pa
     assert tree["truth_ml"] == pytest.approx(0.01 * 3 / 5)  # voxels of 2 x 1 x 5 mm
     assert (cat["n"], cat["dice"]) == (0, None)
     assert summary["all"]["mean"]["dice"] == tree["dice"]  # of the classes that have a value
+    (line,) = [line for line in scores.table().splitlines() if line.startswith("tree")]
+    percent, distances = ["30.00 ± 40.00", "26.67 ± 38.87"], ["1.85 ± 1.85", "0.50 ± 0.50"]
+    cells = re.split("  +", line)
+    assert cells[:6] == ["tree", "5", *percent, *distances]  # Dice, Jaccard; HD95, ASSD
+    assert cells[-4:] == ["0.01", "0.01", "1", "2"]  # ml, predicted; missed, invented
 
 
 def test_csv_has_a_line_per_volume_and_class(tmp_path):
