@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 import utils
 from datasets.cache import Cache, open_cache
-from datasets.files import axes_of
+from datasets.files import axes_of, colors_of
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Sample, Slice
 from datasets.splits import ByFile, Split
@@ -224,6 +224,13 @@ class Data:
     def axes(self) -> list[str]:
         """Where the axes of the volumes point (files.axes_of), without duplicates."""
         return sorted({axes_of(path) for path in volumes_of(self.split.samples)})
+
+    def colors(self, spec: DatasetSpec) -> dict[int, tuple]:
+        """The color of each class value in indexed masks (files.colors_of)."""
+        colors: dict[int, tuple] = {}
+        for sample, mask in self.masks():
+            colors |= colors_of(sample, mask, spec)
+        return colors
 
     @property
     def n_groups(self) -> int:

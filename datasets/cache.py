@@ -36,6 +36,7 @@ from utils import (
     writing,
 )
 
+SAVE_INDICES = "save the class indices as gray 8-bit PNGs"
 TEMPORARY = ".partial"  # ending of a folder in which a cache is being made
 
 
@@ -139,12 +140,15 @@ def open_cache(
     InputError names the unusable files (the first ten, then the count).
     """
     rows = {sample.id: row for row, sample in enumerate(samples)}
-    home = folder / f"{spec.name}_{size[0]}x{size[1]}_{cache_key(spec, samples, size)}"
+    key = cache_key(spec, samples, size)
+    home = folder / f"{spec.name}_{size[0]}x{size[1]}_{key}"
     with suppress(OSError, ValueError, EOFError):  # missing or damaged
         return _map_cache(home, rows)
     make_folder(folder, "--cache")
     with _temporary_folder(folder, home.name) as partial:
         _fill_cache(partial, spec, samples, size, workers)
+        if cache_key(spec, samples, size) != key:
+            raise InputError("images or masks changed while they were read; repeat the command")
         home.mkdir(exist_ok=True)
         for file in partial.iterdir():  # other runs may be storing equal files
             with file.open("rb") as stored:  # on the disk before it gets its name
@@ -189,7 +193,7 @@ def other_color(found: dict[int, tuple], sample: Sample, colors: dict[int, tuple
         known, first = colors.setdefault(value, (color, sample.mask))
         if color != known:
             drawn = f"its index {value} is drawn in {color}, that of {first} in {known}"
-            return f"{sample.mask}: {drawn}; save the class indices as gray 8-bit PNGs"
+            return f"{sample.mask}: {drawn}; {SAVE_INDICES}"
     return ""
 
 

@@ -24,7 +24,8 @@ LOSSLESS = (  # formats of gray or indexed pictures whose values are those that 
     *("SUN", "TGA", "TIFF", "XBM", "XPM"),
 )
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # at half the limit
-STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}  # formats that Pillow recognizes but cannot read
+# Formats that Pillow recognizes but cannot read; EPS is a program, which Ghostscript would run
+STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG"}
 LARGEST = 1e30  # of pixels; float32 holds up to 3.4e38
 NOT_FINITE = f"contains values that are not finite, or beyond {LARGEST:g}; replace them"
 MM = {1: 1000, 3: 0.001}  # by NIfTI's code of a unit of length: m, micron; others are mm
@@ -67,6 +68,8 @@ def opened(path: Path) -> Iterator[Image.Image]:
     with naming(path), within_limit(path):
         check_regular(path)
         with Image.open(path) as image:
+            if image.format in STUBS:
+                raise InputError(f"{path}: {image.format} cannot be read; save it as PNG")
             image.verify()  # checks all of a PNG; decoding stops at the last pixel
         # as a file: by name, Pillow 13 garbles uncompressed TIFFs that it rotates
         with path.open("rb") as file, Image.open(file) as image:
@@ -239,6 +242,11 @@ def read_frames(path: Path) -> np.ndarray:
         expected = "expected positive voxel sizes and a finite affine"
         raise InputError(f"{path}: invalid header with voxel sizes {voxel.tolist()}; {expected}")
     sizes = nibabel.affines.voxel_sizes(file.affine)
+    with file.file_map["image"].get_prepare_fileobj("rb") as content:  # nibabel replaces a 0 by 1
+        stored = type(file.header).from_fileobj(content, check=False)["pixdim"][1:4]
+    if not stored.all() and (stored.any() or np.allclose(sizes, 1)):
+        found = f"voxel sizes {' x '.join(f'{size:g}' for size in stored)} in the header (pixdim)"
+        raise InputError(f"{path}: {found}; write the true ones")
     known = [each for each in (voxel, sizes) if not np.allclose(each, 1)]  # 1 mm: not set
     if len(known) == 2 and not np.allclose(voxel, sizes, rtol=0.01):
         own, other = (" x ".join(f"{size:.4g}" for size in each) for each in known)

@@ -35,13 +35,18 @@ def check_classes(
 
     Ignored pixels are of `ignored_class`.
     """
-    seen = sum(count_pixels(masks).values())
-    seen[ignored_class] += seen[IGNORE]
-    absent = [name for k, name in enumerate(spec.classes) if not seen[k]]
+    absent = absent_classes(masks, spec, ignored_class)
     if len(absent) >= len(spec.classes) - 1:
         raise InputError(f"the {role} masks contain at most one class: {advice}")
     if absent:
         print(f"no {role} mask contains {first_ten(absent)}: {advice}")
+
+
+def absent_classes(masks: Masks, spec: DatasetSpec, ignored_class: int = IGNORE) -> list[str]:
+    """The classes that the masks lack; ignored pixels are of `ignored_class`."""
+    seen = sum(count_pixels(masks).values())
+    seen[ignored_class] += seen[IGNORE]
+    return [name for k, name in enumerate(spec.classes) if not seen[k]]
 
 
 def check_ignored(masks: Masks, spec: DatasetSpec, unused: Iterable[Sample] = ()) -> None:

@@ -29,6 +29,12 @@ def split_file(name: str) -> Path:
     return Path(name) if is_path else CONFIG / "splits" / f"{name}.json"
 
 
+def digest(lists: dict[str, list[str]]) -> str:
+    """A digest of the ids that a run uses, by role."""
+    used = {role: lists[role] for role in ROLES}
+    return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Split:
     """Labeled and unlabeled training samples, and validation samples; each sorted by id."""
@@ -45,8 +51,7 @@ class Split:
 
     def hash(self) -> str:
         """A digest of the ids that a run uses, by role; equal for equal splits."""
-        used = {role: ids for role, ids in self.ids().items() if role in ROLES}
-        return hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16]
+        return digest(self.ids())
 
     def unit(self) -> str:
         """What is counted: "exam" if exams have several slices and none is labeled in part."""

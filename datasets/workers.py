@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,7 @@ def workers_ended() -> Iterator[None]:
             handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the DataLoader's would raise
             for worker in workers:
                 worker.kill()
-            for worker in workers:
-                worker.join(PATIENCE)  # one that waits for a hung disk does not end
+            deadline = time.monotonic() + PATIENCE
+            for worker in workers:  # one that waits for a hung disk does not end
+                worker.join(max(0, deadline - time.monotonic()))
             signal.signal(signal.SIGCHLD, handler)

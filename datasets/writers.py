@@ -70,7 +70,7 @@ def save_prediction(place: Path, source: Path, masks: Tensor, spec: DatasetSpec)
     if len(frames) > 1:  # the fourth axis of (X, Y, Z, T), the fifth of (X, Y, Z, 1, T)
         duration = header.get_zooms()[int(np.argmax(volume.shape[3:])) + 3]
         header.set_data_shape(values.shape)
-        header.set_zooms((*header.get_zooms()[:3], duration))
+        header.set_zooms((*header.get_zooms()[:3], abs(duration)))
     header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the image's display range
     labels = volume.__class__(values, volume.affine, header)

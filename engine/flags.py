@@ -30,6 +30,7 @@ MODE_FLAGS = {  # the flags that only some modes have
     "part": ("testing",),
     "overlay": ("predict",),
 }
+METHOD_FLAGS = {"cutmix_on": "meanteacher", "reduction": "cyclegan"}  # the flags of one method
 # Groups whose flags change the result, except those in DATA
 SETTINGS = ("data", "method", "training", "networks", "released code")
 DATA = ("dataset", "data_root")
@@ -340,7 +341,12 @@ def parse_args(argv: list[str]) -> Flags:
     if args.config:
         layers[Path(args.config)] = config
     modes = build_parser().keys["mode"]
-    return args.over(layers, [key for key in all_names() if key not in modes])
+    args = args.over(layers, [key for key in all_names() if key not in modes])
+    for key, method in METHOD_FLAGS.items():
+        if key in given and not issubclass(METHODS[args.method], METHODS[method]):
+            effect = f"has no effect with --method {args.method}"
+            raise InputError(f"{flag_of(key)} {effect}; leave it out, or give --method {method}")
+    return args
 
 
 def read_flags(argv: list[str]) -> dict:

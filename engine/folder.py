@@ -148,6 +148,10 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
         state = checkpoint.load(path)
     except InputError as error:
         raise InputError(f"{error}; {start_over}") from error
+    own, asked = Path(state["data_root"]), Path(args.data_root)
+    if own.exists() and os.path.realpath(own) != os.path.realpath(asked):  # it was not moved
+        found = f"contains a run on {own}, which still exists, not on --data-root {asked}"
+        raise InputError(f"{folder}: {found}; {advice}")
     progress = state.get("progress")
     if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
         reason = "a run cannot resume from it (it lacks the progress)"

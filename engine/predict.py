@@ -13,7 +13,7 @@ import utils
 from data_utils import Batches, Data, normalize, volumes_of
 from datasets import files, writers
 from datasets.cache import resize
-from datasets.labels import check_ignored
+from datasets.labels import absent_classes, check_ignored
 from datasets.spec import DatasetSpec, Slice
 from engine.inputs import find_pictures, read_planes
 from engine.metrics import ConfusionMatrix, format_means, format_metrics, segmentation_metrics
@@ -57,6 +57,11 @@ def score(trained: Trained) -> int:
         found = f"images are {data.val.image_dtype}, those of the training were {dtype}"
         raise InputError(f"--normalization half: {found}; it scales the two differently")
     check_ignored(data.masks(), spec, data.unlabeled.samples)
+    if absent := absent_classes(data.val.cached_masks(), spec):
+        found = f"no mask to score contains {utils.first_ten(absent)}"
+        print(f"{found}: its IoU is 0 where it is predicted, otherwise it is left out of the means")
+    if other := trained.other_colors(data):
+        raise InputError(other)
     for message in trained.other_axes(sorted(volumes_of(data.split.val))):
         print(message)
     folder = results_folder(args.results, trained.path) / (args.part or "")

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import utils
@@ -99,8 +99,11 @@ def count_older(folder: Path, found: Mapping[Path, Path], checkpoint: Path) -> i
     """The number of masks in a folder that are older than a checkpoint, except those of `found`."""
     made = checkpoint.stat().st_mtime_ns
     renewed = {folder / writers.prediction_file(place, file) for file, place in found.items()}
-    others = [path for path in folder.rglob("*") if path.is_file() and path not in renewed]
-    return sum(path.stat().st_mtime_ns < made for path in others)
+    n = 0
+    for path in folder.rglob("[!.]*"):
+        with suppress(FileNotFoundError):  # another command replaces it
+            n += path not in renewed and path.is_file() and path.stat().st_mtime_ns < made
+    return n
 
 
 def merged(table: Path, contents: PredictedVolumes) -> str:

@@ -213,6 +213,11 @@ class Run:
         return {name: value / steps for name, value in sums.items()}
 
     @cached_property
+    def colors(self) -> dict[int, tuple]:
+        """The color of each class value in indexed masks; --testing expects the same."""
+        return self.data.colors(self.spec)
+
+    @cached_property
     def fixed(self) -> tuple[Tensor, Tensor]:
         """Up to four validation images with many classes, and their masks: those in TensorBoard."""
         items = [self.data.val[i] for i in self.data.val.of_many_classes(4)]
@@ -238,6 +243,7 @@ class Run:
             "split": self.data.split.hash(),
             "image_dtype": self.data.labeled.image_dtype,
             "axes": self.data.axes,
+            "colors": self.colors,
             "epoch": self.epoch,
             "model": self.model.state_dict(),
         }

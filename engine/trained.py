@@ -11,10 +11,11 @@ import torch
 
 import utils
 from data_utils import Data, check_split, load_data, open_data
+from datasets.cache import SAVE_INDICES
 from datasets.files import axes_of
 from datasets.layouts import index, parts_of
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
-from datasets.splits import ByFile, Split, read_lists
+from datasets.splits import ByFile, Split, digest, read_lists
 from engine import checkpoint
 from engine.flags import Flags, Parser, flag_of, setting_names
 from model import METHODS, Method, move
@@ -42,11 +43,22 @@ class Trained:
 
     def other_axes(self, volumes: Iterable[Path]) -> Iterator[str]:
         """Messages about volumes whose axes point elsewhere than those of the training volumes."""
-        known = self.state.get("axes")
-        for path in volumes if known else ():
+        known = self.state.get("axes")  # older checkpoints do not say
+        trained_on = "the training images were pictures"
+        if known:
+            trained_on = f"the training volumes' to {' or '.join(known)}"
+        for path in volumes if known is not None else ():
             if (axes := axes_of(path)) not in known:
-                trained_on = f"the training volumes' to {' or '.join(known)}"
                 yield f"{path}: its axes point to {axes}, {trained_on}; it is not reoriented"
+
+    def other_colors(self, data: Data) -> str:
+        """The problem of indexed masks in other colors than the training masks; "" if none."""
+        known = self.state.get("colors", {})
+        for value, color in data.colors(self.spec).items():
+            if known.get(value, color) != color:
+                drawn = f"index {value} is drawn in {color}, in training it was in {known[value]}"
+                return f"masks in {self.args.data_root}: {drawn}; {SAVE_INDICES}"
+        return ""
 
     def data(self) -> Data:
         """The images of the run's split, or of --part."""
@@ -55,11 +67,17 @@ class Trained:
         return load_data(self.args, self.spec, self.state["split"])
 
     def lists(self) -> dict[str, list[str]]:
-        """The names in the run's split by role, from split.json or --split; perhaps empty."""
+        """The names in the run's split by role, from split.json or --split; perhaps empty.
+
+        InputError if split.json is not the run's.
+        """
         own, rule = self.path.with_name("split.json"), self.args.rule
-        if own.is_file():
-            return read_lists(own)
-        return read_lists(rule.path) if isinstance(rule, ByFile) else {}
+        if not own.is_file():
+            return read_lists(rule.path) if isinstance(rule, ByFile) else {}
+        lists = read_lists(own)
+        if digest(lists) != self.state["split"]:
+            raise InputError(f"{own}: not the split of {self.path}; restore the run's")
+        return lists
 
     def part_data(self) -> Data:
         """The images of --part, which the run has not trained on, as validation images.
@@ -73,7 +91,8 @@ class Trained:
         args, spec, part, lists = self.args, self.spec, self.args.part, self.lists()
         rule, root = args.rule, Path(args.data_root)
         used = {*itertools.chain(*lists.values())}
-        is_own = os.path.realpath(root) == os.path.realpath(self.state["data_root"])
+        is_same_path = os.path.realpath(root) == os.path.realpath(self.state["data_root"])
+        is_own = is_same_path
         if not is_own:
             everywhere = index(spec, root, "file")
             names = {name for s in everywhere for name in s.names}
@@ -88,6 +107,11 @@ class Trained:
         elif is_own and part in parts_of(spec, rule.kind):
             advice = "--testing alone scores the run's validation images"
             raise InputError(f"--part {part}: the run's split uses this part; {advice}")
+        if not lists:
+            unknown = f"no split.json beside {self.path} says which images it was trained on"
+            if is_same_path:
+                raise InputError(f"--part {part}: {unknown}; copy the run's to it")
+            print(f"--part {part}: {unknown}")
         found = index(spec, root, part)
         samples = [s for s in found if s.mask is not None]
         if seen := sorted(s.id for s in samples if used.intersection(s.names)):

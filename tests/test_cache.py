@@ -302,6 +302,20 @@ def test_a_mask_whose_geometry_changed_is_checked_again(tmp_path):
     assert "its geometry differs from its image's" in message
 
 
+def test_images_that_change_while_they_are_read_are_an_error(tmp_path, monkeypatch):
+    spec = folder_spec()
+    samples, read = index(spec, make_folder(tmp_path, 4)), files.read_sample
+
+    def changing(sample, spec):
+        os.utime(samples[0].image, (0, 0))
+        return read(sample, spec)
+
+    monkeypatch.setattr(files, "read_sample", changing)
+    message = error_of(open_cache, spec, samples, (8, 8), tmp_path / "cache")
+    assert message == "images or masks changed while they were read; repeat the command"
+    open_cache(spec, samples, (8, 8), tmp_path / "cache")
+
+
 def test_a_pipe_among_the_images_of_a_folder_is_named_and_not_waited_for(tmp_path):
     spec = folder_spec()
     samples = index(spec, make_folder(tmp_path, 4))

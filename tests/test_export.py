@@ -119,6 +119,17 @@ def test_a_file_that_computes_something_else_is_deleted(runs, capsys, monkeypatc
     assert not Path("wrong.pt2").exists()
 
 
+def test_a_file_that_cannot_be_read_again_is_deleted(runs, capsys, monkeypatch):
+    def unreadable(_path):
+        raise RuntimeError("opset 99 is unknown")
+
+    monkeypatch.setattr(export, "serialize", lambda *_: b"a program")
+    monkeypatch.setattr(export, "load_exported", unreadable)
+    line = error_line(capsys, "checkpoints/phantom", "wrong.pt2", code=1, tool=export.export)
+    assert line == "error: wrong.pt2: deleted, not readable (opset 99 is unknown)"
+    assert not Path("wrong.pt2").exists()
+
+
 def test_another_network_is_refused_in_one_line(runs, capsys, monkeypatch):
     monkeypatch.setattr(export, "ResNetGenerator", torch.nn.Linear)
     error = error_line(capsys, "checkpoints/phantom", "x.pt2", tool=export.export)

@@ -135,6 +135,11 @@ def filled(value: int, *shape: int):
         ("image", cut, "truncated"),
         ("image", lambda p: Image.new("CMYK", (28, 20)).save(p), "mode CMYK"),
         *(("image", deep, "of more than 8 bits") for deep in (png16, ppm16, jp2_16)),
+        (
+            "image",
+            lambda p: Image.new("RGB", (28, 20)).save(p, "EPS"),
+            "EPS cannot be read; save it as PNG",
+        ),
         ("image", pipe, "not a regular file"),
         ("mask", pipe, "not a regular file"),
         ("mask", flip_checksum, "bad header checksum"),
@@ -277,6 +282,7 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
             with_header(280, np.nan),
             "expected positive voxel sizes and a finite affine",
         ),  # of the affine
+        ("", with_header(88, 0), "voxel sizes 1.41421 x 1.33417 x 0 in the header (pixdim); write"),
         ("", with_header(80, 3), "in the header (pixdim), but 1.414 x 1.334 x 9.813 in the affine"),
         ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
         ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),

@@ -174,6 +174,14 @@ def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
         ("--training --checkpoint best.pt", "--checkpoint needs --testing or --predict; --init"),
         ("--training --overlay", "--overlay needs --predict"),
         ("--training --part test", "--part needs --testing"),
+        (
+            "--training --cutmix-on labeled",
+            "--cutmix-on has no effect with --method cyclegan; leave",
+        ),
+        (
+            "--training --method supervised --reduction sum",
+            "--reduction has no effect with --method",
+        ),
         ("--testing --config a.toml", "--config needs --training"),
         ("--testing --overwrite", "--overwrite needs --training"),
         ("--predict a.png --native-size", "--native-size needs --testing"),

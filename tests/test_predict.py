@@ -28,7 +28,7 @@ from datasets.phantom import draw_phantom
 from datasets.spec import load_spec
 from engine import checkpoint
 from engine.metrics import format_metrics
-from engine.results import note_sources
+from engine.results import count_older, note_sources
 from model import METHODS
 
 RESULTS = Path("results", SIMPLE.name)
@@ -572,6 +572,24 @@ def test_volumes_with_other_axes_than_those_of_the_training_are_named(capsys):
     assert "axes:    LPS, RAS: slices of volumes are not reoriented" in capsys.readouterr().out
 
 
+def test_volumes_are_named_where_the_training_images_were_pictures(capsys, trained):
+    write_volume(Path("scan.nii.gz"), noise(20, 24, 2), np.eye(4))
+    assert run("--predict", "scan.nii.gz") == 0
+    expected = "scan.nii.gz: its axes point to RAS, the training images were pictures; it is not"
+    assert expected in capsys.readouterr().out
+
+
+def test_masks_that_another_command_replaces_meanwhile_are_not_counted(tmp_path, monkeypatch):
+    for name in "a.png", "b.png", ".c.png.7.tmp":
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (0, 0))
+    is_file = Path.is_file
+    gone = tmp_path / "a.png"
+    monkeypatch.setattr(Path, "is_file", lambda p: is_file(p) and (p != gone or p.unlink() or True))
+    (tmp_path / "best.pt").touch()
+    assert count_older(tmp_path, {}, tmp_path / "best.pt") == 1
+
+
 def test_masks_that_earlier_weights_made_are_counted(capsys, trained):
     for name in "one", "two":
         Image.fromarray(noise(20, 20)).save(f"{name}.png")
@@ -585,9 +603,11 @@ def test_masks_that_earlier_weights_made_are_counted(capsys, trained):
     assert "older than" not in capsys.readouterr().out
 
 
-def test_the_duration_of_a_frame_stays_where_the_fifth_axis_is_time(trained):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_duration_of_a_frame_stays_where_the_fifth_axis_is_time(trained, sign):
     image = nibabel.Nifti1Image(noise(20, 20, 2, 1, 3, dtype=np.int16), np.eye(4))
     image.header.set_zooms((1, 1, 5, 1, 35))
+    image.header["pixdim"][5] = sign * 35
     nibabel.save(image, "film.nii.gz")
     assert run("--predict", "film.nii.gz") == 0
     masks = nibabel.load(MASKS / "film.nii.gz")

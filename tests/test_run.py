@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import add_acdc_testing, make_folder, same
+from PIL import Image
 from runs import (
     SIMPLE,
     SUPERVISED,
@@ -214,6 +215,21 @@ def test_images_kept_for_a_final_test_are_scored_by_part(capsys):
         assert "--split other.json: lists other images than the run started with" in error
 
 
+def test_masks_whose_colors_are_numbered_otherwise_than_in_training_are_not_scored(capsys):
+    root = make_folder(Path("pictures"), 8, n_val=3)
+    (root / "val").rename(root / "test")
+    Path("own.toml").write_text(f"ratio = 0.5\n{OWN}")
+    flags = [*tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root", root]
+    assert run("--training", *flags) == 0
+    assert run("--testing", "--part", "test") == 0
+    for path in (root / "test/masks").iterdir():
+        image = Image.open(path)
+        image.putpalette([0, 0, 0, 0, 128, 0])
+        image.save(path)
+    error = error_line(capsys, "--testing", "--part", "test")
+    assert "index 1 is drawn in (0, 128, 0), in training it was in (128, 0, 0); save" in error
+
+
 @pytest.mark.parametrize(("dataset", "part", "n"), [("voc", "val", 1), ("acdc", "test", 8)])
 def test_vocs_val_txt_and_acdcs_testing_are_scored_by_part(capsys, voc, acdc, dataset, part, n):
     root = {"voc": voc, "acdc": add_acdc_testing(acdc, 2)}[dataset]
@@ -285,6 +301,20 @@ def test_a_copy_of_a_checkpoint_without_its_split_is_not_scored_on_parts_that_it
     root.rename("moved")
     part = ["--testing", "--checkpoint", "copy.pt", "--part", "val", "--data-root", "moved"]
     assert "--part val: the run's split uses this part" in error_line(capsys, *part)
+    Path("moved").rename(root)
+    (root / "val").rename(root / "test")
+    part = ["--testing", "--part", "test", "--checkpoint"]
+    error = error_line(capsys, *part, "copy.pt")
+    assert "no split.json beside copy.pt says which images it was trained on; copy" in error
+    make_folder(Path("theirs"), 0, n_val=3)
+    Path("theirs/val").rename("theirs/test")
+    assert run(*part, "copy.pt", "--data-root", "theirs") == 0
+    assert "no split.json beside copy.pt says" in capsys.readouterr().out
+    lists = split_ids("one")
+    lists["labeled"].pop()
+    Path("checkpoints/one/split.json").write_text(json.dumps(lists))
+    error = error_line(capsys, *part, "checkpoints/one")
+    assert "checkpoints/one/split.json: not the split of checkpoints/one/best.pt; restore" in error
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "best.pt", "last.pt"])
@@ -410,6 +440,19 @@ def test_a_finished_run_changes_nothing_under_other_flags_of_the_machine_and_fil
     assert "is finished after 1 epoch: best mIoU" in capsys.readouterr().out
     assert last.stat().st_mtime_ns == before
     assert not Path("data/cache").exists()
+
+
+def test_a_run_does_not_continue_on_another_folder_with_the_same_names(capsys):
+    Path("own.toml").write_text(OWN)
+    first, other = make_folder(Path("first"), 20), make_folder(Path("other"), 20)
+    flags = ["--training", *tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root"]
+    assert run(*flags, first) == 0
+    error = error_line(capsys, *flags, other)
+    assert "contains a run on first, which still exists, not on --data-root other; give" in error
+    Path("link").symlink_to(first)
+    assert run(*flags, "link") == 0
+    first.rename("moved")
+    assert run(*flags, "moved") == 0
 
 
 def test_a_run_resumed_within_an_epoch_is_evaluated_at_its_end_under_any_eval_every():

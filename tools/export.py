@@ -128,7 +128,12 @@ def export(argv: list[str]) -> int:
     deployed = Deployed(network.requires_grad_(False), normalization).eval()
     content = serialize(deployed, noise(2, spec.channels, 24, 28), file.suffix, metadata)
     utils.write_atomically(file, content)
-    exported = load_exported(file)
+    try:
+        exported = load_exported(file)
+    except Exception as error:  # such as a version that the installed onnxruntime does not know
+        file.unlink()
+        found = f"deleted, not readable ({utils.reason(error)})"
+        raise utils.TrainingError(f"{file}: {found}") from error
     for pixels, logits in zip(samples, expected, strict=True):
         difference = ((exported(pixels) - logits).abs().max() / logits.abs().max()).item()
         if not difference < 1e-3:  # also for NaN; another order of summation makes about 1e-6
