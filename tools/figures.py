@@ -237,7 +237,7 @@ def draw_labels(runs: list[RunRecord], path: Path) -> str:
     titles = {"": "no augmentation", AUGMENT: "--augment"}
     endings = [e for e in titles if any(f"{kind}{e}" in scores for kind in kinds)]
     figure = Figure((4.5 * len(endings) + 1, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(endings), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(endings), squeeze=False, sharex=True, sharey=True)[0]
     legend = {}
     for axes, ending in zip(panels, endings, strict=True):
         for i, kind in enumerate(kinds):
