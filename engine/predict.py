@@ -60,8 +60,7 @@ def score(trained: Trained) -> int:
     if absent := absent_classes(data.val.cached_masks(), spec):
         found = f"no mask to score contains {utils.first_ten(absent)}"
         print(f"{found}: its IoU is 0 where it is predicted, otherwise it is left out of the means")
-    if other := trained.other_colors(data):
-        raise InputError(other)
+    trained.check_colors(data)
     for message in trained.other_axes(sorted(volumes_of(data.split.val))):
         print(message)
     folder = results_folder(args.results, trained.path) / (args.part or "")

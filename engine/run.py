@@ -41,6 +41,7 @@ class Run:
     ):
         self.args, self.spec, self.data, self.model, self.folder = args, spec, data, model, folder
         self.device = next(model.parameters()).device
+        self.colors = data.colors(spec)  # --testing expects the same
         self.n_steps = data.train.n_steps(args.batch_size)
         self.n_images = self.n_steps * args.batch_size
         self.decay = utils.linear_decay(args.epochs, args.decay_epoch)
@@ -211,11 +212,6 @@ class Run:
         sums = dict(zip(self.sums, values, strict=True))
         steps = sums.pop("steps", 1)
         return {name: value / steps for name, value in sums.items()}
-
-    @cached_property
-    def colors(self) -> dict[int, tuple]:
-        """The color of each class value in indexed masks; --testing expects the same."""
-        return self.data.colors(self.spec)
 
     @cached_property
     def fixed(self) -> tuple[Tensor, Tensor]:

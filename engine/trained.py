@@ -51,14 +51,13 @@ class Trained:
             if (axes := axes_of(path)) not in known:
                 yield f"{path}: its axes point to {axes}, {trained_on}; it is not reoriented"
 
-    def other_colors(self, data: Data) -> str:
-        """The problem of indexed masks in other colors than the training masks; "" if none."""
+    def check_colors(self, data: Data) -> None:
+        """InputError for indexed masks in other colors than the training masks."""
         known = self.state.get("colors", {})
         for value, color in data.colors(self.spec).items():
             if known.get(value, color) != color:
                 drawn = f"index {value} is drawn in {color}, in training it was in {known[value]}"
-                return f"masks in {self.args.data_root}: {drawn}; {SAVE_INDICES}"
-        return ""
+                raise InputError(f"masks in {self.args.data_root}: {drawn}; {SAVE_INDICES}")
 
     def data(self) -> Data:
         """The images of the run's split, or of --part."""
