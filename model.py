@@ -146,8 +146,8 @@ class Side(nn.Module):
 class Method(nn.Module):
     """G_IS, the optimizers and the step (Eq. 8, 9) that every method shares.
 
-    channels, n_classes: of the images and masks. ngf, n_blocks, dropout: of the generators. bf16:
-    compute the networks in bfloat16.
+    channels, n_classes: of the images and masks. ngf, n_blocks, dropout: of the generators. lr,
+    betas: of Adam. bf16: compute the networks in bfloat16.
 
     A subclass adds its networks, calls `optimize` for them, and defines `weights` and
     `generator_terms`, with discriminators also `discriminator_terms`.
@@ -287,7 +287,9 @@ class CycleGAN(Method):
     weights: by term; WEIGHTS has those that are not given, gen_S has 1. A weight of 0, except that
     of gen_S, takes its term, and the networks that only it needs, out of the step. hard_fakes: D_S
     sees argmax maps of x_u, as released. disc_norm, disc_kernel: as in PixelDiscriminator.
-    pool_size: of past fakes.
+    pool_size: of past fakes. options: those of Method.
+
+        CycleGAN(channels=1, n_classes=4, ngf=16, weights={"disc_S": 0.1})
     """
 
     def __init__(
@@ -520,7 +522,10 @@ def boxes(x: Tensor) -> Tensor:
 
 
 def perturb(x: Tensor) -> Tensor:
-    """Random contrast (±20%) and brightness (±0.1) per image, and noise of deviation 0.1."""
+    """Random contrast (±20%) and brightness (±0.1) per image, and noise of deviation 0.1.
+
+    Values may leave [-1, 1].
+    """
     draw = 2 * torch.rand(2, len(x), 1, 1, 1, dtype=x.dtype, device=x.device) - 1
     contrast, brightness = draw.unbind()
     return x * (1 + 0.2 * contrast) + 0.1 * brightness + 0.1 * torch.randn_like(x)

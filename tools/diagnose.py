@@ -11,8 +11,8 @@ A term without a gradient in G_IS has no column.
 
 `cycle`: L_cycle^I (Eq. 6) on the validation images, where G_SI paints from the softmax map of
 G_IS(x), from its argmax, and from the true mask. If only the softmax map restores the image, it
-carries the image in small probabilities that the argmax does not show. The error of an image's mean
-is beside them, for comparison.
+carries the image in small probabilities that the argmax does not show. For comparison: the error of
+a blank image of the mean value.
 
 `norms`: the gradients of G_SI's first layer after masks of one class and after others. All flags
 but --steps are main.py's. Each norm trains the same networks on the same batches: ours
@@ -179,7 +179,7 @@ def cycle(argv: list[str]) -> int:
 def diagnose(argv: list[str]) -> int:
     """The command line: terms, cycle or norms."""
     commands = {"terms": terms, "cycle": cycle, "norms": norms}
-    parser = Parser("tools/diagnose.py", description=__doc__)
+    parser = Parser("diagnose.py", description=__doc__)
     parser.add_argument("command", choices=[*commands])
     return commands[parser.parse_args(argv[:1]).command](argv[1:])
 

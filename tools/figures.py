@@ -279,7 +279,7 @@ def rows(args: Namespace) -> Figure:
 
 def figures(argv: list[str]) -> int:
     """The command line: draw, then write."""
-    parser = Parser("tools/figures.py", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser("figures.py", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="rows")
     text = "draw images, true masks and the predictions of runs"
     command = commands.add_parser("rows", help=text, description=text)

@@ -8,7 +8,7 @@
     python tools/prepare.py split --labeled F --unlabeled F --val F --out FILE.json  (lists.py)
 
 Archives and folders under --root are used as well. A repeated command writes missing and truncated
-files; it keeps others, and names those of another size than the archive's.
+files; others are kept, and those that differ in size from the archive's are named.
 """
 
 import gzip
@@ -329,7 +329,7 @@ def prepare(argv: list[str]) -> int:
         return make_split(argv[1:])
     parser = Parser("prepare.py", description=__doc__)
     flag, count = parser.add_argument, bounded(int, 0, 1000)
-    flag("dataset", choices=list(ARCHIVES))
+    flag("dataset", choices=list(ARCHIVES), help="dataset, or split: prepare.py split --help")
     flag("--root", "--data-root", type=Path, metavar="DIR", help="default: data/<dataset>")
     flag("--verify", action="store_true", help="only check existing files, write nothing")
     flag("--download", action="store_true", help="voc: download missing VOC2012 and SBD archives")
