@@ -61,7 +61,8 @@ class Stored(Dataset):
 
     def of_many_classes(self, n: int) -> list[int]:
         """Indices of up to n images whose masks have the most classes, spread over the list."""
-        variety = np.array([len(np.unique(self.cache.masks[row])) for row in self.rows])
+        masks = (mask for _, mask in self.cached_masks())
+        variety = np.array([len(np.setdiff1d(mask, IGNORE)) for mask in masks])
         rich = np.flatnonzero(variety >= np.sort(variety)[-n:][0])
         return rich[np.linspace(0, len(rich) - 1, min(n, len(rich))).astype(int)].tolist()
 
@@ -124,7 +125,10 @@ def augment(x: Tensor, orientation: str, y: Tensor | None = None) -> tuple[Tenso
     horizontal flips if it is "mirror", neither if "fixed"; then contrast ±20% and brightness ±0.1,
     clipped to [-1, 1].
     """
-    angles = range(0, 4, 1 if x.shape[-2] == x.shape[-1] else 2) if orientation == "any" else [0]
+    angles = [0]  # in quarter turns
+    if orientation == "any":
+        is_square = x.shape[-2] == x.shape[-1]
+        angles = [0, 1, 2, 3] if is_square else [0, 2]
     flips = [False] if orientation == "fixed" else [False, True]
     variant = torch.randint(len(flips) * len(angles), (len(x),), device=x.device)
 
@@ -173,7 +177,7 @@ class Batches:
         self.loader = image_loader(
             data,
             workers,
-            batch_size=batch_size // utils.world_size(),
+            batch_size=batch_size // utils.n_connected(),
             sampler=self.items,
             persistent_workers=workers > 0,
             collate_fn=_stacked,
@@ -184,7 +188,7 @@ class Batches:
 
     def of(self, items: Sequence) -> Iterator[list[Tensor]]:
         """The batches of some items of the data, in the order given."""
-        self.items[:] = items[utils.rank() :: utils.world_size()]
+        self.items[:] = items[utils.connected_rank() :: utils.n_connected()]
         for arrays in loaded(self.loader):
             x, y, *x_u = map(self._on_device, arrays)
             x, *x_u = (normalize(image, self.normalization) for image in (x, *x_u))
@@ -247,8 +251,12 @@ def training_batches(
 ) -> Batches:
     """The batches of labeled and unlabeled images, augmented if the flags say so."""
     orientation = spec.orientation if args.augment else None
-    options = workers, args.normalization, orientation
-    return Batches(data.train, args.batch_size, device, *options)
+    return Batches(data.train, args.batch_size, device, workers, args.normalization, orientation)
+
+
+def validation_batches(data: Data, args, device: torch.device, workers: int = 0) -> Batches:
+    """The batches of validation images, in order."""
+    return Batches(data.val, args.batch_size, device, workers, args.normalization)
 
 
 def load_data(

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import utils
-from data_utils import Batches, Data, load_split, open_data, training_batches
+from data_utils import Data, load_split, open_data, training_batches, validation_batches
 from datasets import labels
 from datasets.spec import ORIENTATIONS, DatasetSpec, load_spec
 from engine import predict, program, signals, trained
@@ -46,8 +46,7 @@ def train(args: Flags) -> int:
         with Run(args, spec, data, model, folder) as run:  # begins the folder or restores last.pt
             distribute_and_compile(model, args, device)
             train_batches = training_batches(data, args, spec, device, args.workers)
-            options = args.workers, args.normalization
-            val_batches = Batches(data.val, args.batch_size, device, *options)
+            val_batches = validation_batches(data, args, device, args.workers)
             while not run.ended:
                 if run.evaluation_due:
                     run.record(evaluate(model, val_batches))
@@ -91,10 +90,10 @@ def describe(
     """Print a summary of the run."""
     expected, found = args.rule.n_expected(spec, data.split.val), data.n_groups
     if expected is not None and expected != found:
-        used = {"standard": "all are used", "image": "85% are for training"}
-        used = used.get(args.split, "split in the same proportions")
-        about = f"{found} images or exams with masks instead of {spec.name}'s {expected}"
-        print(f"{args.data_root}: {about}: {used}")
+        effects = {"standard": "all are used", "image": "85% are for training"}
+        effect = effects.get(args.split, "split in the same proportions")
+        counts = f"{found} images or exams with masks instead of {spec.name}'s {expected}"
+        print(f"{args.data_root}: {counts}: {effect}")
     machine = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
@@ -134,8 +133,8 @@ def command(argv: list[str]) -> int:
     args = parse_args(argv)
     if args.training:
         return train(args)
-    use = predict.score if args.testing else predict.predict
-    return use(trained.load(args))
+    run = trained.load(args)
+    return predict.score(run) if args.testing else predict.predict(run)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -286,7 +286,7 @@ class CycleGAN(Method):
 
     weights: by term; WEIGHTS has those that are not given, gen_S has 1. A weight of 0, except that
     of gen_S, takes its term, and the networks that only it needs, out of the step. hard_fakes: D_S
-    sees argmax maps of x_u, as released. disc_norm, disc_kernel: as in PixelDiscriminator.
+    sees argmax maps of x_u, as released. ndf, disc_norm, disc_kernel: as in PixelDiscriminator.
     pool_size: of past fakes. options: those of Method.
 
         CycleGAN(channels=1, n_classes=4, ngf=16, weights={"disc_S": 0.1})

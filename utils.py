@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PATIENCE = 60  # seconds to wait for another process that holds a folder; it may be suspended
+PATIENCE = 60  # seconds to wait for another process: a holder of a folder, a worker, git
 IGNORE = 255  # in every mask tensor: a pixel that neither trains nor counts (VOC's void)
 
 
@@ -219,6 +219,11 @@ def n_connected() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def connected_rank() -> int:
+    """This process's number among the connected ones: 0 in a notebook."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def count_per_process(count: Tensor) -> Tensor:
     """A count over all processes (at least 1), divided by their number.
 
@@ -257,7 +262,7 @@ def check_same(values: dict, name: str) -> None:
     """InputError, on every process, if one has other values than process 0."""
     (host, first), *others = from_each((socket.gethostname(), values))
     for other, own in others:
-        if keys := [key for key in first if own.get(key) != first[key]]:
+        if keys := [key for key in first | own if own.get(key) != first.get(key)]:
             raise InputError(f"{name} differ between {host} and {other}: {first_ten(keys)}")
 
 
@@ -313,6 +318,14 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def is_folder_name(name: str) -> bool:

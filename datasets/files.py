@@ -108,7 +108,10 @@ def check_upright(path: Path, image: Image.Image) -> None:
 
 
 def as_array(image: Image.Image, channels: int) -> np.ndarray:
-    """A picture of any mode as (H, W) or (H, W, 3) uint8, or (H, W) float32 if it is deep."""
+    """A picture of any mode as (H, W) or (H, W, 3) uint8, or (H, W) float32 if it is deep.
+
+    ValueError for a TIFF whose 0 is white, and for values that are not finite.
+    """
     if not is_deep(image):
         return np.array(image.convert("L" if channels == 1 else "RGB"))
     if image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0:
@@ -209,10 +212,10 @@ def read_mask(path: Path, labels: tuple[int, ...] = (), legal: Iterable[int] = (
 
 
 def colors_of(sample: Sample, mask: np.ndarray, spec: DatasetSpec) -> dict[int, tuple]:
-    """The palette's color of each class value in an indexed mask; empty for masks of other kinds.
+    """The palette's color of each class value in an indexed mask.
 
-    Also for a mask that draws each index in the gray of that value. mask: the sample's, (H, W)
-    uint8 of class indices and IGNORE.
+    Empty for other masks, and for one that draws each index in the gray of that value. mask: the
+    sample's, (H, W) uint8 of class indices and IGNORE.
     """
     if not isinstance(sample.mask, Path):
         return {}
@@ -237,7 +240,14 @@ def read_frames(path: Path) -> np.ndarray:
     file = nibabel.load(path)
     if (needed := prod(file.shape) * file.get_data_dtype().itemsize) > size:
         raise InputError(f"{path}: {size:,} bytes, but its header declares {needed:,}: truncated")
-    volume, voxel = np.asanyarray(file.dataobj), np.array(file.header.get_zooms()[:3])
+    volume = np.asanyarray(file.dataobj)
+    n_frames = max(volume.shape[3:], default=1)
+    has_frames = volume.ndim >= 3 and n_frames == prod(volume.shape[3:]) and volume.size
+    if not has_frames or volume.dtype.kind not in "uif":
+        found = f"shape {volume.shape} of {volume.dtype}"
+        expected = "a volume (X, Y, Z) or (X, Y, Z, T) of numbers"
+        raise InputError(f"{path}: {found}: expected {expected}")
+    voxel = np.array(file.header.get_zooms()[:3])
     if not (np.isfinite(file.affine).all() and (np.isfinite(voxel) & (voxel > 0)).all()):
         expected = "expected positive voxel sizes and a finite affine"
         raise InputError(f"{path}: invalid header with voxel sizes {voxel.tolist()}; {expected}")
@@ -252,12 +262,6 @@ def read_frames(path: Path) -> np.ndarray:
         own, other = (" x ".join(f"{size:.4g}" for size in each) for each in known)
         found = f"voxel sizes {own} in the header (pixdim), but {other} in the affine"
         raise InputError(f"{path}: {found}; correct one of them")
-    n_frames = max(volume.shape[3:], default=1)
-    has_frames = volume.ndim >= 3 and n_frames == prod(volume.shape[3:]) and volume.size
-    if not has_frames or volume.dtype.kind not in "uif":
-        found = f"shape {volume.shape} of {volume.dtype}"
-        expected = "a volume (X, Y, Z) or (X, Y, Z, T) of numbers"
-        raise InputError(f"{path}: {found}: expected {expected}")
     return volume.reshape(*volume.shape[:3], n_frames)
 
 

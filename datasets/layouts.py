@@ -151,6 +151,14 @@ def slices(
     return samples
 
 
+def group_of(spec: DatasetSpec, image: Path) -> str:
+    """The patient in an image's name, by default the stem; empty if `group` does not match."""
+    if spec.group is None:
+        return stem_of(image)
+    match = re.search(spec.group, normalize("NFC", stem_of(image)))
+    return (match[1] or "") if match else ""
+
+
 def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
     """images/ and masks/ by stem; optionally unlabeled/, and val/ and test/ with the same two.
 
@@ -192,13 +200,10 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
         problems += [f"{file}: has no image in {root / images}" for file in orphans]
         for stem, image in found.items():
             mask, own = truths.get(stem), stem_of(image)
-            group = own
-            if spec.group is not None:
-                match = re.search(spec.group, stem)
-                if not (match and match[1]):
-                    problems.append(f"{image}: the name does not match group = {spec.group!r}")
-                    continue
-                group = match[1]
+            group = group_of(spec, image)
+            if not group:
+                problems.append(f"{image}: the name does not match group = {spec.group!r}")
+                continue
             if (other := parts.setdefault(normalize("NFC", group), part)) != part:
                 message = f"an image of this name is also among the {other} images; rename one"
                 if spec.group is not None:
@@ -237,7 +242,8 @@ INDEX = {
 def parts_of(spec: DatasetSpec, kind: str) -> tuple[str, ...]:
     """The parts of the layout that a kind of split uses; a "file" may use all of them.
 
-    `kind` may be a part's name: then only that part.
+    `kind` may be a part's name: then only that part. InputError if the dataset has no standard
+    split.
     """
     if kind in PARTS:
         return (kind,)

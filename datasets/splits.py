@@ -66,16 +66,21 @@ class Split:
     def summary(self, unit: str | None = None) -> str:
         """'8 of 75 exams labeled (152 slices), 67 unlabeled (1,282), 25 for validation (468)'."""
         by_exam = (unit or self.unit()) == "exam"
-        roles = self.labeled, self.unlabeled, self.val, self.labeled + self.unlabeled
-        names = [{s.group if by_exam else s.id for s in samples} for samples in roles]
-        labeled, unlabeled, val, train = (f"{len(each):,}" for each in names)
-        unused = sum(sample.mask is not None for sample in self.unlabeled)
-        notes = ["", f" ({unused:,} have masks that are not used)" if unused else "", ""]
+
+        def n(samples: tuple[Sample, ...]) -> str:
+            return f"{len({s.group if by_exam else s.id for s in samples}):,}"
+
+        units = "exams" if by_exam else "images"
+        labeled = f"{n(self.labeled)} of {n(self.labeled + self.unlabeled)} {units} labeled"
+        unlabeled = f"{n(self.unlabeled)} unlabeled"
+        val = f"{n(self.val)} for validation"
         if by_exam:
-            notes = [f" ({len(samples):,})" for samples in roles]
-            notes[0] = f" ({len(self.labeled):,} slices)"
-        labeled = f"{labeled} of {train} {'exam' if by_exam else 'image'}s labeled{notes[0]}"
-        return f"{labeled}, {unlabeled} unlabeled{notes[1]}, {val} for validation{notes[2]}"
+            labeled += f" ({len(self.labeled):,} slices)"
+            unlabeled += f" ({len(self.unlabeled):,})"
+            val += f" ({len(self.val):,})"
+        elif n_unused := sum(sample.mask is not None for sample in self.unlabeled):
+            unlabeled += f" ({n_unused:,} have masks that are not used)"
+        return f"{labeled}, {unlabeled}, {val}"
 
 
 def split(

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -52,8 +51,7 @@ class RunFolder:
         if args.overwrite:
             # config.toml last: it marks a run's folder
             for path in sorted(contents(self.path), key=lambda path: path == config):
-                is_folder = path.is_dir() and not path.is_symlink()
-                shutil.rmtree(path) if is_folder else path.unlink()
+                utils.remove(path)
         for path in self.path.glob(f"{EVENTS}*"):  # of a run without any last.pt
             path.unlink()
         quoted = shlex.quote(str(config)).replace("\n", "\\n")

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from data_utils import Batches, Data, normalize, volumes_of
+from data_utils import Data, normalize, validation_batches, volumes_of
 from datasets import files, writers
 from datasets.cache import resize
 from datasets.labels import absent_classes, check_ignored
@@ -99,10 +99,9 @@ def write_scores(trained: Trained, data: Data, folder: Path) -> None:
             save_picture(folder / "panels" / f"{sample.id}.png", panel)
         bar.update(len(x))
 
-    batches = Batches(data.val, args.batch_size, trained.device, args.workers, args.normalization)
+    batches = validation_batches(data, args, trained.device, args.workers)
     counts = evaluate(model, batches, write)
     bar.close()
-    metrics = segmentation_metrics(counts, spec)
     about = {
         "n_images": len(samples),
         "split": state["split"],
@@ -119,19 +118,28 @@ def write_scores(trained: Trained, data: Data, folder: Path) -> None:
         about["part"] = args.part
     if args.native_size:
         about["native_size"] = segmentation_metrics(native.counts, spec)
-    if has_volumes := any(isinstance(sample.image, Slice) for sample in samples):
+    if any(isinstance(sample.image, Slice) for sample in samples):
         about["volumes"] = scores.summary()
         utils.write_atomically(folder / "volumes.csv", scores.csv())
-    utils.write_atomically(folder / "metrics.json", json.dumps({**metrics, **about}, indent=1))
-    images = f"{len(samples)} {args.part or 'validation'} images of {spec.name} ({args.data_root})"
-    print(f"{trained.path} after epoch {state['epoch']}, on {images}, in %:")
-    print(format_metrics(metrics))
-    if args.native_size:
-        print(f"at the masks' original size: {format_means(about['native_size'])}")
-    if has_volumes:
+    result = segmentation_metrics(counts, spec) | about
+    utils.write_atomically(folder / "metrics.json", json.dumps(result, indent=1))
+    print_scores(trained, result, scores, folder)
+
+
+def print_scores(trained: Trained, result: dict, scores: VolumeScores, folder: Path) -> None:
+    """Print what metrics.json (`result`) and volumes.csv contain."""
+    args, spec = trained.args, trained.spec
+    part = args.part or "validation"
+    images = f"{result['n_images']} {part} images of {spec.name} ({args.data_root})"
+    print(f"{trained.path} after epoch {result['epoch']}, on {images}, in %:")
+    print(format_metrics(result))
+    if "native_size" in result:
+        print(f"at the masks' original size: {format_means(result['native_size'])}")
+    written = ["metrics.json", "masks/"]
+    if "volumes" in result:
         print(f"{scores.title()}:\n{scores.table()}")
-    written = "metrics.json, volumes.csv, masks/" if has_volumes else "metrics.json, masks/"
-    print(f"{written} and panels/ (image, truth, predictions) are in {folder}")
+        written.insert(1, "volumes.csv")
+    print(f"{', '.join(written)} and panels/ (image, truth, predictions) are in {folder}")
     print_values(spec)
 
 
@@ -147,6 +155,39 @@ def plane_name(i: int, n_planes: int, depth: int) -> str:
     return f"{frame}s{i % depth:02d}.png"
 
 
+def read_inputs(
+    paths: Iterable[Path], trained: Trained, unreadable: list[str]
+) -> Iterator[tuple[Path, int, int, Tensor]]:
+    """Yield each plane (C, H, W) with its file, its index there and the file's number of planes.
+
+    Messages about files that cannot be read are added to `unreadable`.
+    """
+    half = trained.args.normalization == "half"
+    for path in tqdm(paths, desc="predicting", unit=" files", disable=None):
+        try:
+            planes = read_planes(path, trained.spec.channels)
+            if half and trained.image_dtype == "uint8" and planes[0].dtype != torch.uint8:
+                reason = "more than 8 bits, unlike the training images"
+                effect = "--normalization half scales it differently"
+                raise InputError(f"{path}: {reason}; {effect}")
+        except InputError as error:
+            unreadable.append(str(error))
+            continue
+        for i, plane in enumerate(planes):
+            yield path, i, len(planes), plane
+
+
+def network_input(planes: list[Tensor], trained: Trained) -> Tensor:
+    """Planes (C, H, W) of any size, resized and normalized as in training: (B, C, h, w)."""
+    x = []
+    for plane in planes:
+        pixels = resize(plane, trained.args.size)[None].to(trained.device)
+        if trained.image_dtype == "float32":  # each by its own range
+            pixels = pixels.float()
+        x.append(normalize(pixels, trained.args.normalization))
+    return torch.cat(x)
+
+
 @torch.inference_mode()
 def predict(trained: Trained) -> int:
     """--predict: write the masks of pictures and NIfTI volumes at their original size.
@@ -156,7 +197,6 @@ def predict(trained: Trained) -> int:
     """
     args, spec = trained.args, trained.spec
     unreadable: list[str] = []
-    dtype = trained.image_dtype
     found, other = find_pictures([Path(path) for path in args.predict])
     if not found:
         skipped = f"; skipped {utils.first_ten(other)}" if other else ""
@@ -165,29 +205,10 @@ def predict(trained: Trained) -> int:
     contents = PredictedVolumes(spec)
     prepare_predictions(folder, found, trained.path, contents)
 
-    def planes() -> Iterator[tuple[Path, int, int, Tensor]]:
-        for path in tqdm(found, desc="predicting", unit=" files", disable=None):
-            try:
-                pixels = read_planes(path, spec.channels)
-                is_deep = pixels[0].dtype != torch.uint8
-                if args.normalization == "half" and dtype == "uint8" and is_deep:
-                    reason = "more than 8 bits, unlike the training images"
-                    effect = "--normalization half scales it differently"
-                    raise InputError(f"{path}: {reason}; {effect}")
-            except InputError as error:
-                unreadable.append(str(error))
-                continue
-            for i, plane in enumerate(pixels):
-                yield path, i, len(pixels), plane
-
-    waiting, predicted, stacker = planes(), [], SliceStacker()
+    planes, predicted, stacker = read_inputs(found, trained, unreadable), [], SliceStacker()
     try:
-        while batch := list(itertools.islice(waiting, args.batch_size)):
-            x = [resize(plane, args.size)[None].to(trained.device) for *_, plane in batch]
-            if dtype == "float32":  # as in training, each by its own range
-                x = [each.float() for each in x]
-            x = torch.cat([normalize(each, args.normalization) for each in x])
-            logits = trained.model.segment(x)
+        while batch := list(itertools.islice(planes, args.batch_size)):
+            logits = trained.model.segment(network_input([plane for *_, plane in batch], trained))
             finite = logits.flatten(1).isfinite().all(1).tolist()
             items = zip(batch, logits, finite, strict=True)
             for (path, i, n_planes, plane), own, is_finite in items:

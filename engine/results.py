@@ -1,7 +1,6 @@
 """The folder of a run's results: whose it is, and what may be replaced there."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -141,5 +140,4 @@ def prepare_predictions(
 def remove_overlays(folder: Path, found: Mapping[Path, Path]) -> None:
     """Remove earlier overlays of the files that are predicted; `found` has their output paths."""
     for file, place in found.items():
-        overlay = folder / writers.prediction_file(place, file)
-        shutil.rmtree(overlay) if overlay.is_dir() else overlay.unlink(missing_ok=True)
+        utils.remove(folder / writers.prediction_file(place, file))

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,9 @@ from datasets.layouts import index, parts_of
 from datasets.spec import DatasetSpec, load_spec, make_spec, read_toml
 from datasets.splits import ByFile, Split, digest, read_lists
 from engine import checkpoint
-from engine.flags import Flags, Parser, flag_of, setting_names
+from engine.flags import Flags, flag_of, setting_names
 from model import METHODS, Method, move
 from utils import InputError
-
-MACHINE = "data_root", "cache", "device"  # flags of main.py that tools have, too
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,18 @@ class Trained:
             raise InputError(f"{own}: not the split of {self.path}; restore the run's")
         return lists
 
+    def is_own_path(self) -> bool:
+        """Whether --data-root is the run's."""
+        own = self.state["data_root"]
+        return os.path.realpath(self.args.data_root) == os.path.realpath(own)
+
+    def is_copy(self, used: set[str]) -> bool:
+        """Whether --data-root has all images `used` by the run, not only in --part."""
+        samples = index(self.spec, Path(self.args.data_root), "file")
+        names = {name for s in samples for name in s.names}
+        of_part = {name for s in samples if s.part == self.args.part for name in s.names}
+        return used <= names and not (used and used <= of_part)
+
     def part_data(self) -> Data:
         """The images of --part, which the run has not trained on, as validation images.
 
@@ -90,13 +99,7 @@ class Trained:
         args, spec, part, lists = self.args, self.spec, self.args.part, self.lists()
         rule, root = args.rule, Path(args.data_root)
         used = {*itertools.chain(*lists.values())}
-        is_same_path = os.path.realpath(root) == os.path.realpath(self.state["data_root"])
-        is_own = is_same_path
-        if not is_own:
-            everywhere = index(spec, root, "file")
-            names = {name for s in everywhere for name in s.names}
-            of_part = {name for s in everywhere if s.part == part for name in s.names}
-            is_own = used <= names and not (used and used <= of_part)
+        is_own = self.is_own_path() or self.is_copy(used)
         if is_own and isinstance(rule, ByFile):
             if "split" in args.given or (part == "test" and part in lists):
                 split = rule.apply(index(spec, root, rule.kind), spec, args.seed)
@@ -108,7 +111,7 @@ class Trained:
             raise InputError(f"--part {part}: the run's split uses this part; {advice}")
         if not lists:
             unknown = f"no split.json beside {self.path} says which images it was trained on"
-            if is_same_path:
+            if self.is_own_path():
                 raise InputError(f"--part {part}: {unknown}; copy the run's to it")
             print(f"--part {part}: {unknown}")
         found = index(spec, root, part)
@@ -144,19 +147,6 @@ def load(args: Flags) -> Trained:
     model = move(METHODS[args.method].from_args(spec, args), device)
     checkpoint.load_weights(model, state["model"], path)
     return Trained(path, state, args, spec, device, model.eval())
-
-
-def run_flags(parser: Parser) -> None:
-    """Add what `load_runs` reads: RUN ... and main.py's flags of the machine."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
-    for name in MACHINE:
-        parser.add_argument(flag_of(name), help="as in main.py")
-
-
-def load_runs(args: Namespace) -> list[Trained]:
-    """Load the runs that a tool's command line names."""
-    given = {key: value for key in MACHINE if (value := getattr(args, key))}
-    return [load(Flags({"checkpoint": run, **given})) for run in args.runs]
 
 
 def check_flags(args: Flags, before: Flags, spec: DatasetSpec, path: Path) -> None:

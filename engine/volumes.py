@@ -182,14 +182,15 @@ class VolumeScores:
 
     def summary(self) -> dict:
         """Counts, and by phase (first all of them) the scores' means over the volumes."""
-        phases = sorted({phase for _, phase in self.volumes.values() if phase})
-        by_phase = {phase: [row for row in self.scores if row.phase == phase] for phase in phases}
-        return {
+        summary = {
             "n_volumes": len(self.volumes),
             "n_exams": len({exam for exam, _ in self.volumes.values()}),
             "n_incomplete": self.n_incomplete,
-            **{key: self._means(rows) for key, rows in ({"all": self.scores} | by_phase).items()},
+            "all": self._means(self.scores),
         }
+        for phase in sorted({phase for _, phase in self.volumes.values() if phase}):
+            summary[phase] = self._means([row for row in self.scores if row.phase == phase])
+        return summary
 
     def _means(self, scores: list[Score]) -> dict:
         """By class: counts, mean and standard deviation of each score; the classes' mean."""
@@ -225,10 +226,11 @@ class VolumeScores:
         title = f"mean of {len(self.classes)} classes"
         lines += [_cells(*row) for row in zip([title, *below], means, strict=True)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-            for line in lines
-        )
+        text = []
+        for title, *cells in lines:
+            aligned = [title.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]
+            text.append("  ".join(aligned).rstrip())
+        return "\n".join(text)
 
 
 def _cells(title: str, row: dict) -> list[str]:

@@ -58,7 +58,8 @@ def test_images_of_many_classes_are_those_with_the_most_values_spread_out():
     masks[[1, 2, 4], 0] = [1, 2]
     masks[5, 0, 0] = 1
     pictures.cache = dataclasses.replace(pictures.cache, masks=masks)
-    expected = {2: [1, 4], 3: [1, 2, 4], 4: [1, 2, 4, 5], 99: [0, 1, 2, 3, 4, 5]}
+    masks[0, 1] = [3, IGNORE]  # ignored pixels are no class
+    expected = {2: [1, 4], 3: [1, 2, 4], 5: [0, 1, 2, 4, 5], 99: [0, 1, 2, 3, 4, 5]}
     assert {n: pictures.of_many_classes(n) for n in expected} == expected
 
 
@@ -157,6 +158,13 @@ def test_batches_come_in_order_normalized_and_end_with_a_smaller_one(phantoms, n
     assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
     assert torch.equal(x, normalize(torch.from_numpy(phantoms.images[rows]), normalization))
     assert np.array_equal(y, phantoms.masks[rows])
+
+
+def test_batches_hold_all_images_unless_processes_are_connected(monkeypatch):
+    for key, value in ("WORLD_SIZE", "2"), ("RANK", "1"):
+        monkeypatch.setenv(key, value)  # left over, in a notebook
+    batches = [y.flatten().tolist() for _, y in Batches(stored(0, 6), 4, CPU)]
+    assert batches == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_worker_processes_live_through_epochs_and_each_epoch_has_its_order():

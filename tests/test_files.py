@@ -285,6 +285,7 @@ UNEVEN = "label 1.5 is not an integer; save labels as integers, resampled to the
         ("", with_header(88, 0), "voxel sizes 1.41421 x 1.33417 x 0 in the header (pixdim); write"),
         ("", with_header(80, 3), "in the header (pixdim), but 1.414 x 1.334 x 9.813 in the affine"),
         ("", volume_of(18, 14, 3, 2), "(18, 14, 3, 2)"),
+        ("", volume_of(18, 14), "expected a volume (X, Y, Z)"),
         ("", volume_of(18, 14, 0), "expected a volume (X, Y, Z)"),
         ("", volume_of(0, 14, 3), "expected a volume (X, Y, Z)"),
         ("", volume_of(18, 14, 3, 2, 2), "expected a volume (X, Y, Z) or"),

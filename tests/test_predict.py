@@ -436,6 +436,17 @@ def test_a_volume_and_pictures_with_similar_names_keep_their_overlays(trained):
     assert found == {"heart.png", "heart_s00.png", "heart.nii.gz/s00.png"}
 
 
+def test_a_link_among_the_overlays_is_replaced_not_what_it_names(trained):
+    write_volume(Path("heart.nii.gz"), noise(20, 20, 1, dtype=np.int16), np.eye(4))
+    assert run("--predict", "heart.nii.gz", "--overlay") == 0
+    overlay = OVERLAYS / "heart.nii.gz"
+    overlay.rename("kept")
+    overlay.symlink_to(Path("kept").resolve())
+    assert run("--predict", "heart.nii.gz", "--overlay") == 0
+    assert not overlay.is_symlink() and [path.name for path in overlay.iterdir()] == ["s00.png"]
+    assert [path.name for path in Path("kept").iterdir()] == ["s00.png"]
+
+
 def test_bytes_are_scaled_as_the_floats_were_that_a_network_learned_from(monkeypatch, trained):
     """--normalization half: with a 16-bit image in the dataset each image had its own range."""
     state = checkpoint.load(trained)
@@ -580,14 +591,16 @@ def test_volumes_are_named_where_the_training_images_were_pictures(capsys, train
 
 
 def test_masks_that_another_command_replaces_meanwhile_are_not_counted(tmp_path, monkeypatch):
+    folder = tmp_path / "masks"
+    folder.mkdir()
     for name in "a.png", "b.png", ".c.png.7.tmp":
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (0, 0))
+        (folder / name).touch()
+        os.utime(folder / name, (0, 0))
     is_file = Path.is_file
-    gone = tmp_path / "a.png"
+    gone = folder / "a.png"
     monkeypatch.setattr(Path, "is_file", lambda p: is_file(p) and (p != gone or p.unlink() or True))
     (tmp_path / "best.pt").touch()
-    assert count_older(tmp_path, {}, tmp_path / "best.pt") == 1
+    assert count_older(folder, {}, tmp_path / "best.pt") == 1
 
 
 def test_masks_that_earlier_weights_made_are_counted(capsys, trained):

@@ -255,6 +255,15 @@ def test_images_that_differ_between_machines_are_an_error(monkeypatch):
     assert message == "the split's images differ between a and b: val"
 
 
+def test_values_that_only_one_process_has_differ(monkeypatch):
+    for one, other in ({"x": 1}, {"x": 1, "y": 2}), ({"x": 1, "y": 2}, {"x": 1}):
+        monkeypatch.setattr(
+            utils, "from_each", lambda _, one=one, other=other: [("a", one), ("b", other)]
+        )
+        with pytest.raises(InputError, match="flags differ between a and b: y"):
+            utils.check_same({}, "flags")
+
+
 def test_a_loss_that_is_not_finite_on_one_process_stops_all_with_one_line():
     def infinite(rank: int) -> None:
         if rank == 1:

@@ -37,13 +37,14 @@ from torch import nn
 
 import utils
 from arch.norm import InstanceNorm2d
-from data_utils import Batches, Data, load_data, training_batches
+from data_utils import Data, load_data, training_batches, validation_batches
 from datasets.spec import DatasetSpec, load_spec
 from engine import program
 from engine.flags import Flags, Parser, bounded, parse_args
-from engine.trained import Trained, load_runs, run_flags
+from engine.trained import Trained
 from model import CycleGAN, cycle_I, move
 from tools.report import markdown
+from tools.runs import load_runs, run_flags
 from utils import InputError
 
 
@@ -149,8 +150,8 @@ def of_cycle(run: Trained) -> dict[str, float]:
     args, model, sums = run.args, run.model.eval(), {}
     if not isinstance(model, CycleGAN):
         raise InputError(f"{run.path}: --method {args.method} has no image cycle")
-    data, options = run.data(), {"normalization": args.normalization}
-    for x, y in Batches(data.val, args.batch_size, run.device, **options):
+    data = run.data()
+    for x, y in validation_batches(data, args, run.device):
         maps = model.segment(x).softmax(1)
         painted = {
             "softmax map": model.paint(maps),

@@ -188,7 +188,8 @@ def run_all(
 
     def begin(name: str, testing: bool, slot: int) -> None:
         before, started = log_time(folder / name), time.monotonic()
-        process = start(name, commands[name][testing], folder, environment(slot, n_jobs, gpus))
+        flags = commands[name][1 if testing else 0]
+        process = start(name, flags, folder, environment(slot, n_jobs, gpus))
         running.append(Job(name, testing, slot, process, before, started))
 
     try:
@@ -205,7 +206,8 @@ def run_all(
                 print(f"end   {job.name}: {result}", flush=True)
                 if code:
                     by_signal = signals and (code > 128 or -code in signals)
-                    (interrupted if by_signal else failed)[job.name] = result
+                    ended = interrupted if by_signal else failed
+                    ended[job.name] = result
                 elif not (job.testing or signals or is_tested(folder / job.name)):
                     begin(job.name, True, job.slot)
             time.sleep(0.1)
@@ -320,7 +322,8 @@ def experiments(argv: list[str]) -> int:
     scale = args.scale or name
     source = args.source or Path("checkpoints") / scale
     out = args.out or (source.parent if source.is_file() else source)
-    (report.write if args.action == "report" else runs.keep)(source, scale, out)
+    write = report.write if args.action == "report" else runs.keep
+    write(source, scale, out)
     return 0
 
 

@@ -40,9 +40,9 @@ from datasets.spec import DatasetSpec
 from engine import program
 from engine.flags import Parser, bounded
 from engine.pictures import colorize, legend, shades
-from engine.trained import Trained, load_runs, run_flags
+from engine.trained import Trained
 from tools.plan import AUGMENT, EXPERIMENTS
-from tools.runs import RunRecord
+from tools.runs import RunRecord, load_runs, run_flags
 from utils import InputError
 
 rcParams["text.parse_math"] = False  # a $ in the name of a class or run is no formula

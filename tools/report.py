@@ -24,7 +24,7 @@ def mean_and_sd(values: list[float]) -> tuple[float, float | None]:
 
 
 def interval(values: list[float], overlap: float = 0.0) -> tuple[float, float] | tuple[None, None]:
-    """The 95% interval of Student's t for the mean of two or more values.
+    """The 95% interval of Student's t for a mean; (None, None) for a single value.
 
     `overlap` is the number of validation images per training image: Nadeau and Bengio's correction
     (2003) for random splits, which share images (variance times 1 / n + overlap, not 1 / n).

@@ -3,13 +3,15 @@
 import json
 import os
 import re
+from argparse import Namespace
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import utils
 from datasets.spec import read_toml
 from datasets.splits import ROLES
-from engine.flags import all_names, build_parser, flag_of, setting_names
+from engine.flags import Flags, Parser, all_names, build_parser, flag_of, setting_names
+from engine.trained import Trained, load
 from tools.plan import DATASETS, EXPERIMENTS, SCALES, planned
 from utils import InputError
 
@@ -22,8 +24,23 @@ PAPER = {key: DEFAULTS[key] for key in setting_names()}
 # Keys of [dataset] that change a result
 DATASET_KEYS = "classes scored channels ignore void label_ids void_ids orientation".split()
 
+MACHINE = "data_root", "cache", "device"  # flags of main.py that tools have, too
+
 # What wrong fields raise
 MALFORMED = AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError
+
+
+def run_flags(parser: Parser) -> None:
+    """Add what `load_runs` reads: RUN ... and main.py's flags of the machine."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or a checkpoint")
+    for name in MACHINE:
+        parser.add_argument(flag_of(name), help="as in main.py")
+
+
+def load_runs(args: Namespace) -> list[Trained]:
+    """Load the runs that a tool's command line names."""
+    given = {key: value for key in MACHINE if (value := getattr(args, key))}
+    return [load(Flags({"checkpoint": run, **given})) for run in args.runs]
 
 
 def as_flags(settings: dict) -> list[str]:
