@@ -112,7 +112,8 @@ def _map_cache(home: Path, rows: dict[str, int]) -> Cache:
 def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -> str:
     """A digest of everything that a cache depends on.
 
-    Ids, files with their sizes and times, the meaning of labels, the size, the code that reads.
+    Ids, files with their sizes, times and numbers (inodes), the meaning of labels, the size, the
+    code that reads.
     """
 
     def stamp(source: Path | Slice | int | None):
@@ -123,7 +124,8 @@ def cache_key(spec: DatasetSpec, samples: list[Sample], size: tuple[int, int]) -
             status = path.stat()
         except OSError:
             return str(path)
-        return str(path.resolve()), z, status.st_size, status.st_mtime_ns
+        # A tool that replaces a file may keep its size and time, but not its number
+        return str(path.resolve()), z, status.st_size, status.st_mtime_ns, status.st_ino
 
     stamps = [(s.id, stamp(s.image), stamp(s.mask)) for s in samples]
     labels = spec.channels, spec.lookup().tolist()

@@ -3,6 +3,7 @@
 A layout is a function (spec, root) -> list[Sample]. It reads no pixels; decoding does.
 """
 
+import os
 import re
 from collections import Counter
 from contextlib import suppress
@@ -18,6 +19,7 @@ from utils import InputError, check_regular, first_ten, naming, read_lines
 MOST_SLICES = 2**15 - 1  # of a NIfTI-1 volume; beyond it, a header is damaged
 IMAGE_FOLDERS = {name: name for name in ("images", "masks")} | {"image": "images", "mask": "masks"}
 PART_FOLDERS = {name: name for name in ("unlabeled", "val", "test")} | {"unlabelled": "unlabeled"}
+FOLDERS = {*IMAGE_FOLDERS.values(), *PART_FOLDERS.values()}
 PART_FOLDERS |= {"valid": "val", "validation": "val", "testing": "test"}
 
 
@@ -29,14 +31,17 @@ def is_hidden(path: Path) -> bool:
 def right_name(folder: Path, at_root: bool) -> str:
     """The correct name of a misspelled folder such as Image/; "" if it is right or unrelated.
 
-    A folder that should be val/ or test/ counts only if it contains images/.
+    A folder that should be val/ or test/ counts only if it contains images/, or images.
     """
     lower = folder.name.lower()
     name = IMAGE_FOLDERS.get(lower) or (at_root and PART_FOLDERS.get(lower)) or folder.name
     if name == folder.name or not folder.is_dir() or (folder.parent / name).is_dir():
         return ""
-    inside = {IMAGE_FOLDERS.get(path.name.lower()) for path in folder.iterdir()}
-    return "" if name in ("val", "test") and "images" not in inside else name
+    if name not in ("val", "test"):
+        return name
+    inside = [*folder.iterdir()]
+    has_folder = any(IMAGE_FOLDERS.get(path.name.lower()) == "images" for path in inside)
+    return name if has_folder or any(is_picture(p) or is_volume(p) for p in inside) else ""
 
 
 def voc_homes(root: Path) -> tuple[Path, ...]:
@@ -167,6 +172,7 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
     """
     samples, problems = [], []
     parts: dict[str, str] = {}  # of each patient, or image
+    spellings: dict[str, str] = {}  # of each patient, by its name in lower case
 
     def by_stem(folder: Path) -> dict[str, Path]:
         files: dict[str, Path] = {}
@@ -188,6 +194,10 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
         for folder in sorted(home.iterdir()) if home.is_dir() else ():
             if name := right_name(folder, home == root):
                 problems.append(f"{folder}: such a folder must be named {name!r}")
+            elif folder.name in FOLDERS and not folder.is_dir():
+                problems.append(f"{folder}: not a folder, or a link to one that is missing")
+        if home != root and home.is_dir() and not os.path.lexists(home / "images"):
+            problems.append(f"{home}: contains no images/; see docs/own_data.md")
     places = (
         ("train", "images", "masks"),
         ("train", "unlabeled", None),
@@ -204,7 +214,13 @@ def index_folder(spec: DatasetSpec, root: Path) -> list[Sample]:
             if not group:
                 problems.append(f"{image}: the name does not match group = {spec.group!r}")
                 continue
-            if (other := parts.setdefault(normalize("NFC", group), part)) != part:
+            spelling = normalize("NFC", group)
+            first = spellings.setdefault(spelling.casefold(), spelling)
+            if first != spelling and spec.group is not None:
+                message = f"patient {group} is also written {first}; use one spelling"
+                problems.append(f"{image}: {message}")
+                continue
+            if (other := parts.setdefault(spelling, part)) != part:
                 message = f"an image of this name is also among the {other} images; rename one"
                 if spec.group is not None:
                     message = f"patient {group} is also among the {other} images"
@@ -275,11 +291,13 @@ def index(spec: DatasetSpec, root: Path, kind: str = "paper") -> list[Sample]:
         which = f"{kind} image" if kind in PARTS else "image"
         found = f"contains no {which} in the layout {spec.layout!r}"
         raise InputError(f"--data-root {root}: {found}; {page} describes the layout")
-    counts = Counter(sample.id for sample in samples)
+    counts = Counter(normalize("NFC", sample.id) for sample in samples)
     samples.sort(key=lambda sample: sample.id)
-    if twice := [s for s in samples if counts[s.id] > 1]:
+    if twice := [s for s in samples if counts[normalize("NFC", s.id)] > 1]:
         files = [f"{s.id} ({getattr(s.image, 'path', s.image)})" for s in twice]
         raise InputError(f"--data-root {root}: duplicate ids: {first_ten(files)}")
+    if long := [s.id for s in samples if len(f"{s.id}.png".encode(errors="replace")) > 255]:
+        raise InputError(f"--data-root {root}: names too long for a mask file: {first_ten(long)}")
     pictures = (str(s.mask) for s in samples if isinstance(s.mask, Path))
     if (value := spec.beyond_png()) and (picture := next(pictures, "")):
         reason = "image files hold 0 to 255; only NIfTI masks can hold others"

@@ -194,8 +194,11 @@ def read_lists(path: Path) -> dict[str, list[str]]:
     return lists
 
 
-def check_groups(path: Path, chosen: Mapping[str, Iterable[Sample]]) -> None:
-    """InputError if a group is on two of the sides training, validation and test."""
+def check_groups(path: Path, chosen: Mapping[str, Iterable[Sample]], by_image: bool) -> None:
+    """InputError if a group is on two of the sides training, validation and test.
+
+    by_image: training and validation may share groups, as with --split image.
+    """
     groups = {role: {sample.group for sample in samples} for role, samples in chosen.items()}
     sides = {
         "training": groups["labeled"] | groups["unlabeled"],
@@ -203,6 +206,8 @@ def check_groups(path: Path, chosen: Mapping[str, Iterable[Sample]]) -> None:
         "test": groups.get("test", set()),
     }
     for one, other in itertools.combinations(sides, 2):
+        if by_image and other == "validation":
+            continue
         if both := sorted(sides[one] & sides[other]):
             raise InputError(f"{path}: in {one} and {other}: {first_ten(both)}")
 
@@ -212,7 +217,7 @@ def read_split(path: Path, samples: list[Sample]) -> Split:
 
     A name is an id, otherwise a volume, otherwise a group. InputError names ids that are unknown,
     have two roles, or are scored or labeled without a mask, and groups that are on two of the sides
-    training, validation and test, unless a run (with --split image) wrote exactly these lists.
+    training, validation and test; a run (with --split image) may have groups on the first two.
     """
     lists = read_lists(path)
     ids = {sample.id: [sample] for sample in samples}
@@ -236,8 +241,7 @@ def read_split(path: Path, samples: list[Sample]) -> Split:
         if unmasked and role != "unlabeled":
             raise InputError(f"{path}: {role}, but without a mask: {first_ten(unmasked)}")
     found = Split(**{role: tuple(sorted(chosen[role], key=lambda s: s.id)) for role in chosen})
-    if found.hash() != read_json(path).get("hash"):
-        check_groups(path, chosen)
+    check_groups(path, chosen, by_image=found.hash() == read_json(path).get("hash"))
     return found
 
 

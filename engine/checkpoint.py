@@ -1,6 +1,7 @@
 """Checkpoint files: save, load, check; fit weights and optimizer state."""
 
 import io
+import os
 import zipfile
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def save(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def data_path(state: dict) -> str:
+    """The absolute path of a run's data, without links; older runs have it as it was typed."""
+    return state.get("data_path") or os.path.realpath(state["data_root"])
+
+
+def data_root(state: dict) -> str:
+    """The --data-root of a run, or its path if it leads elsewhere today and the path exists."""
+    typed, path = state["data_root"], data_path(state)
+    return path if os.path.realpath(typed) != path and os.path.exists(path) else typed
 
 
 def file_of(path: str) -> Path:

@@ -199,7 +199,7 @@ def build_parser() -> Parser:
     decay = "epoch at which the learning rate starts to fall; default: a quarter of --epochs"
     flag("--decay-epoch", type=bounded(int, 0), metavar="N", help=decay)
     per_step = "labeled images per step, and as many unlabeled ones"
-    flag("--batch-size", type=count, default=5, metavar="B", help=per_step)
+    flag("--batch-size", type=bounded(int, 1, 65536), default=5, metavar="B", help=per_step)
     flag("--lr", type=bounded(float, 0, above=True), default=2e-4, help="Adam's learning rate")
     betas = {"nargs": 2, "default": [0.5, 0.999], "metavar": ("B1", "B2")}
     flag("--betas", type=beta, **betas, help="Adam's betas")
@@ -219,7 +219,7 @@ def build_parser() -> Parser:
     flag("--ngf", type=count, default=64, metavar="N", help=f"{width} generator")
     flag("--ndf", type=count, default=64, metavar="N", help=f"{width} discriminator")
     blocks = "residual blocks of each generator"
-    flag("--n-blocks", type=bounded(int, 0), default=9, metavar="N", help=blocks)
+    flag("--n-blocks", type=bounded(int, 0, 1000), default=9, metavar="N", help=blocks)
     side = "kernel size of the discriminators, odd"
     flag("--disc-kernel", type=odd, default=1, metavar="K", help=side)
 

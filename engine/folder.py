@@ -17,7 +17,7 @@ from datasets.splits import Split
 from engine import checkpoint
 from engine.flags import Flags, flag_of
 from engine.logs import EVENTS
-from utils import InputError
+from utils import InputError, TrainingError
 
 NOTE = "# python main.py --training"  # a run's config.toml begins with it
 TOGETHER = "eval_every", "log_every"  # flags that control when processes synchronize
@@ -31,6 +31,7 @@ class RunFolder:
     path: Path
     state: dict | None  # of its last.pt; None for a new run
     initial: dict | None  # a new run's initial weights: the checkpoint of --init
+    lock: int | None = None  # the locked file's descriptor, on the first process
 
     @property
     def split_hash(self) -> str | None:
@@ -64,7 +65,14 @@ class RunFolder:
     def save(self, name: str, state: dict) -> None:
         """Write a checkpoint, on the first process."""
         if utils.rank() == 0:
+            self.check_lock()
             checkpoint.save(self.path / name, state)
+
+    def check_lock(self) -> None:
+        """TrainingError if the lock was deleted: another run may be training in the folder."""
+        if self.lock is not None and not is_open_file(self.lock, self.path / "lock"):
+            lost = "its lock was deleted or replaced, so another run may be training there"
+            raise TrainingError(f"{self.path}: {lost}; this one stops and writes nothing more")
 
 
 @contextmanager
@@ -74,10 +82,10 @@ def open_folder(args: Flags, spec: DatasetSpec) -> Iterator[RunFolder]:
     InputError if it belongs to other settings, has files that a new run would delete, or is on a
     machine without process 0.
     """
-    path = Path(args.checkpoints) / folder_name(args, spec)
+    path, lock = Path(args.checkpoints) / folder_name(args, spec), None
     with ExitStack() as stack:
         if utils.rank() == 0:
-            stack.enter_context(locked(path, "--checkpoints"))
+            lock = stack.enter_context(locked(path, "--checkpoints"))
         check_machines(path / "last.pt", args, spec)
         state = utils.from_first(None if utils.rank() else previous_state(path, args, spec))
         if utils.rank() == 0:
@@ -85,7 +93,7 @@ def open_folder(args: Flags, spec: DatasetSpec) -> Iterator[RunFolder]:
                 leftover.unlink(missing_ok=True)
         is_new = args.init and not state
         initial = checkpoint.load(checkpoint.file_of(args.init)) if is_new else None
-        yield RunFolder(path, state, initial)
+        yield RunFolder(path, state, initial, lock)
 
 
 def check_machines(last: Path, args: Flags, spec: DatasetSpec) -> None:
@@ -146,10 +154,10 @@ def previous_state(folder: Path, args: Flags, spec: DatasetSpec) -> dict | None:
         state = checkpoint.load(path)
     except InputError as error:
         raise InputError(f"{error}; {start_over}") from error
-    own, asked = Path(state["data_root"]), Path(args.data_root)
-    if own.exists() and os.path.realpath(own) != os.path.realpath(asked):  # it was not moved
-        found = f"contains a run on {own}, which still exists, not on --data-root {asked}"
-        raise InputError(f"{folder}: {found}; {advice}")
+    own, asked = Path(checkpoint.data_path(state)), Path(args.data_root)
+    if own.exists() and str(own) != os.path.realpath(asked):  # it was not moved
+        found = f"contains a run on {checkpoint.data_root(state)}, which still exists"
+        raise InputError(f"{folder}: {found}, not on --data-root {asked}; {advice}")
     progress = state.get("progress")
     if type(progress) is not dict or not progress.keys() >= {*PROGRESS}:
         reason = "a run cannot resume from it (it lacks the progress)"
@@ -204,9 +212,18 @@ def to_toml(table: dict) -> str:
     return "".join(lines).replace("\x7f", "\\u007f")  # the control character that JSON allows
 
 
+def is_open_file(file: int, path: Path) -> bool:
+    """Whether a path still leads to the open file with this descriptor."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
+
+
 @contextmanager
-def locked(folder: Path, flag: str) -> Iterator[None]:
+def locked(folder: Path, flag: str) -> Iterator[int]:
     """Create a folder and hold its lock, which is released however this process ends.
+
+    Yield the locked file's descriptor.
 
     InputError if the folder cannot be written, another process holds the lock, or another program
     wrote a file of its name.
@@ -230,16 +247,16 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         except OSError as error:
             reason = f"cannot be locked here ({error.strerror})"
             print(f"{folder}: {reason}: do not start a second run in it")
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(file), path.stat()):
-                break
+        if is_open_file(file, path):
+            break
         os.close(file)  # the process that held it has deleted it
     os.truncate(file, 0)
     os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
     try:
-        yield
+        yield file
     finally:
         with suppress(OSError):
-            path.unlink()
-            folder.rmdir()  # if nothing else is in it
+            if is_open_file(file, path):  # not another process's lock
+                path.unlink()
+                folder.rmdir()  # if nothing else is in it
         os.close(file)

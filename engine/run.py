@@ -1,5 +1,6 @@
 """A training run: its progress, what is due, saving and resuming."""
 
+import os
 import shlex
 import signal
 import time
@@ -174,6 +175,7 @@ class Run:
             self.best, best = {"miou": miou, "epoch": self.epoch}, "the best so far"
             self._save("best.pt")
         if utils.rank() == 0:
+            self.folder.check_lock()  # before a line is added to another run's log
             step = {"epoch": self.epoch, "step": self.global_step}
             title = f"epoch {self.epoch}/{self.args.epochs}"
             if self.images_per_second:
@@ -236,6 +238,7 @@ class Run:
             "settings": self.args.settings,
             "dataset": asdict(self.spec),
             "data_root": self.args.data_root,
+            "data_path": os.path.realpath(self.args.data_root),
             "split": self.data.split.hash(),
             "image_dtype": self.data.labeled.image_dtype,
             "axes": self.data.axes,

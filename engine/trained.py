@@ -77,8 +77,7 @@ class Trained:
 
     def is_own_path(self) -> bool:
         """Whether --data-root is the run's."""
-        own = self.state["data_root"]
-        return os.path.realpath(self.args.data_root) == os.path.realpath(own)
+        return os.path.realpath(self.args.data_root) == checkpoint.data_path(self.state)
 
     def is_copy(self, used: set[str]) -> bool:
         """Whether --data-root has all images `used` by the run, not only in --part."""
@@ -135,7 +134,7 @@ def load(args: Flags) -> Trained:
     path = find_checkpoint(args)
     state = checkpoint.load(path)
     spec = make_spec(state["dataset"], str(path))
-    layer = state["settings"] | {"data_root": state["data_root"]}
+    layer = state["settings"] | {"data_root": checkpoint.data_root(state)}
     known = [*setting_names(), "data_root"]
     before = Flags({}).over({path: layer}, known)
     own = path.with_name("split.json")

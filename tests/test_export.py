@@ -130,6 +130,13 @@ def test_a_file_that_cannot_be_read_again_is_deleted(runs, capsys, monkeypatch):
     assert not Path("wrong.pt2").exists()
 
 
+def test_an_earlier_export_stays_when_a_later_one_fails(runs, capsys, monkeypatch):
+    Path("good.pt2").write_bytes(b"checked before")
+    monkeypatch.setattr(export, "load_exported", lambda _: lambda pixels: pixels[:, :1] + 0.5)
+    error_line(capsys, "checkpoints/phantom", "good.pt2", code=1, tool=export.export)
+    assert Path("good.pt2").read_bytes() == b"checked before"
+
+
 def test_another_network_is_refused_in_one_line(runs, capsys, monkeypatch):
     monkeypatch.setattr(export, "ResNetGenerator", torch.nn.Linear)
     error = error_line(capsys, "checkpoints/phantom", "x.pt2", tool=export.export)

@@ -191,6 +191,8 @@ def test_a_wrong_toml_is_an_error_that_names_the_file(capsys, toml, named):
         ("--training --ratio 1.5", "--ratio: 1.5 must be greater than 0 and at most 1"),
         ("--training --size 15 64", "--size: 15 must be at least 16"),
         ("--training --batch-size 2.5", "invalid int value"),
+        (f"--training --batch-size {10**9}", "at least 1 and at most 65,536"),
+        (f"--training --n-blocks {10**9}", "at most 1,000"),
         (f"--training --pool-size {10**310}", "at most 1,000,000,000"),  # no float holds it
         ("--training --lr 0", "--lr: 0 must be greater than 0"),
         ("--training --lr inf", "--lr: inf must be greater than 0"),

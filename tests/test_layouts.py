@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pytest
 from conftest import add_acdc_testing, error_of, folder_spec, make_folder, read_errors, write_volume
+from PIL import Image
 
 from datasets.layouts import index
 from datasets.spec import DatasetSpec, Slice, load_spec
@@ -210,6 +211,40 @@ def test_other_folders_beside_the_images_are_left_alone(folder):
     assert index(folder_spec(), folder) == before
 
 
+@pytest.mark.parametrize(
+    ("place", "named"),
+    [
+        ("unlabeled", "unlabeled: not a folder, or a link to one that is missing"),
+        ("val", "val: not a folder, or a link"),
+        ("val/images", "val/images: not a folder, or a link"),
+        ("test/masks", "test/masks: not a folder, or a link"),
+    ],
+)
+@pytest.mark.parametrize("is_link", [True, False])
+def test_a_folder_that_is_missing_behind_a_link_or_is_a_file_is_named(
+    tmp_path, place, named, is_link
+):
+    path = make_folder(tmp_path, 2) / place
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("not mounted") if is_link else path.touch()
+    assert named in error_of(index, folder_spec(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["val", "test", "validation"])
+def test_validation_images_that_are_not_in_images_are_named(tmp_path, name):
+    (make_folder(tmp_path, 2) / name).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    named = "must be named 'val'" if name == "validation" else "contains no images/; see docs/"
+    assert f"{tmp_path / name}: " in (error := error_of(index, folder_spec(), tmp_path))
+    assert named in error
+
+
+def test_a_name_too_long_for_its_mask_is_an_error(tmp_path):
+    path = tmp_path / "images" / f"{'v' * 248}.nii"
+    write_volume(path, np.zeros((4, 4, 2), np.int16))
+    assert "names too long for a mask file: vvv" in error_of(index, folder_spec(), tmp_path)
+
+
 def test_a_header_that_claims_more_slices_than_any_volume_has_is_left_to_decoding(tmp_path):
     make_folder(tmp_path, 1)
     path = tmp_path / "images" / "a.nii"
@@ -246,6 +281,25 @@ def test_names_that_look_the_same_are_the_same(tmp_path):
     lists = {"labeled": [f"{decomposed} 0"], "unlabeled": [], "val": [f"{composed} 1"]}
     (tmp_path / "split.json").write_text(json.dumps(lists))
     assert read_split(tmp_path / "split.json", samples).labeled == (samples[1],)
+
+
+def test_ids_that_look_the_same_are_duplicates(tmp_path):
+    names = [unicodedata.normalize(form, "M\u00fcller") for form in ("NFC", "NFD")]
+    make_folder(tmp_path, 1, n_unlabeled=1)
+    for number, (folder, name) in enumerate(zip(("images", "unlabeled"), names, strict=True)):
+        (tmp_path / folder / f"picture {number}.png").rename(tmp_path / folder / f"{name}.png")
+    (tmp_path / "masks" / "picture 0.png").rename(tmp_path / "masks" / f"{names[0]}.png")
+    assert "duplicate ids: " in error_of(index, folder_spec(), tmp_path)
+
+
+def test_a_patient_has_one_spelling(tmp_path):
+    make_folder(tmp_path, 2)
+    for number, stem in enumerate(("p02_0", "P02_1")):
+        for folder in "images", "masks":
+            (tmp_path / folder / f"picture {number}.png").rename(tmp_path / folder / f"{stem}.png")
+    assert len(index(folder_spec(), tmp_path)) == 2
+    message = error_of(index, folder_spec(group="(.+)_"), tmp_path)
+    assert "patient p02 is also written P02; use one spelling" in message
 
 
 def test_group_is_the_patient_of_each_file(tmp_path):

@@ -443,7 +443,8 @@ def test_a_link_among_the_overlays_is_replaced_not_what_it_names(trained):
     overlay.rename("kept")
     overlay.symlink_to(Path("kept").resolve())
     assert run("--predict", "heart.nii.gz", "--overlay") == 0
-    assert not overlay.is_symlink() and [path.name for path in overlay.iterdir()] == ["s00.png"]
+    assert not overlay.is_symlink()
+    assert [path.name for path in overlay.iterdir()] == ["s00.png"]
     assert [path.name for path in Path("kept").iterdir()] == ["s00.png"]
 
 

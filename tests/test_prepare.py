@@ -160,6 +160,8 @@ def test_another_train_aug_is_corrected_and_the_same_in_another_order_stays(
         path.write_text("\n".join(before))
         assert prepare("voc", root, *voc_archives) == 0
         assert path.read_text().split() == after
+        if before != after:
+            assert path.with_suffix(".earlier").read_text().split() == before
         said = f"{path}: replaced, it differed in 1 image\n" in capsys.readouterr().out
         assert said == (before != after)
 

@@ -455,6 +455,21 @@ def test_a_run_does_not_continue_on_another_folder_with_the_same_names(capsys):
     assert run(*flags, "moved") == 0
 
 
+def test_a_run_does_not_continue_where_its_relative_data_root_leads_elsewhere(capsys):
+    Path("own.toml").write_text(OWN)
+    make_folder(Path("v1"), 20), make_folder(Path("v2"), 20)
+    Path("link").symlink_to("v1")
+    flags = [*tiny_on("own.toml"), *SUPERVISED[len(TINY) :], "--data-root", "link"]
+    assert run("--training", *flags) == 0
+    Path("link").unlink()
+    Path("link").symlink_to("v2")
+    error = error_line(capsys, "--training", *flags)
+    v1 = Path("v1").resolve()
+    assert f"contains a run on {v1}, which still exists, not on --data-root link; give" in error
+    assert run("--testing", *tiny_on("own.toml"), "--method", "supervised") == 0
+    assert f"validation images of own ({v1})" in capsys.readouterr().out
+
+
 def test_a_run_resumed_within_an_epoch_is_evaluated_at_its_end_under_any_eval_every():
     flags = ["--training", *SUPERVISED, "--epochs", "3"]
     assert run(*flags, "--name", "whole") == 0
@@ -753,6 +768,24 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_holds_nothing(caps
     assert (folder / "lock").is_file()
     assert run(*flags) == 0
     assert {name for name in names(folder) if "events" not in name} == FILES
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_a_run_whose_lock_is_gone_writes_nothing_more(capsys, monkeypatch, is_replaced):
+    folder = Path("checkpoints/one")
+    save = RunFolder.save
+
+    def lose_lock(self, name, state):
+        (folder / "lock").unlink()
+        if is_replaced:
+            (folder / "lock").write_text("process 1 on elsewhere")
+        save(self, name, state)
+
+    monkeypatch.setattr(RunFolder, "save", lose_lock)
+    error = error_line(capsys, "--training", *SUPERVISED, "--name", "one", code=1)
+    assert f"{folder}: its lock was deleted or replaced" in error
+    assert not (folder / "last.pt").exists()
+    assert (folder / "lock").exists() == is_replaced
 
 
 def test_a_file_of_the_lock_s_name_that_no_run_wrote_stays(capsys):

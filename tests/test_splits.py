@@ -322,6 +322,14 @@ def test_lists_that_a_run_wrote_may_divide_an_exam_unless_they_were_edited(tmp_p
     assert "in training and validation: exam" in error_of(read_split, path, SLICES)
 
 
+def test_test_images_added_to_a_runs_own_lists_are_of_other_patients(tmp_path):
+    path = tmp_path / "split.json"
+    parts = Split((SLICES[0],), (), (SLICES[9],))
+    lists = {**parts.ids(), "hash": parts.hash(), "test": [SLICES[1].id]}
+    path.write_text(json.dumps(lists))
+    assert "in training and test: exam1" in error_of(read_split, path, SLICES)
+
+
 def test_a_repeated_key_of_a_split_file_is_named(tmp_path):
     path = tmp_path / "split.json"
     path.write_text(

@@ -13,6 +13,7 @@ JSON: extra files of a .pt2, metadata of an ONNX model.
 import io
 import json
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -127,19 +128,20 @@ def export(argv: list[str]) -> int:
         raise utils.TrainingError(f"{trained.path}: {found}")
     deployed = Deployed(network.requires_grad_(False), normalization).eval()
     content = serialize(deployed, noise(2, spec.channels, 24, 28), file.suffix, metadata)
+    with tempfile.TemporaryDirectory() as folder:  # an earlier FILE stays until this one is checked
+        trial = Path(folder, f"trial{file.suffix}")
+        trial.write_bytes(content)
+        try:
+            exported = load_exported(trial)
+        except Exception as error:  # such as a version that the installed onnxruntime lacks
+            found = f"deleted, not readable ({utils.reason(error)})"
+            raise utils.TrainingError(f"{file}: {found}") from error
+        for pixels, logits in zip(samples, expected, strict=True):
+            difference = ((exported(pixels) - logits).abs().max() / logits.abs().max()).item()
+            if not difference < 1e-3:  # also for NaN; another order of summation makes about 1e-6
+                message = f"its logits differ from those of {trained.path} by {difference:.2%}"
+                raise utils.TrainingError(f"{file}: deleted, {message}")
     utils.write_atomically(file, content)
-    try:
-        exported = load_exported(file)
-    except Exception as error:  # such as a version that the installed onnxruntime does not know
-        file.unlink()
-        found = f"deleted, not readable ({utils.reason(error)})"
-        raise utils.TrainingError(f"{file}: {found}") from error
-    for pixels, logits in zip(samples, expected, strict=True):
-        difference = ((exported(pixels) - logits).abs().max() / logits.abs().max()).item()
-        if not difference < 1e-3:  # also for NaN; another order of summation makes about 1e-6
-            file.unlink()
-            message = f"its logits differ from those of {trained.path} by {difference:.2%}"
-            raise utils.TrainingError(f"{file}: deleted, {message}")
     print(f"{file}: {trained.path}, epoch {trained.state['epoch']}, {spec.name}")
     print(f"input   pixels  {dtype:7}  (batch, {spec.channels}, height, width), as decoded")
     if dtype == "float32":

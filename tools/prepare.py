@@ -264,6 +264,8 @@ def prepare_voc(root: Path, sources: list[Path], may_download: bool) -> None:
             if before:
                 n_others = len(before.symmetric_difference(augmented))
                 print(f"{path}: replaced, it differed in {counted(n_others, 'image')}")
+                utils.write_atomically(earlier := path.with_suffix(".earlier"), path.read_bytes())
+                print(f"the earlier list is kept as {earlier}")
             utils.write_atomically(path, "\n".join([*augmented, ""]))
     elif "train_aug" not in ids:
         remedy = f"use --download, or get {SBDataset.url} and pass it to --from"
