@@ -194,7 +194,9 @@ def read_lists(path: Path) -> dict[str, list[str]]:
     return lists
 
 
-def check_groups(path: Path, chosen: Mapping[str, Iterable[Sample]], by_image: bool) -> None:
+def check_groups(
+    path: Path, chosen: Mapping[str, Iterable[Sample]], by_image: bool = False
+) -> None:
     """InputError if a group is on two of the sides training, validation and test.
 
     by_image: training and validation may share groups, as with --split image.
