@@ -19,8 +19,8 @@ from utils import InputError, check_regular, first_ten, naming, read_lines
 MOST_SLICES = 2**15 - 1  # of a NIfTI-1 volume; beyond it, a header is damaged
 IMAGE_FOLDERS = {name: name for name in ("images", "masks")} | {"image": "images", "mask": "masks"}
 PART_FOLDERS = {name: name for name in ("unlabeled", "val", "test")} | {"unlabelled": "unlabeled"}
-FOLDERS = {*IMAGE_FOLDERS.values(), *PART_FOLDERS.values()}
 PART_FOLDERS |= {"valid": "val", "validation": "val", "testing": "test"}
+FOLDERS = {*IMAGE_FOLDERS.values(), *PART_FOLDERS.values()}
 
 
 def is_hidden(path: Path) -> bool:

@@ -30,7 +30,7 @@ def save(path: Path, state: dict) -> None:
 
 def data_path(state: dict) -> str:
     """The absolute path of a run's data, without links; older runs have it as it was typed."""
-    return state.get("data_path") or os.path.realpath(state["data_root"])
+    return os.path.realpath(state.get("data_path") or state["data_root"])
 
 
 def data_root(state: dict) -> str:

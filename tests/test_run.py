@@ -468,6 +468,9 @@ def test_a_run_does_not_continue_where_its_relative_data_root_leads_elsewhere(ca
     assert f"contains a run on {v1}, which still exists, not on --data-root link; give" in error
     assert run("--testing", *tiny_on("own.toml"), "--method", "supervised") == 0
     assert f"validation images of own ({v1})" in capsys.readouterr().out
+    Path("v1").rename("v3")  # moved, with a link at its old place
+    Path("v1").symlink_to("v3")
+    assert run("--training", *flags[:-1], "v3") == 0
 
 
 def test_a_run_resumed_within_an_epoch_is_evaluated_at_its_end_under_any_eval_every():

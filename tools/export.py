@@ -130,7 +130,7 @@ def export(argv: list[str]) -> int:
     content = serialize(deployed, noise(2, spec.channels, 24, 28), file.suffix, metadata)
     with tempfile.TemporaryDirectory() as folder:  # an earlier FILE stays until this one is checked
         trial = Path(folder, f"trial{file.suffix}")
-        trial.write_bytes(content)
+        utils.write_atomically(trial, content)
         try:
             exported = load_exported(trial)
         except Exception as error:  # such as a version that the installed onnxruntime lacks
