@@ -121,7 +121,7 @@ def build_parser() -> Parser:
     """All flags, with the paper's defaults (Section 3.3)."""
     usage = "python main.py --training | --testing | --predict PATH... [flags]"
     description = (
-        "Train segmentation networks with a few labeled images, test them and use them.\n"
+        "Train segmentation networks with a few labeled images, test them, and predict masks.\n"
         "Defaults are the paper's; the dataset's TOML, --config and the command line override them."
     )
     parser = Parser("main.py", usage=usage, description=description)
@@ -160,7 +160,8 @@ def build_parser() -> Parser:
     flag("--label-unit", default="image", choices=["image", "exam"], help=unit)
     splits = (
         "division into training and validation images: paper, standard (as in other papers), "
-        "image (85/15, as released), a name in config/splits/ or a split.json"
+        "image (85/15 of single images, as in the authors' code), a name in config/splits/ "
+        "or a split.json"
     )
     flag("--split", type=split_kind, default="paper", metavar="SPLIT", help=splits)
     resized = "size in pixels to which images are resized"
@@ -190,7 +191,7 @@ def build_parser() -> Parser:
         flag(f"--lambda{i}", type=weight, default=default, metavar="W", help=about)
     sums = "mean over pixels, or sum as Eq. 2, 3, 6 are printed (rescales lambda1, 3, 4 and 5)"
     flag("--reduction", default="mean", choices=["mean", "sum"], help=sums)
-    on = "images that are mixed and perturbed; with labeled, no unlabeled image is used"
+    on = "images that are mixed and perturbed; labeled: no unlabeled images (the control)"
     flag("--cutmix-on", default="both", choices=["both", "unlabeled", "labeled"], help=on)
 
     flag = parser.group("training")
@@ -227,7 +228,7 @@ def build_parser() -> Parser:
     flag = parser.group("released code", released)
     scales = "range: (v - mean) / (max - min) per channel; half: (v - 0.5) / 0.5, as released"
     flag("--normalization", default="range", choices=["range", "half"], help=scales)
-    ignored = "ignored pixels of training masks: skipped, or class 0 as released"
+    ignored = "pixels with the ignore value in training masks: skipped, or class 0 as released"
     flag("--ignored", default="skip", choices=["skip", "background"], help=ignored)
     fakes = "what D_S sees of a prediction: softmax maps, or argmax as released, without gradient"
     flag("--disc-input", default="softmax", choices=["softmax", "argmax"], help=fakes)

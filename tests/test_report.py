@@ -500,7 +500,8 @@ def test_the_chart_is_the_mean_score_of_each_method_by_labeled_exams(monkeypatch
     ends = [segment[:, 1] for segment in bars.get_segments()]
     assert ends[1] == pytest.approx([0.15 - 0.005**0.5, 0.15 + 0.005**0.5])
     assert axes.lines[-1].get_ydata() == [0.75, 0.75]
-    assert [handle.get_label() for handle in handles] == ["Partial", "Ours", "Full", variant]
+    titles = ["Partial", "Ours", "Full", "Ours, sums, without L_cycle^I"]
+    assert [handle.get_label() for handle in handles] == titles
     assert figures.draw_labels([run for run in found if run.n_exams == 8], Path()) == ""
 
 

@@ -190,7 +190,7 @@ def text(value: str | float | dict | None) -> str:
 
 def benchmark(argv: list[str]) -> int:
     """Print a table, row by row, and write it to --json."""
-    parser = Parser("benchmark.py", description=__doc__)
+    parser = Parser("benchmark.py", usage="benchmark.py [flags]", description=__doc__)
     flag, count = parser.add_argument, bounded(int, 0)
     flag("--options", nargs="+", default=["fp32", "bf16"], help="fp32, tf32 or bf16[+compile]")
     flag("--count", action="store_true", help="count operations on the CPU instead of timing")

@@ -9,7 +9,7 @@ A RUN is a run's folder, whose best.pt is taken, or a checkpoint.
 `terms`: the gradients of the loss terms in G_IS, weighted as in the run, on its training batches.
 A term without a gradient in G_IS has no column.
 
-`cycle`: L_cycle^I (Eq. 6) on the validation images, where G_SI paints from the softmax map of
+`cycle`: L_cycle^I (Eq. 6) on the validation images, where G_SI generates from the softmax map of
 G_IS(x), from its argmax, and from the true mask. If only the softmax map restores the image, it
 carries the image in small probabilities that the argmax does not show. For comparison: the error of
 a blank image of the mean value.
@@ -180,7 +180,8 @@ def cycle(argv: list[str]) -> int:
 def diagnose(argv: list[str]) -> int:
     """The command line: terms, cycle or norms."""
     commands = {"terms": terms, "cycle": cycle, "norms": norms}
-    parser = Parser("diagnose.py", description=__doc__)
+    usage = "diagnose.py terms RUN... | cycle RUN... | norms [flags]"
+    parser = Parser("diagnose.py", usage=usage, description=__doc__)
     parser.add_argument("command", choices=[*commands])
     return commands[parser.parse_args(argv[:1]).command](argv[1:])
 

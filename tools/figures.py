@@ -48,6 +48,8 @@ from utils import InputError
 rcParams["text.parse_math"] = False  # a $ in the name of a class or run is no formula
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
 LINE, LETTER = 0.175, 0.085  # inches: height of a line of text, width of a wide letter
+# In the order of their colors, which are those of every figure; Partial is the first, in blue
+KINDS = [*dict.fromkeys(["partial", *(name.removesuffix(AUGMENT) for name in EXPERIMENTS)])]
 TITLES = {
     "supervised": "Partial",
     "advsemi": "Hung et al.",
@@ -240,16 +242,18 @@ def draw_labels(runs: list[RunRecord], path: Path) -> str:
     panels = figure.subplots(1, len(endings), squeeze=False, sharex=True, sharey=True)[0]
     legend = {}
     for axes, ending in zip(panels, endings, strict=True):
-        for i, kind in enumerate(kinds):
+        for place, kind in enumerate(kinds):
             values = scores.get(f"{kind}{ending}", {})
             if not values:
                 continue
-            offset = 0.012 * (numbers[-1] - numbers[0]) * (i - (len(kinds) - 1) / 2)
+            offset = 0.012 * (numbers[-1] - numbers[0]) * (place - (len(kinds) - 1) / 2)
+            i = [*KINDS, *kinds].index(kind)
             means = [statistics.mean(group) for group in values.values()]
             spread = [statistics.stdev(g) if len(g) > 1 else 0.0 for g in values.values()]
             style = {"color": f"C{i}", "marker": "os^D"[i // 10 % 4], "markersize": 4}
             axes.errorbar([n + offset for n in values], means, spread, capsize=2, **style)
-            legend[EXPERIMENTS.get(kind, {}).get("title", kind)] = style
+            experiment = EXPERIMENTS.get(kind) or EXPERIMENTS.get(f"{kind}{AUGMENT}", {})
+            legend[experiment.get("title", kind)] = style
         if full:
             legend[EXPERIMENTS["full"]["title"]] = style = {"color": "0.6"}
             axes.axhline(statistics.mean(full), **style)
@@ -279,7 +283,7 @@ def rows(args: Namespace) -> Figure:
 
 def figures(argv: list[str]) -> int:
     """The command line: draw, then write."""
-    parser = Parser("figures.py", description=(__doc__ or "").partition("\n")[0])
+    parser = Parser("figures.py", description=(__doc__ or "").partition(";")[0] + ".")
     commands = parser.add_subparsers(required=True, metavar="rows")
     text = "draw images, true masks and the predictions of runs"
     command = commands.add_parser("rows", help=text, description=text)

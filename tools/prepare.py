@@ -329,7 +329,8 @@ def prepare(argv: list[str]) -> int:
     """Prepare a dataset (unless --verify is given) and verify it, or convert lists."""
     if argv[:1] == ["split"]:
         return make_split(argv[1:])
-    parser = Parser("prepare.py", description=__doc__)
+    usage = "prepare.py voc | cityscapes | acdc [--from PATH...] [flags]"
+    parser = Parser("prepare.py", usage=usage, description=__doc__)
     flag, count = parser.add_argument, bounded(int, 0, 1000)
     flag("dataset", choices=list(ARCHIVES), help="dataset, or split: prepare.py split --help")
     flag("--root", "--data-root", type=Path, metavar="DIR", help="default: data/<dataset>")
