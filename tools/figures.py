@@ -48,7 +48,7 @@ from utils import InputError
 rcParams["text.parse_math"] = False  # a $ in the name of a class or run is no formula
 CELL, GAP = 1.8, 0.06  # inches: width of a picture, space around it
 LINE, LETTER = 0.175, 0.085  # inches: height of a line of text, width of a wide letter
-# In the order of their colors, which are those of every figure; Partial is the first, in blue
+# Experiments, augmented or not, in the order of their lines and colors in every chart
 KINDS = [*dict.fromkeys(["partial", *(name.removesuffix(AUGMENT) for name in EXPERIMENTS)])]
 TITLES = {
     "supervised": "Partial",
@@ -235,7 +235,7 @@ def draw_labels(runs: list[RunRecord], path: Path) -> str:
     numbers = sorted({number for values in scores.values() for number in values})
     if len(numbers) < 2:
         return ""
-    kinds = list(dict.fromkeys(name.removesuffix(AUGMENT) for name in scores))
+    kinds = [kind for kind in KINDS if {kind, f"{kind}{AUGMENT}"} & scores.keys()]
     titles = {"": "no augmentation", AUGMENT: "--augment"}
     endings = [e for e in titles if any(f"{kind}{e}" in scores for kind in kinds)]
     figure = Figure((4.5 * len(endings) + 1, 4.5), layout="constrained")
@@ -247,7 +247,7 @@ def draw_labels(runs: list[RunRecord], path: Path) -> str:
             if not values:
                 continue
             offset = 0.012 * (numbers[-1] - numbers[0]) * (place - (len(kinds) - 1) / 2)
-            i = [*KINDS, *kinds].index(kind)
+            i = KINDS.index(kind)
             means = [statistics.mean(group) for group in values.values()]
             spread = [statistics.stdev(g) if len(g) > 1 else 0.0 for g in values.values()]
             style = {"color": f"C{i}", "marker": "os^D"[i // 10 % 4], "markersize": 4}
