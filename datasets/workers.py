@@ -47,6 +47,8 @@ def loaded(loader: DataLoader) -> Iterator:
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         traceback.clear_frames(error.__traceback__)  # the destructor of half an iterator fails
         sys.unraisablehook = hook
+        if str(error).startswith("DataLoader worker (pid"):  # they have started; one was killed
+            raise
         found = f"cannot start processes that load images ({reason(error)})"
         message = f"--workers {loader.num_workers}: {found}; try --workers 0"
         raise TrainingError(message, alone=True) from error

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 from conftest import write_volume
 from runs import SIMPLE, SUPERVISED, TINY, Program, last_state, wait_for
+from torch.utils.data import DataLoader
 
 import main
 from data_utils import Batches, Pairs, Stored
 from datasets import workers
 from datasets.cache import Decoder
+from engine.program import failure
 from engine.signals import SIGNALS
 from tools.figures import figures
 
@@ -133,6 +135,14 @@ def test_a_failure_in_a_worker_ends_the_program(case):
     reasons = {"memory": "out of memory", "disk": "Input/output error"}
     reasons["hang"] = "loading a batch of images timed out after 5 seconds"
     assert reasons.get(kind, "a process that loads images ended") in err
+
+
+def test_a_worker_that_is_killed_while_others_start_is_named_as_one_that_ended(monkeypatch):
+    killed = RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. ")
+    monkeypatch.setattr(DataLoader, "__iter__", lambda _: fail(killed)())
+    with pytest.raises(RuntimeError) as caught:
+        next(workers.loaded(workers.image_loader([1], 2)))
+    assert "a process that loads images ended: DataLoader worker (pid 5)" in failure(caught.value)
 
 
 def test_workers_end_when_the_main_process_is_killed():
