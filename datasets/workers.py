@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from utils import PATIENCE, TrainingError, reason
 
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+ENDED = "DataLoader worker (pid"  # PyTorch's message about a killed process begins with it
 LONGEST = 1800  # seconds without a batch after which a process or its disk counts as hung
 
 
@@ -47,7 +48,7 @@ def loaded(loader: DataLoader) -> Iterator:
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         traceback.clear_frames(error.__traceback__)  # the destructor of half an iterator fails
         sys.unraisablehook = hook
-        if str(error).startswith("DataLoader worker (pid"):  # they have started; one was killed
+        if str(error).startswith(ENDED):  # it has started, and was killed before the others have
             raise
         found = f"cannot start processes that load images ({reason(error)})"
         message = f"--workers {loader.num_workers}: {found}; try --workers 0"

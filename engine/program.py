@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 import utils
-from datasets.workers import workers_ended
+from datasets.workers import ENDED, workers_ended
 from engine.signals import stop
 from utils import InputError, TrainingError
 
@@ -25,7 +25,7 @@ def failure(error: Exception) -> str | None:
             "out of memory; in training, halving --batch-size or the area of --size halves it, "
             "--ngf 32 instead of 64 cuts it to two thirds, --precision bf16 to three quarters"
         )
-    if str(error).startswith("DataLoader worker (pid"):
+    if str(error).startswith(ENDED):
         advice = "if it ran out of memory, give fewer --workers; checkpoints are intact"
         return f"a process that loads images ended: {str(error).partition('. ')[0]}; {advice}"
     if str(error).startswith("DataLoader timed out"):

@@ -1,9 +1,10 @@
-"""Rows of images with their predictions, as in the paper's Figures 3 to 7; figures of reports.
+"""Rows of images with their predictions, as in the paper's Figures 3 to 7.
 
     python tools/figures.py rows checkpoints/partial checkpoints/ours --out rows.png --n 4
 
 A RUN is a run's folder, whose best.pt is taken, or a checkpoint; FILE ends in .png, .pdf or .svg.
-The pictures have the networks' input size; the legend has the classes that they show.
+The pictures have the networks' input size; the legend has the classes that they show. The figures
+of reports are drawn here, too, for tools/report.py.
 """
 
 import io
@@ -247,12 +248,12 @@ def draw_labels(runs: list[RunRecord], path: Path) -> str:
             if not values:
                 continue
             offset = 0.012 * (numbers[-1] - numbers[0]) * (place - (len(kinds) - 1) / 2)
-            i = KINDS.index(kind)
             means = [statistics.mean(group) for group in values.values()]
             spread = [statistics.stdev(g) if len(g) > 1 else 0.0 for g in values.values()]
-            style = {"color": f"C{i}", "marker": "os^D"[i // 10 % 4], "markersize": 4}
+            look = KINDS.index(kind)
+            style = {"color": f"C{look}", "marker": "os^D"[look // 10 % 4], "markersize": 4}
             axes.errorbar([n + offset for n in values], means, spread, capsize=2, **style)
-            experiment = EXPERIMENTS.get(kind) or EXPERIMENTS.get(f"{kind}{AUGMENT}", {})
+            experiment = EXPERIMENTS.get(kind) or EXPERIMENTS[f"{kind}{AUGMENT}"]
             legend[experiment.get("title", kind)] = style
         if full:
             legend[EXPERIMENTS["full"]["title"]] = style = {"color": "0.6"}
@@ -283,7 +284,7 @@ def rows(args: Namespace) -> Figure:
 
 def figures(argv: list[str]) -> int:
     """The command line: draw, then write."""
-    parser = Parser("figures.py", description=(__doc__ or "").partition(";")[0] + ".")
+    parser = Parser("figures.py", description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="rows")
     text = "draw images, true masks and the predictions of runs"
     command = commands.add_parser("rows", help=text, description=text)
